@@ -1,0 +1,166 @@
+//! What does an agent say to agentd on `http://127.0.0.1:7070`?
+//!
+//! Identity comes from the socket, never from a field. Below `/agent/v1/`:
+//!
+//! | method and path | right | body | answer |
+//! |---|---|---|---|
+//! | `GET /agent/v1/self` | - | | [`SelfInfo`] |
+//! | `POST /agent/v1/memory/remember` | `memory.remember` | [`Remember`] | [`Remembered`] |
+//! | `POST /agent/v1/memory/recall` | `memory.recall` | [`Recall`] | [`Recalled`] |
+//! | `GET /agent/v1/messages/next?wait_s=25` | `messages` | | [`Message`] or 204 |
+//! | `POST /agent/v1/messages/{id}/reply` | `messages` | one [`ReplyPart`] per line (NDJSON, chunked) | 204 |
+//! | `/v1/chat/completions`, `/v1/embeddings`, `/v1/models` | `models` | as OpenAI | as OpenAI |
+
+use crate::ids::{AgentId, AgentName, RecordId, RunId};
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SelfInfo {
+    pub agent_id: AgentId,
+    pub name: AgentName,
+    pub run_id: RunId,
+    pub rights: Vec<String>,
+    /// The model that `/v1/chat/completions` uses when a request names `default`.
+    pub model: String,
+    pub appliance_version: String,
+}
+
+/// The five tiers; names and meanings are fixed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tier {
+    Working,
+    Active,
+    Spirit,
+    Codegraph,
+    Knowledge,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Remember {
+    pub tier: Tier,
+    /// Kept word for word, at most 32 KiB.
+    pub text: String,
+    /// `event`, `fact`, `preference`, `procedure`, `identity`; default `event`.
+    #[serde(default)]
+    pub role: Option<String>,
+    /// Where the text came from.
+    #[serde(default)]
+    pub source: Option<Source>,
+    /// When what the text tells happened, Unix milliseconds; default is now.
+    #[serde(default)]
+    pub event_unix_ms: Option<i64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// `user`, `agent`, `tool`, `web`, `recall`.
+    pub kind: String,
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
+}
+
+/// Given only after the record is on disk.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Remembered {
+    pub id: RecordId,
+    pub state: EmbedState,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EmbedState {
+    Embedded,
+    /// Stored and found by words; its vector follows when the embedder is back.
+    Pending,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recall {
+    pub query: String,
+    /// How many hits, 1 to 50; default 5.
+    #[serde(default)]
+    pub k: Option<u32>,
+    /// Default: spirit.
+    #[serde(default)]
+    pub tiers: Vec<Tier>,
+    /// Most tokens (4 characters each) of text in the answer.
+    #[serde(default)]
+    pub budget_tokens: Option<u32>,
+    #[serde(default)]
+    pub explain: bool,
+    /// Which signals may be used; default both. `words` alone is the control of a benchmark.
+    #[serde(default)]
+    pub signals: Option<Signals>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Signals {
+    Both,
+    Words,
+    Meaning,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Recalled {
+    pub hits: Vec<Hit>,
+    /// Records without a vector yet: found by words only.
+    pub pending: u64,
+    /// True when the embedder was away and only words were used.
+    pub words_only: bool,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Hit {
+    pub id: RecordId,
+    pub tier: Tier,
+    pub role: String,
+    pub text: String,
+    pub event_unix_ms: i64,
+    pub recorded_unix_ms: i64,
+    pub source: Source,
+    pub score: f32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub explain: Option<Explain>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Explain {
+    /// BM25, scaled to 0..1 within this answer.
+    pub words: f32,
+    /// Cosine with the query.
+    pub meaning: f32,
+    /// Words that the query and the record share, stemmed.
+    pub matched: Vec<String>,
+}
+
+/// A message from a person (or, later, another agent) to this agent.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Message {
+    pub id: String,
+    pub from: String,
+    pub text: String,
+    pub sent_unix_ms: i64,
+    /// Earlier turns of this conversation, oldest first.
+    pub history: Vec<crate::engine::ChatMessage>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ReplyPart {
+    Text {
+        text: String,
+    },
+    /// Something to show beside the words: which memories were used, what was stored.
+    Note {
+        text: String,
+    },
+    Done,
+    Failed {
+        report: crate::fault::Report,
+    },
+}

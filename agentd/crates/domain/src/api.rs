@@ -1,0 +1,154 @@
+//! What does the management API below `/api/v1/` say?
+//!
+//! `agentctl` and the console share these types. Errors are [`crate::fault::Report`] as JSON with the status
+//! of [`crate::fault::Report::http_status`].
+//!
+//! | method and path | who | body | answer |
+//! |---|---|---|---|
+//! | `GET /healthz` | anyone | | `{"health": "green"}` |
+//! | `POST /api/v1/claim` | holder of the claim code | [`Claim`] | [`Session`] |
+//! | `POST /api/v1/login` | anyone | [`Login`] | [`Session`] |
+//! | `POST /api/v1/logout` | session | | 204 |
+//! | `GET /api/v1/status` | session | | [`ApplianceStatus`] |
+//! | `POST /api/v1/plan` | session | `agent.toml` as text | [`crate::plan::SandboxPlan`] |
+//! | `GET /api/v1/agents` | session | | `[`[`Agent`]`]` |
+//! | `POST /api/v1/agents` | session | tar of the package | [`Agent`] |
+//! | `GET /api/v1/agents/{name}` | session | | [`Agent`] |
+//! | `POST /api/v1/agents/{name}/start`, `/stop` | session | | [`Agent`] |
+//! | `DELETE /api/v1/agents/{name}` | session | | 204 |
+//! | `GET /api/v1/agents/{name}/logs?lines=200&follow=false` | session | | NDJSON of [`LogLine`] |
+//! | `POST /api/v1/agents/{name}/chat` | session | [`ChatRequest`] | NDJSON of [`crate::agent_api::ReplyPart`] |
+//! | `GET /api/v1/models` | session | | `[`[`Model`]`]` |
+//! | `PUT /api/v1/models/{name}` | session | the GGUF file | [`Model`] |
+//! | `DELETE /api/v1/models/{name}` | session | | 204 |
+//! | `POST /api/v1/reboot`, `/api/v1/poweroff` | session | | 204 |
+
+use crate::engine::{Device, LoadedModel};
+use crate::fault::Report;
+use crate::ids::{AgentId, AgentName, OwnerId, RunId};
+use crate::initctl::{Clock, Health};
+use crate::launcher::ExitRecord;
+use crate::manifest::Limits;
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Claim {
+    pub code: String,
+    pub password: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Login {
+    pub password: String,
+}
+
+/// A bearer for `Authorization: Bearer ...`; the web console keeps the same in a cookie.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Session {
+    pub token: String,
+    pub expires_in_s: u64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ApplianceStatus {
+    pub version: String,
+    pub slot: String,
+    pub uptime_ms: u64,
+    pub health: Health,
+    pub problems: Vec<Report>,
+    pub memory_total_bytes: u64,
+    pub memory_available_bytes: u64,
+    pub data_total_bytes: u64,
+    pub data_available_bytes: u64,
+    pub devices: Vec<Device>,
+    pub clock: Clock,
+    pub now_unix_ms: i64,
+    pub addresses: Vec<String>,
+    pub engine: EngineState,
+    pub milestones: Vec<(String, u64)>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum EngineState {
+    Ready { backend: String, models: Vec<LoadedModel>, rss_bytes: u64 },
+    Starting,
+    Down { report: Report },
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Agent {
+    pub agent_id: AgentId,
+    pub owner_id: OwnerId,
+    pub name: AgentName,
+    pub version: String,
+    pub description: String,
+    pub state: AgentState,
+    /// Whether the owner wants it to run.
+    pub wanted: bool,
+    pub run: Option<Run>,
+    pub limits: Limits,
+    pub restarts: u32,
+    pub last_exit: Option<ExitRecord>,
+    /// SHA-256 of the package.
+    pub digest: String,
+    pub bundled: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AgentState {
+    Stopped,
+    Starting,
+    Running,
+    /// Ended by itself; started again when its back-off is over.
+    BackingOff,
+    /// Kept failing; waits for a person or a timer.
+    Quarantined,
+    /// The walls could not be raised.
+    Refused,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Run {
+    pub run_id: RunId,
+    pub pid: i32,
+    pub uptime_ms: u64,
+    pub memory_bytes: u64,
+    pub cpu_ms: u64,
+    pub pids: u32,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LogLine {
+    pub unix_ms: i64,
+    /// `out`, `err`, or `agentd` for what agentd says about the agent.
+    pub stream: String,
+    pub text: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChatRequest {
+    pub text: String,
+    /// Retried with the same key, a message is delivered once.
+    #[serde(default)]
+    pub idempotency_key: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Model {
+    pub name: String,
+    pub file: String,
+    pub bytes: u64,
+    /// `image`, `data` or `medium`.
+    pub origin: String,
+    pub architecture: String,
+    pub kind: crate::engine::ModelKind,
+    pub loaded: bool,
+    /// Whether `default` means this model.
+    pub default: bool,
+    pub problem: Option<Report>,
+}

@@ -1,0 +1,249 @@
+//! What do agentd and an engine say to each other?
+//!
+//! Frames on a Unix stream socket: 4 bytes little-endian length, then that many bytes of JSON, at most
+//! [`MAX_FRAME_BYTES`]. The client sends [`ClientFrame`]s, the engine answers with [`ServerFrame`]s that carry
+//! the same `id`; a generation is answered by many frames, every other request by one. Requests of one
+//! connection are answered in any order.
+//!
+//! Invariant: the first frame of each side is `Hello`; another version ends the connection with an error that
+//! names both versions.
+
+use crate::fault::Report;
+use serde::{Deserialize, Serialize};
+
+/// Raised when a frame changes in a way that an older peer would misread.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// No honest request is larger: 100,000 tokens of prompt are about 0.5 MB of text.
+pub const MAX_FRAME_BYTES: u32 = 8 * 1024 * 1024;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ClientFrame {
+    /// Chosen by the client, unique among its open requests.
+    pub id: u64,
+    pub body: Request,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ServerFrame {
+    pub id: u64,
+    pub body: Event,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    Hello {
+        version: u32,
+    },
+    Load(LoadModel),
+    Unload {
+        model: String,
+    },
+    /// Devices, loaded models, memory.
+    Status,
+    Generate(Generate),
+    /// Take over a generation whose client vanished less than 60 s ago; answered from its first token.
+    Attach {
+        key: String,
+    },
+    Cancel {
+        key: String,
+    },
+    Embed {
+        model: String,
+        inputs: Vec<String>,
+    },
+    /// Token ids of a text, without special tokens: for counting and for evaluation.
+    Tokenize {
+        model: String,
+        text: String,
+    },
+    /// Logits after the last of these tokens, for evaluation against a reference.
+    Logits {
+        model: String,
+        tokens: Vec<i32>,
+    },
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoadModel {
+    /// The name requests use.
+    pub model: String,
+    pub path: String,
+    pub kind: ModelKind,
+    /// Cells of the KV cache for all sequences together; 0 takes the smaller of 4096 and the model's own length.
+    #[serde(default)]
+    pub context_tokens: u32,
+    /// Most sequences at once; 0 takes the engine's default.
+    #[serde(default)]
+    pub sequences: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelKind {
+    Chat,
+    Embedding,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Generate {
+    pub model: String,
+    /// Idempotency key: the same key never starts a second generation while the first is alive.
+    pub key: String,
+    pub prompt: Prompt,
+    #[serde(default)]
+    pub sampling: Sampling,
+    /// 0: until the model ends or the context is full.
+    #[serde(default)]
+    pub max_tokens: u32,
+    #[serde(default)]
+    pub stop: Vec<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Prompt {
+    /// Put through the model's own chat template.
+    Messages(Vec<ChatMessage>),
+    Text(String),
+    Tokens(Vec<i32>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChatMessage {
+    /// `system`, `user`, `assistant` or `tool`.
+    pub role: String,
+    pub content: String,
+}
+
+/// Names and meanings as in OpenAI's API and llama.cpp's samplers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f32,
+    pub top_p: f32,
+    /// 0 is off.
+    pub top_k: u32,
+    pub min_p: f32,
+    pub repeat_penalty: f32,
+    pub seed: Option<u32>,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 0.8, top_p: 0.95, top_k: 40, min_p: 0.05, repeat_penalty: 1.0, seed: None }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Event {
+    Hello {
+        version: u32,
+        devices: Vec<Device>,
+    },
+    Loaded(LoadedModel),
+    Unloaded {
+        model: String,
+    },
+    Status(EngineStatus),
+    /// A piece of text of a generation: always whole UTF-8, so one piece may stand for several tokens.
+    Piece {
+        text: String,
+        tokens: u32,
+    },
+    Done(Done),
+    Cancelled {
+        key: String,
+    },
+    /// One vector per input, each of the model's dimension and of length 1.
+    Embeddings {
+        vectors: Vec<Vec<f32>>,
+        tokens: u32,
+    },
+    Tokens {
+        tokens: Vec<i32>,
+    },
+    Logits {
+        logits: Vec<f32>,
+    },
+    Error(Report),
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Done {
+    pub reason: FinishReason,
+    pub prompt_tokens: u32,
+    pub completion_tokens: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// The model ended, or a stop text appeared.
+    Stop,
+    /// `max_tokens` or the context's end.
+    Length,
+    Cancelled,
+}
+
+/// Something that can hold a model: a GPU, or host memory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Device {
+    /// llama.cpp's name: `CPU`, `CUDA0`, `Vulkan0`.
+    pub name: String,
+    pub description: String,
+    /// `cpu`, `gpu`, `igpu`, `accelerator`.
+    pub kind: String,
+    pub memory_total_bytes: u64,
+    pub memory_free_bytes: u64,
+    /// From NVML, where a driver is present.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuReadings>,
+}
+
+/// What NVML says of a device; a value the driver does not give is absent, never zero.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct GpuReadings {
+    pub uuid: Option<String>,
+    pub utilisation_percent: Option<u32>,
+    pub temperature_celsius: Option<u32>,
+    pub power_milliwatts: Option<u32>,
+    pub memory_used_bytes: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoadedModel {
+    pub model: String,
+    pub path: String,
+    pub kind: ModelKind,
+    /// `general.architecture` of the file.
+    pub architecture: String,
+    pub parameters: u64,
+    pub file_bytes: u64,
+    /// SHA-256 of the file, lower-case hex: what records name as their embedder.
+    pub sha256: String,
+    pub context_tokens: u32,
+    pub sequences: u32,
+    /// Length of an embedding vector.
+    pub dimension: u32,
+    /// Where the chat template came from: `file`, or `chatml` when the file has none.
+    #[serde(default)]
+    pub chat_template: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct EngineStatus {
+    pub devices: Vec<Device>,
+    pub models: Vec<LoadedModel>,
+    /// The CPU back end that was chosen, for example `libggml-cpu-icelake.so`.
+    pub backend: String,
+    pub running_sequences: u32,
+    pub waiting_requests: u32,
+    pub rss_bytes: u64,
+}

@@ -1,0 +1,154 @@
+//! What may agentd ask of the one process that has root?
+//!
+//! One JSON message per packet on a `SOCK_SEQPACKET` Unix socket, at most [`MAX_MESSAGE_BYTES`]; descriptors
+//! travel as `SCM_RIGHTS`. The set is closed: whatever is not here cannot be asked for. The launcher takes
+//! messages only from agentd's uid and checks every one again (uid range, paths, limits) before it acts.
+
+use crate::fault::Report;
+use crate::ids::{AgentId, RunId};
+use crate::plan::{CgroupLimits, DiskQuota, SandboxPlan};
+use serde::{Deserialize, Serialize};
+
+/// Below the default send buffer of a Unix socket (208 KiB on Linux), so one packet always fits.
+pub const MAX_MESSAGE_BYTES: usize = 128 * 1024;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Start a run. Answered by `Started` with the descriptors of [`Handover`].
+    Start {
+        run_id: RunId,
+        plan: Box<SandboxPlan>,
+    },
+    StartEngine(EngineSpec),
+    StopEngine {
+        set: String,
+    },
+    /// New limits for a living run, within its plan.
+    ChangeLimits {
+        run_id: RunId,
+        cgroup: CgroupLimits,
+    },
+    Freeze {
+        run_id: RunId,
+    },
+    Thaw {
+        run_id: RunId,
+    },
+    /// SIGTERM to the agent, then the whole cgroup is killed after the grace time.
+    Kill {
+        run_id: RunId,
+        grace_ms: u32,
+    },
+    /// Make `/data/agents/<id>` with its `work` folder and user quota. Doing it twice changes nothing.
+    PrepareAgent {
+        agent_id: AgentId,
+        uid: u32,
+        quota: DiskQuota,
+    },
+    /// Remove `/data/agents/<id>` and its quota. Refused while a run of it lives.
+    RemoveAgent {
+        agent_id: AgentId,
+        uid: u32,
+    },
+    /// The run's sockets and pipes again, for a new agentd.
+    Handover {
+        run_id: RunId,
+    },
+    List,
+    /// agentd has stored this exit record; the launcher may drop it.
+    ForgetExit {
+        run_id: RunId,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineSpec {
+    /// Name of the device set, `[a-z0-9-]{1,32}`: `host` for host memory.
+    pub set: String,
+    pub memory_max_bytes: u64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Response {
+    /// Descriptors attached, in the order of [`HANDOVER_FDS`].
+    Started {
+        pid: i32,
+    },
+    HandedOver {
+        pid: i32,
+    },
+    EngineStarted {
+        pid: i32,
+    },
+    Done,
+    Listing(Listing),
+    Refused(Report),
+}
+
+/// The descriptors that travel with `Started` and `HandedOver`, in this order.
+pub const HANDOVER_FDS: [&str; 5] = ["api_tcp_listener", "api_unix_listener", "stdout", "stderr", "pidfd"];
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listing {
+    pub runs: Vec<RunInfo>,
+    pub engines: Vec<EngineInfo>,
+    pub exits: Vec<ExitRecord>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunInfo {
+    pub run_id: RunId,
+    pub agent_id: AgentId,
+    pub uid: u32,
+    pub pid: i32,
+    pub frozen: bool,
+    /// The API rights of the plan it was started with, so that an adopting agentd grants the same.
+    pub api: Vec<String>,
+    /// Boot-clock milliseconds at the start.
+    pub started_boot_ms: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineInfo {
+    pub set: String,
+    pub pid: i32,
+    pub started_boot_ms: u64,
+    /// How often the launcher has had to start it again.
+    pub restarts: u32,
+}
+
+/// How a run ended. Kept in `/run/agentd/runs/<run_id>.json` until agentd has stored it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitRecord {
+    pub run_id: RunId,
+    pub agent_id: AgentId,
+    pub cause: ExitCause,
+    pub started_boot_ms: u64,
+    pub ended_boot_ms: u64,
+    /// Peak of the cgroup's memory, from `memory.peak`.
+    pub memory_peak_bytes: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum ExitCause {
+    Exited {
+        code: i32,
+    },
+    Signalled {
+        signal: i32,
+    },
+    /// The kernel killed it for going over `memory.max`.
+    OutOfMemory,
+    /// A forbidden system call that the filter answers with SIGSYS.
+    Seccomp,
+    /// A wall could not be raised, or the self-probe broke through one: nothing of the agent ran.
+    WallFailed {
+        why: String,
+    },
+    /// Asked for through `Kill`.
+    Stopped,
+}

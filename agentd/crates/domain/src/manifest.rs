@@ -1,0 +1,74 @@
+//! What does an agent's package ask for?
+//!
+//! `agent.toml` is parsed strictly: unknown keys are errors, what is absent is denied or the default limit.
+//! Source of the shape: the appliance's manifest reference in `agentd/ARCHITECTURE.md`.
+
+use crate::agent_api::Tier;
+use crate::ids::AgentName;
+use serde::{Deserialize, Serialize};
+
+/// `agent.toml`, checked: every value is in range.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub name: AgentName,
+    pub version: String,
+    pub description: String,
+    /// Absolute path inside the jail and its arguments.
+    pub exec: Vec<String>,
+    pub model: String,
+    pub limits: Limits,
+    /// Folders of the image that the agent may read, beyond the runtime.
+    pub read: Vec<String>,
+    pub memory: Vec<(Tier, MemoryAccess)>,
+    /// Whether the agent takes messages from people.
+    pub messages: bool,
+    pub restart: Restart,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    pub memory_high_bytes: u64,
+    pub memory_max_bytes: u64,
+    pub cpu_percent: u32,
+    pub pids: u32,
+    pub disk_bytes: u64,
+    pub inodes: u64,
+    pub open_files: u32,
+    pub tmp_bytes: u64,
+    pub io_bytes_per_second: Option<u64>,
+}
+
+impl Default for Limits {
+    /// What an agent gets that asks for nothing: enough for a small program, far from the machine's size.
+    fn default() -> Self {
+        const MIB: u64 = 1 << 20;
+        Self {
+            memory_high_bytes: 192 * MIB,
+            memory_max_bytes: 256 * MIB,
+            cpu_percent: 50,
+            pids: 64,
+            disk_bytes: 1024 * MIB,
+            inodes: 20_000,
+            open_files: 512,
+            tmp_bytes: 64 * MIB,
+            io_bytes_per_second: None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryAccess {
+    None,
+    Read,
+    ReadWrite,
+}
+
+/// What happens when the agent's process ends by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Restart {
+    /// Started again with back-off; quarantined when it keeps failing.
+    Always,
+    Never,
+}

@@ -1,0 +1,130 @@
+//! What exactly will the kernel enforce for a run?
+//!
+//! A [`SandboxPlan`] is one immutable value: `agentctl plan` prints it, tests compare it whole, the launcher
+//! checks it and the jail applies it. It holds names and numbers only, nothing that would have to be looked up.
+
+use crate::ids::{AgentId, AgentName};
+use serde::{Deserialize, Serialize};
+
+/// Raised when a launcher of an older version would misread the plan.
+pub const PLAN_VERSION: u32 = 1;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SandboxPlan {
+    pub version: u32,
+    pub agent_id: AgentId,
+    pub name: AgentName,
+    /// User and group id of the agent's processes, from [`crate::paths::UID_AGENTS_FIRST`] up.
+    pub uid: u32,
+    /// Program and arguments; the program is a path inside the jail.
+    pub exec: Vec<String>,
+    pub workdir: String,
+    /// The whole environment, sorted by name.
+    pub env: Vec<(String, String)>,
+    /// In the order in which they are made.
+    pub mounts: Vec<Mount>,
+    pub landlock: LandlockPlan,
+    pub seccomp: SeccompPlan,
+    pub cgroup: CgroupLimits,
+    pub rlimits: Vec<Rlimit>,
+    pub network: NetworkPlan,
+    /// Rights on agentd's own API, `memory.remember` for example; checked by agentd at every request.
+    pub api: Vec<String>,
+}
+
+/// One entry of the new root. Paths outside are resolved beneath fixed folders by the launcher.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Mount {
+    /// A folder or file of the image or of the agent's package, seen read-only.
+    ReadOnly { source: String, target: String, exec: bool },
+    /// The agent's own volume `/data/agents/<id>/work`, limited by user quota.
+    Work { target: String },
+    /// Private memory file system.
+    Tmpfs { target: String, size_bytes: u64 },
+    /// `/proc` of the run's own pid namespace: `hidepid=invisible,subset=pid`.
+    Proc { target: String },
+    /// `null zero full random urandom tty` and nothing else.
+    Dev { target: String },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LandlockPlan {
+    /// The kernel must offer at least this ABI, or the run does not start. 6 brought the scopes (Linux 6.12).
+    pub abi_min: u32,
+    pub rules: Vec<LandlockRule>,
+    /// TCP ports the agent may connect to; everything else is denied.
+    pub connect_tcp: Vec<u16>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LandlockRule {
+    pub path: String,
+    pub access: FsAccess,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FsAccess {
+    Read,
+    ReadExecute,
+    ReadWrite,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SeccompPlan {
+    /// Names of the groups the list was made of, for people.
+    pub groups: Vec<String>,
+    /// Every allowed system call by name, sorted; all others fail with EPERM.
+    pub allow: Vec<String>,
+    /// Calls that fail with ENOSYS so that libc falls back (`clone3`, whose flags a filter cannot see).
+    pub enosys: Vec<String>,
+    /// Calls whose use ends the run: nothing honest makes them.
+    pub kill: Vec<String>,
+    /// `ioctl` request numbers that are allowed; compared as 32 bits, as the kernel reads them.
+    pub ioctls: Vec<u32>,
+    /// `socket` address families that are allowed.
+    pub socket_families: Vec<u32>,
+}
+
+/// Values for cgroup v2 files (Documentation/admin-guide/cgroup-v2.rst).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CgroupLimits {
+    pub memory_high_bytes: u64,
+    pub memory_max_bytes: u64,
+    pub pids_max: u32,
+    /// Microseconds of CPU time per [`Self::cpu_period_us`].
+    pub cpu_quota_us: u64,
+    pub cpu_period_us: u64,
+    /// Bytes per second on the data disk, each way; `None` is no limit of its own.
+    pub io_bytes_per_second: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rlimit {
+    /// `NOFILE`, `CORE`, `MEMLOCK`, `MSGQUEUE`, `RTPRIO`, `NICE`.
+    pub name: String,
+    pub soft: u64,
+    pub hard: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NetworkPlan {
+    /// An empty namespace whose only interface is `lo`; agentd listens on 127.0.0.1:7070 in it.
+    LoopbackOnly,
+}
+
+/// User quota of the agent's volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskQuota {
+    pub bytes: u64,
+    pub inodes: u64,
+}
