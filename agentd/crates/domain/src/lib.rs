@@ -14,5 +14,6 @@ pub mod ids;
 pub mod initctl;
 pub mod launcher;
 pub mod manifest;
+pub mod netd;
 pub mod paths;
 pub mod plan;
