@@ -5,7 +5,7 @@
 //!
 //! | method and path | who | body | answer |
 //! |---|---|---|---|
-//! | `GET /healthz` | anyone | | `{"health": "green"}` |
+//! | `GET /healthz` | anyone | | [`Liveness`] |
 //! | `POST /api/v1/claim` | holder of the claim code | [`Claim`] | [`Session`] |
 //! | `POST /api/v1/login` | anyone | [`Login`] | [`Session`] |
 //! | `POST /api/v1/logout` | session | | 204 |
@@ -22,6 +22,9 @@
 //! | `PUT /api/v1/models/{name}` | session | the GGUF file | [`Model`] |
 //! | `DELETE /api/v1/models/{name}` | session | | 204 |
 //! | `POST /api/v1/reboot`, `/api/v1/poweroff` | session | | 204 |
+//!
+//! `{name}` of an agent is its name or its id ([`AgentKey`]); of a model it is a [`ModelName`]. A session is
+//! shown as `Authorization: Bearer <token>`, or as the web console's cookie.
 
 use crate::engine::{Device, LoadedModel};
 use crate::fault::Report;
@@ -30,6 +33,88 @@ use crate::initctl::{Clock, Health};
 use crate::launcher::ExitRecord;
 use crate::manifest::Limits;
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// Which agent a URL means.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum AgentKey {
+    Name(AgentName),
+    Id(AgentId),
+}
+
+impl FromStr for AgentKey {
+    type Err = String;
+    /// A hyphenated UUID is an id, although it could be a name too: ids are never reused, names may be.
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse::<AgentId>() {
+            Ok(id) if text.len() == 36 => Ok(Self::Id(id)),
+            _ => text.parse().map(Self::Name),
+        }
+    }
+}
+
+impl fmt::Display for AgentKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name(name) => name.fmt(f),
+            Self::Id(id) => id.fmt(f),
+        }
+    }
+}
+
+/// Name of a model: `[A-Za-z0-9._-]{1,96}`, starting with a letter or digit. It is safe as a file name.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ModelName(String);
+
+impl ModelName {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for ModelName {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let good = (1..=96).contains(&text.len())
+            && text.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-".contains(&c))
+            && text.bytes().next().is_some_and(|c| c.is_ascii_alphanumeric());
+        if good {
+            Ok(Self(text))
+        } else {
+            Err(format!(
+                "`{}` is not a model name: use 1 to 96 of letters, digits, `.`, `_` and `-`, starting with a letter or digit",
+                text.escape_debug()
+            ))
+        }
+    }
+}
+
+impl From<ModelName> for String {
+    fn from(name: ModelName) -> String {
+        name.0
+    }
+}
+
+impl FromStr for ModelName {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.to_owned().try_into()
+    }
+}
+
+impl fmt::Display for ModelName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// All that a stranger learns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Liveness {
+    pub health: Health,
+}
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

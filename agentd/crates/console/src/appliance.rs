@@ -1,0 +1,96 @@
+//! What must a machine be able to do so that the console can show and steer it?
+//!
+//! Owns:  the trait [`Appliance`] and the words of its calls.
+//! In:    checked requests of a signed-in person. Out: answers, or a [`Report`] that the person sees as it is.
+//! Never: authentication; who may call has been decided before (`auth`).
+//!
+//! The binary implements the trait; tests use one fake. Every call is made from a tokio worker, so work that
+//! blocks belongs on a thread of its own behind the returned future. Futures are boxed so that the trait can be
+//! an object: the console is compiled once, not once per implementation.
+
+use agentd_domain::agent_api::ReplyPart;
+use agentd_domain::api::{Agent, AgentKey, ApplianceStatus, ChatRequest, LogLine, Model, ModelName};
+use agentd_domain::fault::Report;
+use agentd_domain::initctl::Health;
+use agentd_domain::plan::SandboxPlan;
+use bytes::Bytes;
+use futures::Stream;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+
+/// An answer that is being worked on. Dropped when the client is gone: what must not be left half done has to
+/// run on a task of its own.
+pub type Pending<'a, T> = Pin<Box<dyn Future<Output = Result<T, Report>> + Send + 'a>>;
+
+/// Items that come over time. Dropped when the client is gone.
+pub type Flow<T> = Pin<Box<dyn Stream<Item = T> + Send + 'static>>;
+
+/// A request's body, piece by piece, so that memory stays bounded whatever its size.
+pub struct Upload {
+    /// What the client announced; absent with chunked encoding. A hint, never a promise.
+    pub length_bytes: Option<u64>,
+    /// Ends with an error when the client vanishes, is too slow or exceeds the route's limit: then what was
+    /// received must be thrown away.
+    pub pieces: Flow<io::Result<Bytes>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogQuery {
+    /// How many of the newest lines come first.
+    pub lines: usize,
+    pub follow: Follow,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Follow {
+    /// End after the newest line.
+    No,
+    /// Go on with lines as they are written, until the client goes.
+    Yes,
+}
+
+pub trait Appliance: Send + Sync + 'static {
+    /// For `/healthz`: must be instant and must not wait for anything, so that it answers when all else hangs.
+    fn health(&self) -> Health;
+
+    fn status(&self) -> Pending<'_, ApplianceStatus>;
+
+    /// What the kernel would enforce for this `agent.toml`. Changes nothing.
+    fn plan(&self, manifest: String) -> Pending<'_, SandboxPlan>;
+
+    /// Sorted by name.
+    fn agents(&self) -> Pending<'_, Vec<Agent>>;
+
+    /// `not_found` when there is none.
+    fn agent(&self, agent: AgentKey) -> Pending<'_, Agent>;
+
+    /// A tar with `agent.toml` at its top. `conflict` when the name is taken by another package.
+    fn install(&self, package: Upload) -> Pending<'_, Agent>;
+
+    /// Answers when the run has started or has been refused. Starting a running agent changes nothing.
+    fn start(&self, agent: AgentKey) -> Pending<'_, Agent>;
+
+    fn stop(&self, agent: AgentKey) -> Pending<'_, Agent>;
+
+    /// Stops it, and removes its files and its memory.
+    fn remove(&self, agent: AgentKey) -> Pending<'_, ()>;
+
+    fn logs(&self, agent: AgentKey, query: LogQuery) -> Pending<'_, Flow<LogLine>>;
+
+    /// Ends with [`ReplyPart::Done`] or [`ReplyPart::Failed`]; an error only when the message was not taken.
+    fn chat(&self, agent: AgentKey, message: ChatRequest) -> Pending<'_, Flow<ReplyPart>>;
+
+    /// Sorted by name.
+    fn models(&self) -> Pending<'_, Vec<Model>>;
+
+    /// Written to a file as it arrives; in place under its name only when it is whole.
+    fn add_model(&self, name: ModelName, file: Upload) -> Pending<'_, Model>;
+
+    fn remove_model(&self, name: ModelName) -> Pending<'_, ()>;
+
+    /// Answers once the machine has begun to go down.
+    fn reboot(&self) -> Pending<'_, ()>;
+
+    fn poweroff(&self) -> Pending<'_, ()>;
+}
