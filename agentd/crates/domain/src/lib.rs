@@ -14,6 +14,7 @@ pub mod ids;
 pub mod initctl;
 pub mod launcher;
 pub mod manifest;
+pub mod marker;
 pub mod netd;
 pub mod paths;
 pub mod plan;
