@@ -133,6 +133,7 @@ pub struct Login {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Session {
     pub token: String,
+    /// At the latest; sooner when it is not used, and with every start of agentd.
     pub expires_in_s: u64,
 }
 
@@ -180,6 +181,11 @@ pub struct Agent {
     /// SHA-256 of the package.
     pub digest: String,
     pub bundled: bool,
+    /// Whether it takes messages from people: `agentctl chat` and the chat of the console.
+    pub messages: bool,
+    /// What keeps it from doing what its owner wants, when something does.
+    #[serde(default)]
+    pub problem: Option<Report>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
