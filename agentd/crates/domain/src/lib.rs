@@ -8,8 +8,10 @@
 
 pub mod agent_api;
 pub mod api;
+pub mod config;
 pub mod engine;
 pub mod fault;
+pub mod gguf;
 pub mod ids;
 pub mod initctl;
 pub mod launcher;

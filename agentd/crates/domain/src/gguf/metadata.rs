@@ -1,0 +1,255 @@
+//! What do the file's keys say, and are the values that llama.cpp relies on within bounds?
+
+use super::GgufError;
+use super::cursor::Cursor;
+use super::tensors::Tensors;
+use std::collections::{HashMap, HashSet};
+
+const MAX_KEY_BYTES: u64 = 256;
+/// Chat templates are the longest strings that are kept; the longest known has about 20 kB.
+const MAX_STRING_BYTES: u64 = 1024 * 1024;
+/// The largest vocabularies have about 300,000 tokens and as many merges.
+const MAX_ARRAY_ELEMENTS: u64 = 4 * 1024 * 1024;
+/// `general.alignment`, when the file does not say.
+const DEFAULT_ALIGNMENT: u64 = 32;
+/// `LLAMA_MAX_LAYERS` of llama.cpp.
+const MAX_LAYERS: u64 = 512;
+
+/// What is worth knowing of a model before it is loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Summary {
+    pub version: u32,
+    /// `general.architecture`: `llama`, `qwen3`, `bert`.
+    pub architecture: String,
+    /// `general.name`.
+    pub name: Option<String>,
+    /// `general.license`, as the file says.
+    pub license: Option<String>,
+    /// Elements of all tensors together.
+    pub parameters: u64,
+    pub tensor_bytes: u64,
+    /// Tokens the model was trained for.
+    pub context_length: Option<u64>,
+    pub embedding_length: Option<u64>,
+    pub block_count: Option<u64>,
+    pub vocabulary: u64,
+    /// `tokenizer.chat_template`.
+    pub chat_template: Option<String>,
+    /// `<architecture>.pooling_type`: 1 mean, 2 first token, 3 last token, 4 rank.
+    pub pooling_type: Option<u64>,
+}
+
+/// Values of single keys; of an array only its element type and length are kept.
+#[derive(Debug)]
+enum Value {
+    Unsigned(u64),
+    Signed(i64),
+    Float(f64),
+    Bool,
+    Text(String),
+    Array { elements: u64 },
+}
+
+pub(super) struct Metadata {
+    pub(super) alignment: u64,
+    values: HashMap<String, Value>,
+    /// Where the table of keys ended: the position that its findings name.
+    end: u64,
+}
+
+pub(super) fn read(cursor: &mut Cursor<'_>, count: u64) -> Result<Metadata, GgufError> {
+    let mut values = HashMap::new();
+    let mut seen = HashSet::new();
+    for _ in 0..count {
+        let at = cursor.position();
+        let key = cursor.string("a key", MAX_KEY_BYTES)?;
+        if key.is_empty() || !seen.insert(key.clone()) {
+            return Err(GgufError::Corrupt { at, what: format!("key `{key}` is empty or there twice") });
+        }
+        let kind = cursor.u32("a value's type")?;
+        let value = read_value(cursor, &key, kind)?;
+        values.insert(key, value);
+    }
+    let mut metadata = Metadata { alignment: DEFAULT_ALIGNMENT, values, end: cursor.position() };
+    if let Some(alignment) = metadata.number("general.alignment")? {
+        if !alignment.is_power_of_two() || !(8..=65_536).contains(&alignment) {
+            return Err(metadata.corrupt(format!("general.alignment is {alignment}")));
+        }
+        metadata.alignment = alignment;
+    }
+    let part = metadata.number("split.no")?.unwrap_or(0);
+    match metadata.number("split.count")? {
+        Some(parts) if parts > 1 => Err(GgufError::Split { part: part.saturating_add(1), parts }),
+        _ => Ok(metadata),
+    }
+}
+
+fn read_value(cursor: &mut Cursor<'_>, key: &str, kind: u32) -> Result<Value, GgufError> {
+    let at = cursor.position();
+    Ok(match kind {
+        0 => Value::Unsigned(cursor.u8(key)?.into()),
+        1 => Value::Signed(i64::from(cursor.u8(key)?.cast_signed())),
+        2 => Value::Unsigned(cursor.u16(key)?.into()),
+        3 => Value::Signed(i64::from(cursor.u16(key)?.cast_signed())),
+        4 => Value::Unsigned(cursor.u32(key)?.into()),
+        5 => Value::Signed(i64::from(cursor.u32(key)?.cast_signed())),
+        6 => Value::Float(f32::from_bits(cursor.u32(key)?).into()),
+        7 => match cursor.u8(key)? {
+            0 | 1 => Value::Bool,
+            other => {
+                return Err(GgufError::Corrupt { at, what: format!("`{key}` is the truth value {other}") });
+            }
+        },
+        8 => Value::Text(cursor.string(key, MAX_STRING_BYTES)?),
+        9 => read_array(cursor, key)?,
+        10 => Value::Unsigned(cursor.u64(key)?),
+        11 => Value::Signed(cursor.u64(key)?.cast_signed()),
+        12 => Value::Float(f64::from_bits(cursor.u64(key)?)),
+        other => {
+            return Err(GgufError::Corrupt { at, what: format!("`{key}` has the unknown type {other}") });
+        }
+    })
+}
+
+fn read_array(cursor: &mut Cursor<'_>, key: &str) -> Result<Value, GgufError> {
+    let at = cursor.position();
+    let element_kind = cursor.u32(key)?;
+    let elements = cursor.u64(key)?;
+    if elements > MAX_ARRAY_ELEMENTS {
+        return Err(GgufError::Corrupt { at, what: format!("`{key}` has {elements} elements") });
+    }
+    let element_bytes = match element_kind {
+        0 | 1 | 7 => 1,
+        2 | 3 => 2,
+        4..=6 => 4,
+        10..=12 => 8,
+        8 => {
+            for _ in 0..elements {
+                cursor.skip_string(key)?;
+            }
+            0
+        }
+        other => {
+            return Err(GgufError::Corrupt { at, what: format!("`{key}` is an array of type {other}") });
+        }
+    };
+    cursor.skip(key, elements * element_bytes)?;
+    Ok(Value::Array { elements })
+}
+
+impl Metadata {
+    pub(super) fn summary(
+        &self,
+        version: u32,
+        file_bytes: u64,
+        tensors: &Tensors,
+    ) -> Result<Summary, GgufError> {
+        let Some(architecture) = self.text("general.architecture")? else {
+            return Err(self.corrupt("general.architecture is missing".to_owned()));
+        };
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if architecture.is_empty() || architecture.len() > 64 || !architecture.chars().all(plain) {
+            return Err(self.corrupt(format!("general.architecture is {architecture:?}")));
+        }
+        let of = |name: &str| format!("{architecture}.{name}");
+        // llama.cpp divides by the heads and allocates by the rest.
+        let block_count = self.within(&of("block_count"), 1, MAX_LAYERS)?;
+        let embedding_length = self.within(&of("embedding_length"), 1, 1 << 20)?;
+        let context_length = self.within(&of("context_length"), 1, 1 << 30)?;
+        self.within(&of("feed_forward_length"), 0, 1 << 24)?;
+        // Zero heads: recurrent models such as Mamba.
+        let heads = self.within(&of("attention.head_count"), 0, 1 << 16)?;
+        let kv_heads = self.within(&of("attention.head_count_kv"), 0, 1 << 16)?;
+        if let (Some(heads), Some(kv_heads)) = (heads, kv_heads)
+            && kv_heads > 0
+            && !heads.is_multiple_of(kv_heads)
+        {
+            return Err(self.corrupt(format!("{heads} attention heads do not divide among {kv_heads}")));
+        }
+        for name in ["attention.key_length", "attention.value_length", "rope.dimension_count"] {
+            self.within(&of(name), 0, 1 << 16)?;
+        }
+        for name in ["expert_count", "expert_used_count"] {
+            self.within(&of(name), 0, 4096)?;
+        }
+        debug_assert!(tensors.bytes <= file_bytes);
+        Ok(Summary {
+            version,
+            name: self.text("general.name")?.map(str::to_owned),
+            license: self.text("general.license")?.map(str::to_owned),
+            parameters: tensors.elements,
+            tensor_bytes: tensors.bytes,
+            context_length,
+            embedding_length,
+            block_count,
+            vocabulary: self.vocabulary()?,
+            chat_template: self.text("tokenizer.chat_template")?.map(str::to_owned),
+            pooling_type: self.within(&of("pooling_type"), 0, 4)?,
+            architecture: architecture.to_owned(),
+        })
+    }
+
+    /// The number of tokens, after a check of the arrays that run beside it. Ids of special tokens that point
+    /// past the end occur in honest files; llama.cpp warns and takes its default.
+    fn vocabulary(&self) -> Result<u64, GgufError> {
+        let Some(tokens) = self.length("tokenizer.ggml.tokens")? else {
+            return Ok(0);
+        };
+        if tokens == 0 {
+            return Err(self.corrupt("tokenizer.ggml.tokens is empty".to_owned()));
+        }
+        for key in ["tokenizer.ggml.scores", "tokenizer.ggml.token_type"] {
+            match self.length(key)? {
+                Some(length) if length != tokens => {
+                    return Err(self.corrupt(format!("`{key}` has {length} elements for {tokens} tokens")));
+                }
+                _ => {}
+            }
+        }
+        Ok(tokens)
+    }
+
+    fn corrupt(&self, what: String) -> GgufError {
+        GgufError::Corrupt { at: self.end, what }
+    }
+
+    fn text(&self, key: &str) -> Result<Option<&str>, GgufError> {
+        match self.values.get(key) {
+            None => Ok(None),
+            Some(Value::Text(text)) => Ok(Some(text)),
+            Some(_) => Err(self.corrupt(format!("`{key}` is not text"))),
+        }
+    }
+
+    /// A whole number; absent also when the key holds one number per layer.
+    fn number(&self, key: &str) -> Result<Option<u64>, GgufError> {
+        match self.values.get(key) {
+            None | Some(Value::Array { .. }) => Ok(None),
+            Some(Value::Unsigned(value)) => Ok(Some(*value)),
+            Some(Value::Signed(value)) => match u64::try_from(*value) {
+                Ok(value) => Ok(Some(value)),
+                Err(_) => Err(self.corrupt(format!("`{key}` is {value}"))),
+            },
+            Some(Value::Float(_) | Value::Bool | Value::Text(_)) => {
+                Err(self.corrupt(format!("`{key}` is not a whole number")))
+            }
+        }
+    }
+
+    fn within(&self, key: &str, low: u64, high: u64) -> Result<Option<u64>, GgufError> {
+        match self.number(key)? {
+            Some(value) if !(low..=high).contains(&value) => {
+                Err(self.corrupt(format!("`{key}` is {value}, expected {low} to {high}")))
+            }
+            other => Ok(other),
+        }
+    }
+
+    fn length(&self, key: &str) -> Result<Option<u64>, GgufError> {
+        match self.values.get(key) {
+            None => Ok(None),
+            Some(Value::Array { elements }) => Ok(Some(*elements)),
+            Some(_) => Err(self.corrupt(format!("`{key}` is not an array"))),
+        }
+    }
+}

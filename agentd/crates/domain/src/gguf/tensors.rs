@@ -1,0 +1,138 @@
+//! Does every tensor lie inside the file, one after the other?
+
+use super::GgufError;
+use super::cursor::Cursor;
+use std::collections::HashSet;
+
+/// `GGML_MAX_NAME` less its final zero byte.
+const MAX_NAME_BYTES: u64 = 63;
+/// `GGML_MAX_DIMS`.
+const MAX_DIMENSIONS: u32 = 4;
+/// No tensor of a real model comes near: the largest has about 2^33 elements.
+const MAX_ELEMENTS: u64 = 1 << 40;
+
+pub(super) struct Tensors {
+    pub(super) elements: u64,
+    pub(super) bytes: u64,
+}
+
+struct Tensor {
+    name: String,
+    elements: u64,
+    bytes: u64,
+}
+
+/// Reads the tensor table at the cursor and checks that the data it describes is there.
+pub(super) fn read(cursor: &mut Cursor<'_>, count: u64, alignment: u64) -> Result<Tensors, GgufError> {
+    let mut names = HashSet::new();
+    let mut table = Vec::new();
+    let mut expected_offset: u64 = 0;
+    for _ in 0..count {
+        let at = cursor.position();
+        let tensor = read_one(cursor, expected_offset)?;
+        expected_offset = padded(expected_offset.saturating_add(tensor.bytes), alignment);
+        if !names.insert(tensor.name.clone()) {
+            return Err(corrupt(at, format!("tensor `{}` is there twice", tensor.name)));
+        }
+        table.push(tensor);
+    }
+    let data_start = padded(cursor.position(), alignment);
+    let mut offset: u64 = 0;
+    for tensor in &table {
+        let needs_bytes = data_start.saturating_add(offset).saturating_add(tensor.bytes);
+        if needs_bytes > cursor.file_bytes() {
+            let what = format!("tensor `{}`", tensor.name);
+            return Err(GgufError::Truncated { what, needs_bytes, has_bytes: cursor.file_bytes() });
+        }
+        offset = padded(offset.saturating_add(tensor.bytes), alignment);
+    }
+    Ok(Tensors {
+        elements: table.iter().fold(0, |sum: u64, t| sum.saturating_add(t.elements)),
+        bytes: table.iter().fold(0, |sum: u64, t| sum.saturating_add(t.bytes)),
+    })
+}
+
+fn read_one(cursor: &mut Cursor<'_>, expected_offset: u64) -> Result<Tensor, GgufError> {
+    let at = cursor.position();
+    let name = cursor.string("a tensor's name", MAX_NAME_BYTES)?;
+    let dimensions = cursor.u32("a tensor's number of dimensions")?;
+    if !(1..=MAX_DIMENSIONS).contains(&dimensions) {
+        return Err(corrupt(at, format!("tensor `{name}` has {dimensions} dimensions")));
+    }
+    let mut elements: u64 = 1;
+    let mut row: u64 = 0;
+    for index in 0..dimensions {
+        let size = cursor.u64("a tensor's dimension")?;
+        if index == 0 {
+            row = size;
+        }
+        elements = elements.saturating_mul(size);
+        if size == 0 || elements > MAX_ELEMENTS {
+            return Err(corrupt(at, format!("tensor `{name}` has a dimension of {size}")));
+        }
+    }
+    let kind = cursor.u32("a tensor's type")?;
+    let Some((block_elements, block_bytes)) = block(kind) else {
+        return Err(corrupt(at, format!("tensor `{name}` has the unknown type {kind}")));
+    };
+    if !row.is_multiple_of(block_elements) {
+        let what =
+            format!("tensor `{name}` has rows of {row}, not a multiple of its type's {block_elements}");
+        return Err(corrupt(at, what));
+    }
+    let offset = cursor.u64("a tensor's offset")?;
+    if offset != expected_offset {
+        let what = format!("tensor `{name}` is at offset {offset}, expected {expected_offset}");
+        return Err(corrupt(at, what));
+    }
+    // No overflow: at most 2^40 elements of at most 8 bytes.
+    Ok(Tensor { name, elements, bytes: elements / block_elements * block_bytes })
+}
+
+fn corrupt(at: u64, what: String) -> GgufError {
+    GgufError::Corrupt { at, what }
+}
+
+/// The next multiple of `alignment`, a power of two.
+fn padded(offset: u64, alignment: u64) -> u64 {
+    offset.checked_next_multiple_of(alignment).unwrap_or(u64::MAX)
+}
+
+/// Elements and bytes of one block of a `ggml_type`. Numbers that are missing were removed upstream.
+/// Source: `ggml/include/ggml.h` and the static assertions of `ggml/src/ggml-common.h`.
+fn block(kind: u32) -> Option<(u64, u64)> {
+    Some(match kind {
+        0 | 26 => (1, 4),      // F32, I32
+        1 | 25 | 30 => (1, 2), // F16, I16, BF16
+        2 => (32, 18),         // Q4_0
+        3 => (32, 20),         // Q4_1
+        6 => (32, 22),         // Q5_0
+        7 => (32, 24),         // Q5_1
+        8 => (32, 34),         // Q8_0
+        9 => (32, 36),         // Q8_1
+        10 => (256, 84),       // Q2_K
+        11 => (256, 110),      // Q3_K
+        12 => (256, 144),      // Q4_K
+        13 => (256, 176),      // Q5_K
+        14 => (256, 210),      // Q6_K
+        15 => (256, 292),      // Q8_K
+        16 => (256, 66),       // IQ2_XXS
+        17 => (256, 74),       // IQ2_XS
+        18 => (256, 98),       // IQ3_XXS
+        19 => (256, 50),       // IQ1_S
+        20 => (32, 18),        // IQ4_NL
+        21 => (256, 110),      // IQ3_S
+        22 => (256, 82),       // IQ2_S
+        23 => (256, 136),      // IQ4_XS
+        24 => (1, 1),          // I8
+        27 | 28 => (1, 8),     // I64, F64
+        29 => (256, 56),       // IQ1_M
+        34 => (256, 54),       // TQ1_0
+        35 => (256, 66),       // TQ2_0
+        39 => (32, 17),        // MXFP4
+        40 => (64, 36),        // NVFP4
+        41 => (128, 18),       // Q1_0
+        42 => (64, 18),        // Q2_0
+        _ => return None,
+    })
+}
