@@ -35,7 +35,8 @@ pub enum Request {
     Thaw {
         run_id: RunId,
     },
-    /// SIGTERM to the agent, then the whole cgroup is killed after the grace time.
+    /// SIGTERM to the agent, then the whole cgroup is killed after the grace time. Answered at once; the end
+    /// shows at the pidfd and as an exit record.
     Kill {
         run_id: RunId,
         grace_ms: u32,
@@ -96,6 +97,9 @@ pub struct Listing {
     pub runs: Vec<RunInfo>,
     pub engines: Vec<EngineInfo>,
     pub exits: Vec<ExitRecord>,
+    /// Walls that this kernel cannot raise, found when the launcher started: with one of these no run starts.
+    #[serde(default)]
+    pub problems: Vec<Report>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,7 +124,8 @@ pub struct EngineInfo {
     pub restarts: u32,
 }
 
-/// How a run ended. Kept in `/run/agentd/runs/<run_id>.json` until agentd has stored it.
+/// How a run ended. Kept in `/run/agentd/runs/<run_id>.json` until agentd has stored it. A start that was refused
+/// after its process existed leaves one too (`WallFailed`), because the caller may have died meanwhile.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitRecord {
     pub run_id: RunId,

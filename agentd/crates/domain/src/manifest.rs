@@ -15,7 +15,10 @@ pub struct Manifest {
     pub description: String,
     /// Absolute path inside the jail and its arguments.
     pub exec: Vec<String>,
-    pub model: String,
+    /// Where the agent starts: [`crate::paths::inside::WORK`] or a folder below it.
+    pub workdir: String,
+    /// The model that `default` stands for; `None` gives no right to any model.
+    pub model: Option<String>,
     pub limits: Limits,
     /// Folders of the image that the agent may read, beyond the runtime.
     pub read: Vec<String>,
@@ -27,14 +30,21 @@ pub struct Manifest {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
+    /// Above this the kernel slows the agent down and reclaims.
     pub memory_high_bytes: u64,
+    /// Above this the kernel ends the run.
     pub memory_max_bytes: u64,
+    /// Of one CPU: 200 is two CPUs.
     pub cpu_percent: u32,
+    /// Processes and threads, the jail's own process included.
     pub pids: u32,
+    /// Bytes in `/work`, by user quota.
     pub disk_bytes: u64,
     pub inodes: u64,
     pub open_files: u32,
+    /// Bytes in `/tmp`; they count as memory too.
     pub tmp_bytes: u64,
+    /// Each way, on the data disk; `None` is no limit of its own.
     pub io_bytes_per_second: Option<u64>,
 }
 

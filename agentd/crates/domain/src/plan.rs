@@ -37,8 +37,11 @@ pub struct SandboxPlan {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Mount {
-    /// A folder or file of the image or of the agent's package, seen read-only.
-    ReadOnly { source: String, target: String, exec: bool },
+    /// A folder or file of the image or of the agent's package, seen read-only. An optional one that the
+    /// image does not have is left out: that gives less, never more.
+    ReadOnly { source: String, target: String, exec: bool, optional: bool },
+    /// A symbolic link of the new root, such as `/lib64`, which every dynamic program names.
+    Symlink { target: String, points_to: String },
     /// The agent's own volume `/data/agents/<id>/work`, limited by user quota.
     Work { target: String },
     /// Private memory file system.
@@ -87,8 +90,10 @@ pub struct SeccompPlan {
     pub kill: Vec<String>,
     /// `ioctl` request numbers that are allowed; compared as 32 bits, as the kernel reads them.
     pub ioctls: Vec<u32>,
-    /// `socket` address families that are allowed.
+    /// `socket` address families that are allowed, each with `SOCK_STREAM` only.
     pub socket_families: Vec<u32>,
+    /// `prctl` operations that are allowed.
+    pub prctls: Vec<u32>,
 }
 
 /// Values for cgroup v2 files (Documentation/admin-guide/cgroup-v2.rst).
@@ -119,6 +124,34 @@ pub struct Rlimit {
 pub enum NetworkPlan {
     /// An empty namespace whose only interface is `lo`; agentd listens on 127.0.0.1:7070 in it.
     LoopbackOnly,
+}
+
+/// The most that any plan may ask for. The compiler keeps within these, and the launcher checks them again, so
+/// that agentd's word alone never takes the machine. What a machine really has is decided at admission.
+pub mod ceiling {
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+
+    /// Less than this does not hold the jail's own pages and a static program.
+    pub const MEMORY_MIN_BYTES: u64 = 4 * MIB;
+    pub const MEMORY_MAX_BYTES: u64 = 256 * GIB;
+    /// 64 CPUs.
+    pub const CPU_PERCENT_MAX: u32 = 6_400;
+    /// The jail's process and the agent's own.
+    pub const PIDS_MIN: u32 = 2;
+    pub const PIDS_MAX: u32 = 4_096;
+    pub const DISK_MAX_BYTES: u64 = 16 * 1024 * GIB;
+    pub const INODES_MAX: u64 = 100_000_000;
+    pub const OPEN_FILES_MIN: u32 = 16;
+    /// Times [`PIDS_MAX`] this stays below the kernel's usual `fs.file-max`.
+    pub const OPEN_FILES_MAX: u32 = 65_536;
+    pub const TMP_MAX_BYTES: u64 = 64 * GIB;
+    pub const IO_MIN_BYTES_PER_SECOND: u64 = 64 * 1024;
+    /// Lists and texts of a plan: a launcher message holds them all.
+    pub const MOUNTS_MAX: usize = 64;
+    pub const ENV_MAX: usize = 128;
+    pub const ARGS_MAX: usize = 64;
+    pub const TEXT_MAX_BYTES: usize = 4_096;
 }
 
 /// User quota of the agent's volume.
