@@ -1,0 +1,203 @@
+//! How does agentd ask the launcher for something?
+//!
+//! Owns:  nothing but the socket's path. Every call makes a connection of its own, so calls from several threads
+//!        do not wait for each other, and a launcher that was restarted is simply reached again.
+//! In/out: typed methods; each blocks until the launcher has answered, at most [`ANSWER_LIMIT`].
+//! From:  any thread that may block (`tokio::task::spawn_blocking`), never an async worker.
+//! Never: root. The launcher checks every message again; a refusal comes back as [`LauncherError::Refused`].
+
+use crate::wire::{self, WireError};
+use agentd_domain::fault::Report;
+use agentd_domain::ids::{AgentId, RunId};
+use agentd_domain::launcher::{EngineSpec, Listing, Request, Response};
+use agentd_domain::paths;
+use agentd_domain::plan::{CgroupLimits, DiskQuota, SandboxPlan};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Longer than the launcher's own limit for raising the walls of a run (10 s), so that its answer, which names the
+/// step that hangs, comes first.
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+
+#[derive(Debug, thiserror::Error)]
+pub enum LauncherError {
+    /// The launcher has looked at the request and says no, or could not do it.
+    #[error("{0}")]
+    Refused(Report),
+    #[error("no connection to the launcher at {path}: {source}")]
+    Unreachable { path: PathBuf, source: Errno },
+    #[error("the launcher's answer did not arrive: {0}")]
+    Broken(#[from] WireError),
+    #[error("the launcher answered with {0}, which does not fit the question")]
+    Unexpected(&'static str),
+}
+
+impl From<LauncherError> for Report {
+    fn from(error: LauncherError) -> Self {
+        match error {
+            LauncherError::Refused(report) => report,
+            LauncherError::Unexpected(_) => Self::bug(
+                "launcher_protocol",
+                "the launcher did not do it",
+                error.to_string(),
+                "agentd and the launcher are of different versions: restart the appliance",
+            ),
+            LauncherError::Unreachable { .. } | LauncherError::Broken(_) => Self::environment(
+                "launcher_unreachable",
+                "the launcher did not do it",
+                error.to_string(),
+                "init restarts the launcher by itself: try again; if it stays, the local console shows why",
+            ),
+        }
+    }
+}
+
+/// What a running agent is to agentd. Dropping it ends nothing: the jail and the launcher keep their own copies.
+#[derive(Debug)]
+pub struct RunHandles {
+    /// The jail's process in the launcher's pid namespace.
+    pub pid: i32,
+    pub sockets: RunSockets,
+}
+
+/// The descriptors of [`agentd_domain::launcher::HANDOVER_FDS`], in that order.
+#[derive(Debug)]
+pub struct RunSockets {
+    /// Listens on 127.0.0.1:7070 inside the run's network namespace; non-blocking.
+    pub api_tcp: OwnedFd,
+    /// Listens on `/run/agentd.sock` inside the run's root; non-blocking.
+    pub api_unix: OwnedFd,
+    /// Read end of the agent's standard output; non-blocking, as are all copies of it.
+    pub stdout: OwnedFd,
+    /// Read end of its standard error; non-blocking, as are all copies of it.
+    pub stderr: OwnedFd,
+    /// Readable when the run has ended.
+    pub pidfd: OwnedFd,
+}
+
+/// The launcher, as agentd sees it.
+#[derive(Debug, Clone)]
+pub struct Launcher {
+    path: PathBuf,
+}
+
+impl Default for Launcher {
+    fn default() -> Self {
+        Self::at(paths::LAUNCHER_SOCKET)
+    }
+}
+
+impl Launcher {
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// Starts a run. When this returns, all walls are up, the self-probe has broken through none of them, and the
+    /// agent's program has replaced the jail's child.
+    pub fn start(&self, run_id: RunId, plan: SandboxPlan) -> Result<RunHandles, LauncherError> {
+        match self.call(&Request::Start { run_id, plan: Box::new(plan) })? {
+            (Response::Started { pid }, fds) => handles(pid, fds),
+            (other, _) => unexpected(&other),
+        }
+    }
+
+    /// The sockets of a living run again, for an agentd that was restarted.
+    pub fn handover(&self, run_id: RunId) -> Result<RunHandles, LauncherError> {
+        match self.call(&Request::Handover { run_id })? {
+            (Response::HandedOver { pid }, fds) => handles(pid, fds),
+            (other, _) => unexpected(&other),
+        }
+    }
+
+    pub fn list(&self) -> Result<Listing, LauncherError> {
+        match self.call(&Request::List)? {
+            (Response::Listing(listing), _) => Ok(listing),
+            (other, _) => unexpected(&other),
+        }
+    }
+
+    /// The engine's socket exists when this returns, and its process is started again whenever it ends.
+    pub fn start_engine(&self, spec: EngineSpec) -> Result<i32, LauncherError> {
+        match self.call(&Request::StartEngine(spec))? {
+            (Response::EngineStarted { pid }, _) => Ok(pid),
+            (other, _) => unexpected(&other),
+        }
+    }
+
+    pub fn stop_engine(&self, set: &str) -> Result<(), LauncherError> {
+        self.done(&Request::StopEngine { set: set.to_owned() })
+    }
+
+    pub fn change_limits(&self, run_id: RunId, cgroup: CgroupLimits) -> Result<(), LauncherError> {
+        self.done(&Request::ChangeLimits { run_id, cgroup })
+    }
+
+    pub fn freeze(&self, run_id: RunId) -> Result<(), LauncherError> {
+        self.done(&Request::Freeze { run_id })
+    }
+
+    pub fn thaw(&self, run_id: RunId) -> Result<(), LauncherError> {
+        self.done(&Request::Thaw { run_id })
+    }
+
+    /// Returns when the launcher has taken the order; the end shows at [`RunSockets::pidfd`] and as an exit record.
+    pub fn kill(&self, run_id: RunId, grace_ms: u32) -> Result<(), LauncherError> {
+        self.done(&Request::Kill { run_id, grace_ms })
+    }
+
+    pub fn prepare_agent(&self, agent_id: AgentId, uid: u32, quota: DiskQuota) -> Result<(), LauncherError> {
+        self.done(&Request::PrepareAgent { agent_id, uid, quota })
+    }
+
+    pub fn remove_agent(&self, agent_id: AgentId, uid: u32) -> Result<(), LauncherError> {
+        self.done(&Request::RemoveAgent { agent_id, uid })
+    }
+
+    pub fn forget_exit(&self, run_id: RunId) -> Result<(), LauncherError> {
+        self.done(&Request::ForgetExit { run_id })
+    }
+
+    fn done(&self, request: &Request) -> Result<(), LauncherError> {
+        match self.call(request)? {
+            (Response::Done, _) => Ok(()),
+            (other, _) => unexpected(&other),
+        }
+    }
+
+    fn call(&self, request: &Request) -> Result<(Response, Vec<OwnedFd>), LauncherError> {
+        let socket = self.open().map_err(|source| LauncherError::Unreachable { path: self.path.clone(), source })?;
+        wire::send(socket.as_fd(), request, &[])?;
+        match wire::receive(socket.as_fd())? {
+            (Response::Refused(report), _) => Err(LauncherError::Refused(report)),
+            answer => Ok(answer),
+        }
+    }
+
+    fn open(&self) -> Result<OwnedFd, Errno> {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(ANSWER_LIMIT))?;
+        set_socket_timeout(&socket, Timeout::Send, Some(ANSWER_LIMIT))?;
+        connect(&socket, &SocketAddrUnix::new(self.path.as_path())?)?;
+        Ok(socket)
+    }
+}
+
+fn handles(pid: i32, fds: Vec<OwnedFd>) -> Result<RunHandles, LauncherError> {
+    let [api_tcp, api_unix, stdout, stderr, pidfd] = wire::exactly::<5>(fds)?;
+    Ok(RunHandles { pid, sockets: RunSockets { api_tcp, api_unix, stdout, stderr, pidfd } })
+}
+
+fn unexpected<T>(response: &Response) -> Result<T, LauncherError> {
+    Err(LauncherError::Unexpected(match response {
+        Response::Started { .. } => "started",
+        Response::HandedOver { .. } => "handed_over",
+        Response::EngineStarted { .. } => "engine_started",
+        Response::Done => "done",
+        Response::Listing(_) => "listing",
+        Response::Refused(_) => "refused",
+    }))
+}
