@@ -175,7 +175,7 @@ pub enum Event {
     Error(Report),
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {
     pub reason: FinishReason,
     pub prompt_tokens: u32,

@@ -1,1 +1,21 @@
-//! Skeleton.
+//! How does a program that speaks OpenAI's API use the appliance's own models?
+//!
+//! Owns:  the shape of `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings` and `/v1/models`.
+//! In:    HTTP requests of one caller, whose identity the binary has established before ([`Front::caller`]).
+//! Out:   calls of [`EngineHandle`]; answers and errors as OpenAI's clients expect them.
+//! True:  parameters that this version does not know are tolerated; parameters that it knows and cannot
+//!        honour are refused with an error that names them, never silently ignored.
+//! Never: authentication, rights, budgets. Those are decided by who mounts the router.
+//! Source: <https://platform.openai.com/docs/api-reference>, and what the `openai` Python package sends.
+#![forbid(unsafe_code)]
+
+mod error;
+mod handle;
+mod plan;
+mod request;
+mod response;
+mod run;
+
+pub use error::ApiError;
+pub use handle::{Embeddings, EngineHandle, Pending, Piece, Pieces, ServedModel};
+pub use run::{Front, router};

@@ -1,0 +1,196 @@
+//! Carries requests to the engine and answers back.
+//!
+//! A client that goes away drops the stream, and with it the generation. A stream that fails midway says so in
+//! a last `data:` line with an `error`, which OpenAI's clients raise; it then ends without `[DONE]`.
+
+use crate::error::ApiError;
+use crate::handle::{EngineHandle, Piece, Pieces};
+use crate::plan::{self, Delivery, Planned};
+use crate::request::{ChatRequest, CompletionRequest, EmbeddingsRequest};
+use crate::response::{self, Api, Head};
+use agentd_domain::engine::Done;
+use agentd_domain::fault::Report;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::http::HeaderMap;
+use axum::response::sse::{Event, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use futures::{StreamExt, stream};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use uuid::Uuid;
+
+/// The longest context anyone serves is about 0.5 MB of text per 100,000 tokens.
+const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
+
+/// One caller's view of the engine.
+#[derive(Clone)]
+pub struct Front {
+    pub engine: Arc<dyn EngineHandle>,
+    /// Goes before each idempotency key, so that callers never meet in one generation.
+    pub caller: String,
+}
+
+pub fn router(front: Front) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(chat))
+        .route("/v1/completions", post(completions))
+        .route("/v1/embeddings", post(embeddings))
+        .route("/v1/models", get(models))
+        .route("/v1/models/{name}", get(model))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(front)
+}
+
+async fn chat(
+    State(front): State<Front>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let request: ChatRequest = parse(body)?;
+    let planned = plan::chat(request, &front.engine.models(), front.key(&headers))?;
+    front.answer(planned, Api::Chat).await
+}
+
+async fn completions(
+    State(front): State<Front>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let request: CompletionRequest = parse(body)?;
+    let planned = plan::completion(request, &front.engine.models(), front.key(&headers))?;
+    front.answer(planned, Api::Completion).await
+}
+
+async fn embeddings(
+    State(front): State<Front>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let request: EmbeddingsRequest = parse(body)?;
+    let planned = plan::embeddings(request, &front.engine.models())?;
+    let got = front.engine.embed(planned.model.clone(), planned.inputs).await?;
+    Ok(Json(response::embeddings(&planned.model, &got.vectors, got.tokens, planned.encoding)).into_response())
+}
+
+async fn models(State(front): State<Front>) -> Json<Value> {
+    let data: Vec<Value> = front.engine.models().iter().map(|model| model_card(&model.name)).collect();
+    Json(json!({ "object": "list", "data": data }))
+}
+
+async fn model(State(front): State<Front>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+    if front.engine.models().iter().any(|model| model.name == name) {
+        return Ok(Json(model_card(&name)));
+    }
+    Err(ApiError {
+        status: 404,
+        message: format!("there is no model `{name}` here; GET /v1/models lists them"),
+        param: Some("model".to_owned()),
+        code: "model_not_found".to_owned(),
+    })
+}
+
+fn model_card(name: &str) -> Value {
+    // `created` is required by OpenAI's schema; no model here has a date that means anything.
+    json!({ "id": name, "object": "model", "created": 0, "owned_by": "agentd" })
+}
+
+impl Front {
+    fn key(&self, headers: &HeaderMap) -> String {
+        let given = headers.get("idempotency-key").and_then(|value| value.to_str().ok());
+        match given.filter(|key| !key.is_empty() && key.len() <= 200) {
+            Some(key) => format!("{}/{key}", self.caller),
+            None => format!("{}//{}", self.caller, Uuid::now_v7()),
+        }
+    }
+
+    async fn answer(&self, planned: Planned, api: Api) -> Result<Response, ApiError> {
+        let prefix = match api {
+            Api::Chat => "chatcmpl",
+            Api::Completion => "cmpl",
+        };
+        let head = Head {
+            api,
+            id: format!("{prefix}-{}", Uuid::now_v7().simple()),
+            created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            model: planned.generate.model.clone(),
+        };
+        let pieces = self.engine.generate(planned.generate).await?;
+        match planned.delivery {
+            Delivery::Whole => whole(head, pieces).await,
+            Delivery::Stream { usage } => Ok(streamed(head, pieces, usage)),
+        }
+    }
+}
+
+async fn whole(head: Head, mut pieces: Pieces) -> Result<Response, ApiError> {
+    let mut text = String::new();
+    while let Some(piece) = pieces.next().await {
+        match piece? {
+            Piece::Text(more) => text.push_str(&more),
+            Piece::Done(done) => return Ok(Json(head.whole(&text, &done)).into_response()),
+        }
+    }
+    Err(cut_short().into())
+}
+
+fn streamed(head: Head, pieces: Pieces, usage: bool) -> Response {
+    let opening = stream::iter(head.opening().map(data));
+    let rest = stream::unfold(Some((head, pieces)), move |state| async move {
+        let (head, mut pieces) = state?;
+        let lines = match pieces.next().await {
+            Some(Ok(Piece::Text(text))) => {
+                let line = data(head.piece(&text));
+                return Some((vec![line], Some((head, pieces))));
+            }
+            Some(Ok(Piece::Done(done))) => ending(&head, &done, usage),
+            Some(Err(report)) => vec![data(ApiError::from(report).body())],
+            None => vec![data(ApiError::from(cut_short()).body())],
+        };
+        Some((lines, None))
+    });
+    let lines = rest.flat_map(stream::iter);
+    Sse::new(opening.chain(lines).map(Ok::<_, Infallible>)).into_response()
+}
+
+fn ending(head: &Head, done: &Done, usage: bool) -> Vec<Event> {
+    let mut lines = vec![data(head.closing(done))];
+    if usage {
+        lines.push(data(head.usage(done)));
+    }
+    lines.push(Event::default().data("[DONE]"));
+    lines
+}
+
+fn data(value: Value) -> Event {
+    // JSON text holds no raw line break, so one value is one `data:` line.
+    Event::default().data(value.to_string())
+}
+
+fn cut_short() -> Report {
+    Report::environment(
+        "generation_cut_short",
+        "the answer was not finished",
+        "the engine ended before it",
+        "send the request again with the same Idempotency-Key",
+    )
+}
+
+fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, ApiError> {
+    let bytes = body.map_err(|rejection| ApiError {
+        status: rejection.status().as_u16(),
+        message: format!("{}; a request may have {MAX_BODY_BYTES} bytes", rejection.body_text()),
+        param: None,
+        code: "body_rejected".to_owned(),
+    })?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| ApiError { param: None, ..ApiError::invalid("", "body_invalid", error.to_string()) })
+}
+
+#[cfg(test)]
+mod tests;

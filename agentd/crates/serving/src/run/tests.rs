@@ -1,0 +1,175 @@
+use super::*;
+use crate::handle::{Embeddings, Pending, ServedModel};
+use agentd_domain::engine::{FinishReason, Generate, ModelKind};
+use axum::body::Body;
+use axum::http::{Request, StatusCode};
+use http_body_util::BodyExt;
+use std::sync::Mutex;
+use tower::ServiceExt;
+
+/// Says its pieces, then `Done`, or fails where told to.
+#[derive(Default)]
+struct FakeEngine {
+    pieces: Vec<&'static str>,
+    fails_after: Option<usize>,
+    keys: Mutex<Vec<String>>,
+}
+
+impl EngineHandle for FakeEngine {
+    fn models(&self) -> Vec<ServedModel> {
+        let model =
+            |name: &str, kind| ServedModel { name: name.to_owned(), kind, default: true, dimension: 2 };
+        vec![model("tiny", ModelKind::Chat), model("minilm", ModelKind::Embedding)]
+    }
+
+    fn generate(&self, request: Generate) -> Pending<'_, Pieces> {
+        self.keys.lock().expect("unpoisoned").push(request.key);
+        let mut said: Vec<_> = self.pieces.iter().map(|text| Ok(Piece::Text((*text).to_owned()))).collect();
+        match self.fails_after {
+            Some(count) => {
+                said.truncate(count);
+                said.push(Err(Report::environment(
+                    "engine_lost",
+                    "the answer was not finished",
+                    "gone",
+                    "retry",
+                )));
+            }
+            None => said.push(Ok(Piece::Done(Done {
+                reason: FinishReason::Length,
+                prompt_tokens: 3,
+                completion_tokens: self.pieces.len() as u32,
+            }))),
+        }
+        Box::pin(async move { Ok(Box::pin(stream::iter(said)) as Pieces) })
+    }
+
+    fn embed(&self, _model: String, inputs: Vec<String>) -> Pending<'_, Embeddings> {
+        let vectors = inputs.iter().map(|_| vec![0.6, 0.8]).collect();
+        Box::pin(async move { Ok(Embeddings { vectors, tokens: 9 }) })
+    }
+}
+
+async fn ask(
+    engine: FakeEngine,
+    path: &str,
+    body: String,
+    key: Option<&str>,
+) -> (StatusCode, String, Arc<FakeEngine>) {
+    let engine = Arc::new(engine);
+    let front = Front { engine: engine.clone(), caller: "agent-1".to_owned() };
+    let mut request = Request::post(path).header("content-type", "application/json");
+    if let Some(key) = key {
+        request = request.header("idempotency-key", key);
+    }
+    let response =
+        router(front).oneshot(request.body(Body::from(body)).expect("request")).await.expect("answer");
+    let status = response.status();
+    let bytes = response.into_body().collect().await.expect("body").to_bytes();
+    (status, String::from_utf8(bytes.to_vec()).expect("utf-8"), engine)
+}
+
+fn chat_body(stream: bool) -> String {
+    json!({ "messages": [{ "role": "user", "content": "hi" }], "stream": stream,
+            "stream_options": { "include_usage": true } })
+    .to_string()
+}
+
+fn lines(body: &str) -> Vec<&str> {
+    body.lines().filter_map(|line| line.strip_prefix("data: ")).collect()
+}
+
+#[tokio::test]
+async fn a_whole_answer_has_openais_shape() {
+    let engine = FakeEngine { pieces: vec!["he", "llo"], ..FakeEngine::default() };
+    let (status, body, engine) = ask(engine, "/v1/chat/completions", chat_body(false), Some("once")).await;
+    assert_eq!(status, StatusCode::OK);
+    let value: Value = serde_json::from_str(&body).expect("json");
+    assert_eq!(value["object"], "chat.completion");
+    assert_eq!(
+        value["choices"][0]["message"],
+        json!({ "role": "assistant", "content": "hello", "refusal": null })
+    );
+    assert_eq!(value["choices"][0]["finish_reason"], "length");
+    assert_eq!(value["usage"], json!({ "prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5 }));
+    assert_eq!(*engine.keys.lock().expect("unpoisoned"), ["agent-1/once"]);
+}
+
+#[tokio::test]
+async fn a_stream_opens_with_the_role_and_ends_with_usage_and_done() {
+    let engine = FakeEngine { pieces: vec!["he", "llo\nworld"], ..FakeEngine::default() };
+    let (_, body, _) = ask(engine, "/v1/chat/completions", chat_body(true), None).await;
+    let lines = lines(&body);
+    assert_eq!(lines.last(), Some(&"[DONE]"));
+    let chunks: Vec<Value> =
+        lines[..lines.len() - 1].iter().map(|line| serde_json::from_str(line).expect("json")).collect();
+    assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
+    let text: String = chunks.iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(text, "hello\nworld");
+    assert_eq!(chunks[3]["choices"][0]["finish_reason"], "length");
+    assert_eq!(chunks[4]["usage"]["total_tokens"], 5);
+    assert_eq!(chunks[4]["choices"], json!([]));
+}
+
+#[tokio::test]
+async fn a_failure_midway_is_the_last_line_of_the_stream() {
+    let engine = FakeEngine { pieces: vec!["he", "llo"], fails_after: Some(1), ..FakeEngine::default() };
+    let (status, body, _) = ask(engine, "/v1/chat/completions", chat_body(true), None).await;
+    assert_eq!(status, StatusCode::OK);
+    let lines = lines(&body);
+    let last: Value = serde_json::from_str(lines.last().expect("a line")).expect("json");
+    assert_eq!(last["error"]["code"], "engine_lost");
+    assert_eq!(last["error"]["type"], "server_error");
+}
+
+#[tokio::test]
+async fn a_failure_of_a_whole_answer_is_its_status() {
+    let engine = FakeEngine { pieces: vec!["he"], fails_after: Some(1), ..FakeEngine::default() };
+    let (status, body, _) = ask(engine, "/v1/chat/completions", chat_body(false), None).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{body}");
+}
+
+#[tokio::test]
+async fn plain_completions_stream_text() {
+    let engine = FakeEngine { pieces: vec!["a", "b"], ..FakeEngine::default() };
+    let body = json!({ "prompt": "x", "stream": true }).to_string();
+    let (_, body, _) = ask(engine, "/v1/completions", body, None).await;
+    let first: Value = serde_json::from_str(lines(&body)[0]).expect("json");
+    assert_eq!((&first["object"], &first["choices"][0]["text"]), (&json!("text_completion"), &json!("a")));
+}
+
+#[tokio::test]
+async fn embeddings_come_as_numbers_or_base64() {
+    let body = json!({ "input": "x" }).to_string();
+    let (_, text, _) = ask(FakeEngine::default(), "/v1/embeddings", body, None).await;
+    let value: Value = serde_json::from_str(&text).expect("json");
+    assert_eq!(value["usage"]["prompt_tokens"], 9);
+    let body = json!({ "input": "x", "encoding_format": "base64" }).to_string();
+    let (_, text, _) = ask(FakeEngine::default(), "/v1/embeddings", body, None).await;
+    let value: Value = serde_json::from_str(&text).expect("json");
+    // 0.6f32 and 0.8f32, little-endian.
+    assert_eq!(value["data"][0]["embedding"], "mpkZP83MTD8=");
+}
+
+#[tokio::test]
+async fn nonsense_and_too_much_are_openai_errors() {
+    let (status, body, _) = ask(FakeEngine::default(), "/v1/chat/completions", "{".to_owned(), None).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert!(body.contains("\"code\":\"body_invalid\""), "{body}");
+    let huge = "x".repeat(MAX_BODY_BYTES + 1);
+    let (status, body, _) = ask(FakeEngine::default(), "/v1/chat/completions", huge, None).await;
+    assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
+    assert!(body.contains("invalid_request_error"), "{body}");
+}
+
+#[tokio::test]
+async fn models_are_listed_and_found() {
+    let front = Front { engine: Arc::new(FakeEngine::default()), caller: String::new() };
+    let get = |path: &str| {
+        let request = Request::get(path).body(Body::empty()).expect("request");
+        router(front.clone()).oneshot(request)
+    };
+    assert_eq!(get("/v1/models").await.expect("answer").status(), StatusCode::OK);
+    assert_eq!(get("/v1/models/minilm").await.expect("answer").status(), StatusCode::OK);
+    assert_eq!(get("/v1/models/none").await.expect("answer").status(), StatusCode::NOT_FOUND);
+}
