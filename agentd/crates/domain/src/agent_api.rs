@@ -75,6 +75,8 @@ pub enum EmbedState {
     Embedded,
     /// Stored and found by words; its vector follows when the embedder is back.
     Pending,
+    /// This tier is found by words alone; no vector will follow.
+    WordsOnly,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -130,9 +132,9 @@ pub struct Hit {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Explain {
-    /// BM25, scaled to 0..1 within this answer.
+    /// BM25 as a share of what the question asks, 0 to 1.
     pub words: f32,
-    /// Cosine with the query.
+    /// Cosine with the query; 0 where the record or the question has no vector.
     pub meaning: f32,
     /// Words that the query and the record share, stemmed.
     pub matched: Vec<String>,

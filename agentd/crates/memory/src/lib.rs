@@ -1,1 +1,78 @@
-//! Skeleton.
+//! What did the agent live through, and what of it answers this question?
+//!
+//! One [`Store`] is one file: an agent's own memory, or later the shared knowledge. Texts are kept word for word;
+//! no model is asked to write or to read. A record is found by its words (BM25) and by its meaning (cosine of
+//! sentence vectors); both signals are summed with measured weights.
+//!
+//! Owns:    the file's format (`FORMAT.md` beside this crate), its one writer thread, the index in memory.
+//! In:      [`Remember`] and [`Recall`] as agents send them, and vectors that somebody else made.
+//! Out:     answers of the agent API; errors with a [`Report`].
+//! Always:  a record, its postings, its vector and the counts are one transaction; acknowledged means on disk
+//!          (`tests/kill.rs`, `src/tests/failing_disk.rs`). A store answers only for the agent it was made for.
+//! Never:   an embedder, a network, an await. A question is not a write: recalling changes nothing on disk.
+//! Threads: everything here blocks. [`Store`] is `Send + Sync`; a call waits for the disk (remember, two fsyncs)
+//!          or computes (recall, under a millisecond for 10,000 records).
+//!
+//! # How agentd uses it
+//!
+//! ```no_run
+//! # use agentd_memory::*;
+//! # use agentd_domain::agent_api::{Remember, Recall, Tier};
+//! # fn embed(_: &str) -> Option<Embedding> { None }
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let (agent_id, owner_id) = (agentd_domain::ids::AgentId(Default::default()), agentd_domain::ids::OwnerId(Default::default()));
+//! # let (digest, dimension, now_unix_ms) = ([0; 32], 384, 0);
+//! // Once per agent, on a blocking thread; keep it in an Arc.
+//! let options = Options { identity: Identity { agent_id, owner_id }, budgets: Budgets::agent() };
+//! let store = Store::open("/data/agents/ID/memory.redb".as_ref(), options)?;
+//!
+//! // Whenever the embedding model is loaded: digest and dimension are the engine's `LoadedModel`.
+//! if store.use_embedder(digest, dimension)?.pending > 0 {
+//!     // A background task, until the batch is empty: embed, hand in; wait and retry when the engine is away.
+//!     let batch = store.pending_batch(32)?;
+//!     let vectors = batch.into_iter().filter_map(|p| Some((p.id, embed(&p.text)?.vector))).collect();
+//!     store.complete_embedding(digest, vectors)?;
+//! }
+//!
+//! // A request: embed first if the engine answers within a moment, store in any case.
+//! let request: Remember = serde_json::from_str(r#"{"tier":"spirit","text":"my sister is called Ana"}"#)?;
+//! let embedding = embed(&request.text);
+//! let new = NewRecord { request, recorded_unix_ms: now_unix_ms, idempotency_key: None };
+//! let remembered = store.remember(new, embedding).map_err(|error| error.report())?;
+//!
+//! let request: Recall = serde_json::from_str(r#"{"query":"what is my sibling's name?"}"#)?;
+//! let embedding = embed(&request.query);
+//! let recalled = store.recall(&request, embedding.as_ref()).map_err(|error| error.report())?;
+//! # Ok(()) }
+//! ```
+//!
+//! A state of `pending` in [`Remembered`] means that the background task has work.
+//!
+//! [`Remember`]: agentd_domain::agent_api::Remember
+//! [`Recall`]: agentd_domain::agent_api::Recall
+//! [`Remembered`]: agentd_domain::agent_api::Remembered
+//! [`Report`]: agentd_domain::fault::Report
+#![forbid(unsafe_code)]
+
+mod check;
+mod error;
+mod index;
+pub mod plan;
+mod postings;
+mod read;
+mod record;
+mod run;
+mod tables;
+pub mod text;
+mod vector;
+mod write;
+
+pub use check::Checked;
+pub use error::{Damage, OpenError, Refusal, RefusedVector, StoreError};
+pub use plan::{Budget, Budgets};
+pub use read::{Pending, Stored};
+pub use record::{Role, SourceKind};
+pub use run::{NewRecord, Options, Store};
+pub use tables::{Counters, FORMAT_VERSION, Identity, TierCounts};
+pub use vector::BadVector;
+pub use write::{Completed, EmbedderDigest, EmbedderUse, Embedding};

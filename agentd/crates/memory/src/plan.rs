@@ -1,0 +1,245 @@
+//! May this be stored, and which records answer a question best?
+//!
+//! In:    requests as agents send them, counters, scores. Out: checked values, refusals, an order.
+//! Pure: no clock, no file, no thread. `write.rs` and `read.rs` do what is decided here.
+
+use crate::error::Refusal;
+use crate::record::{Role, SourceKind};
+use crate::tables::TierCounts;
+use crate::text;
+use agentd_domain::agent_api::{Recall, Remember, Signals, Tier};
+use std::collections::BTreeMap;
+
+/// One record is one thought; longer texts are documents and come in parts (the page of the agent API).
+pub const TEXT_BYTES_MAX: usize = 32 * 1024;
+/// A question of more than about 2,000 words is a document; the embedder reads 512 tokens of it.
+pub const QUERY_BYTES_MAX: usize = 8 * 1024;
+/// A message id, a URL, a path with its line.
+pub const REFERENCE_BYTES_MAX: usize = 1024;
+pub const IDEMPOTENCY_KEY_BYTES_MAX: usize = 128;
+/// How long a repeated request is recognised: agents retry within minutes, a night's outage fits.
+pub const IDEMPOTENCY_KEPT_MS: i64 = 24 * 60 * 60 * 1000;
+pub const K_MAX: u32 = 50;
+pub const K_DEFAULT: u32 = 5;
+/// An English token is about four characters; the answer's budget is counted with this.
+pub const CHARS_PER_TOKEN: usize = 4;
+
+/// A fair share of each signal in the sum, measured: see `tests/recall.rs` and FORMAT.md, "Ranking".
+/// Reciprocal rank fusion lost 7 to 9 points on LoCoMo: it throws away how sure each signal is.
+pub const WEIGHT_MEANING: f32 = 0.7;
+pub const WEIGHT_WORDS: f32 = 0.3;
+
+/// BM25's usual constants (Robertson and Zaragoza, 2009); they were not tuned.
+const K1: f32 = 1.2;
+const B: f32 = 0.75;
+
+/// At most so many records and bytes of encoded records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    pub records: u64,
+    pub bytes: u64,
+}
+
+/// The tiers a store keeps, each with its budget; others are refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Budgets(BTreeMap<Tier, Budget>);
+
+impl Budgets {
+    pub fn new(budgets: impl IntoIterator<Item = (Tier, Budget)>) -> Self {
+        Self(budgets.into_iter().collect())
+    }
+
+    /// An agent's own store: what happened, word for word, and its long memory.
+    pub fn agent() -> Self {
+        const MIB: u64 = 1024 * 1024;
+        Self::new([
+            (Tier::Working, Budget { records: u64::MAX, bytes: 32 * MIB }),
+            (Tier::Spirit, Budget { records: 250_000, bytes: 256 * MIB }),
+        ])
+    }
+
+    pub(crate) fn of(&self, tier: Tier) -> Result<Budget, Refusal> {
+        self.0.get(&tier).copied().ok_or(Refusal::Tier(tier))
+    }
+
+    fn default_tiers(&self) -> Vec<Tier> {
+        if self.0.contains_key(&Tier::Spirit) { vec![Tier::Spirit] } else { self.0.keys().copied().collect() }
+    }
+}
+
+/// Records of these tiers get a vector; the others are found by words and time, or under a key.
+pub(crate) fn has_meaning(tier: Tier) -> bool {
+    matches!(tier, Tier::Spirit | Tier::Knowledge)
+}
+
+/// A request to remember that may be stored if there is room.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Checked {
+    pub(crate) tier: Tier,
+    pub(crate) role: Role,
+    pub(crate) source: SourceKind,
+    pub(crate) reference: Option<String>,
+    pub(crate) text: String,
+    pub(crate) event_unix_ms: Option<i64>,
+}
+
+pub(crate) fn check_remember(request: Remember, budgets: &Budgets) -> Result<Checked, Refusal> {
+    budgets.of(request.tier)?;
+    if request.text.trim().is_empty() {
+        return Err(Refusal::TextEmpty);
+    }
+    if request.text.len() > TEXT_BYTES_MAX {
+        return Err(Refusal::TextTooLong { bytes: request.text.len(), most: TEXT_BYTES_MAX });
+    }
+    let role = match request.role {
+        None => Role::Event,
+        Some(name) => Role::from_name(&name).ok_or(Refusal::Role(name))?,
+    };
+    let (source, reference) = match request.source {
+        None => (SourceKind::Agent, None),
+        Some(source) => {
+            (SourceKind::from_name(&source.kind).ok_or(Refusal::SourceKind(source.kind))?, source.reference)
+        }
+    };
+    if let Some(bytes) = reference.as_ref().map(String::len).filter(|b| *b > REFERENCE_BYTES_MAX) {
+        return Err(Refusal::ReferenceTooLong { bytes, most: REFERENCE_BYTES_MAX });
+    }
+    Ok(Checked {
+        tier: request.tier,
+        role,
+        source,
+        reference,
+        text: request.text,
+        event_unix_ms: request.event_unix_ms,
+    })
+}
+
+pub(crate) fn check_key(key: &str) -> Result<(), Refusal> {
+    match key.len() {
+        1..=IDEMPOTENCY_KEY_BYTES_MAX => Ok(()),
+        bytes => Err(Refusal::IdempotencyKey { bytes, most: IDEMPOTENCY_KEY_BYTES_MAX }),
+    }
+}
+
+/// Is there room for one more record of this size? A budget is never exceeded by one byte.
+pub(crate) fn check_room(tier: Tier, held: TierCounts, budget: Budget, bytes: u64) -> Result<(), Refusal> {
+    if held.records < budget.records && held.bytes.saturating_add(bytes) <= budget.bytes {
+        return Ok(());
+    }
+    Err(Refusal::TierFull {
+        tier,
+        records: held.records,
+        bytes: held.bytes,
+        budget_records: budget.records,
+        budget_bytes: budget.bytes,
+    })
+}
+
+/// A question that may be answered.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Question {
+    pub(crate) terms: BTreeMap<String, u32>,
+    pub(crate) tiers: Vec<Tier>,
+    pub(crate) k: usize,
+    pub(crate) budget_tokens: Option<u32>,
+    pub(crate) signals: Signals,
+    pub(crate) explain: bool,
+}
+
+pub(crate) fn check_recall(request: &Recall, budgets: &Budgets) -> Result<Question, Refusal> {
+    if request.query.trim().is_empty() {
+        return Err(Refusal::QueryEmpty);
+    }
+    if request.query.len() > QUERY_BYTES_MAX {
+        return Err(Refusal::QueryTooLong { bytes: request.query.len(), most: QUERY_BYTES_MAX });
+    }
+    let k = request.k.unwrap_or(K_DEFAULT);
+    if !(1..=K_MAX).contains(&k) {
+        return Err(Refusal::K { k, most: K_MAX });
+    }
+    let mut tiers = if request.tiers.is_empty() { budgets.default_tiers() } else { request.tiers.clone() };
+    tiers.sort_unstable();
+    tiers.dedup();
+    for tier in &tiers {
+        budgets.of(*tier)?;
+    }
+    Ok(Question {
+        terms: text::term_counts(&request.query),
+        tiers,
+        k: k as usize,
+        budget_tokens: request.budget_tokens,
+        signals: request.signals.unwrap_or(Signals::Both),
+        explain: request.explain,
+    })
+}
+
+/// How rare a term is: Lucene's form of BM25's idf, which is never negative.
+pub(crate) fn idf(records: u64, records_with_term: u64) -> f32 {
+    let (n, df) = (records as f32, records_with_term as f32);
+    (1.0 + (n - df + 0.5).max(0.0) / (df + 0.5)).ln()
+}
+
+/// How strongly a term counts in one record, 0 to `K1 + 1`; 1 for one occurrence in a record of mean length.
+pub(crate) fn term_weight(count: u32, words: u32, mean_words: f32) -> f32 {
+    let count = count as f32;
+    count * (K1 + 1.0) / (count + K1 * (1.0 - B + B * words as f32 / mean_words.max(1.0)))
+}
+
+/// BM25 as a share of what the question asks: 1 means that every term of it occurs once in a record of mean
+/// length. Terms nobody ever said count below the line too, so one chance match of five stays a fifth.
+/// (Dividing by the best hit instead would make the best of all bad matches a perfect one.)
+pub(crate) fn words_score(bm25: f32, all_idf: f32) -> f32 {
+    if all_idf > 0.0 { (bm25 / all_idf).clamp(0.0, 1.0) } else { 0.0 }
+}
+
+/// One number from both signals.
+pub(crate) fn fuse(signals: Signals, words: f32, meaning: f32) -> f32 {
+    match signals {
+        Signals::Words => words,
+        Signals::Meaning => meaning,
+        Signals::Both => WEIGHT_MEANING * meaning.max(0.0) + WEIGHT_WORDS * words,
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Scored {
+    pub(crate) seq: u64,
+    pub(crate) words: f32,
+    pub(crate) meaning: f32,
+    pub(crate) score: f32,
+}
+
+/// The best `most`, best first; of equals the later told one: it is what the person believes now.
+pub(crate) fn best(mut scored: Vec<Scored>, most: usize) -> Vec<Scored> {
+    let order = |a: &Scored, b: &Scored| b.score.total_cmp(&a.score).then(b.seq.cmp(&a.seq));
+    if scored.len() > most {
+        scored.select_nth_unstable_by(most, order);
+        scored.truncate(most);
+    }
+    scored.sort_unstable_by(order);
+    scored
+}
+
+/// What a text costs in an answer.
+pub(crate) fn tokens(text: &str) -> u32 {
+    u32::try_from(text.chars().count().div_ceil(CHARS_PER_TOKEN)).unwrap_or(u32::MAX)
+}
+
+/// Keeps what fits, best first. A text that does not fit is left out, and a shorter one after it may still fit:
+/// the budget is a promise, the order is not broken.
+pub(crate) fn within_budget<T>(
+    hits: Vec<T>,
+    budget_tokens: Option<u32>,
+    text: impl Fn(&T) -> &str,
+) -> Vec<T> {
+    let Some(mut left) = budget_tokens else { return hits };
+    hits.into_iter()
+        .filter(|hit| match left.checked_sub(tokens(text(hit))) {
+            Some(rest) => {
+                left = rest;
+                true
+            }
+            None => false,
+        })
+        .collect()
+}

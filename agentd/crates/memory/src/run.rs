@@ -1,0 +1,566 @@
+//! Who holds the file, and when is something acknowledged?
+//!
+//! Owns:    the open file and one thread, its writer. Questions are answered on the caller's thread, from a
+//!          snapshot; everything that writes goes through a bounded queue to the writer.
+//! Group commit: while one commit waits for the disk, further works queue; the next transaction takes all of
+//!          them. One commit costs two fsyncs, whether it carries one record or five hundred.
+//! Always:  a work is acknowledged after its transaction is on disk and after the index knows it.
+//! States:  open -> (an I/O error) -> closed -> (next use) reopened, or still closed with the reason.
+//!          redb refuses everything after an I/O error until the file is reopened. Reopening is sound even when
+//!          an fsync failed: two-phase commit moves the root only after its pages were synced, so a page that the
+//!          kernel dropped belongs to a transaction that was never acknowledged and that no root names.
+//! Never:   an await. agentd calls from its blocking threads.
+//!
+//! Source: redb 4.4 docs/design.md (two-phase commit, quick repair); its `Builder::create` does not sync the
+//! directory, so [`create`] does.
+
+use crate::error::{Damage, OpenError, StoreError};
+use crate::index::{Change, Index, read_counters};
+use crate::plan::{self, Budgets};
+use crate::read::{self, Pending, Stored};
+use crate::tables::{Counters, FORMAT_VERSION, IDENTITY, Identity, IdentityRow, META};
+use crate::text::WORDS_VERSION;
+use crate::write::{Batch, Completed, EmbedderDigest, EmbedderUse, Embedding, RememberWork};
+use agentd_domain::agent_api::{Recall, Recalled, Remember, Remembered};
+use agentd_domain::ids::RecordId;
+use redb::{Builder, Database, Durability, ReadTransaction, ReadableDatabase, WriteTransaction};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::thread::JoinHandle;
+
+/// redb's page cache per store. Its default is 1 GiB; a thousand agents must fit into a small machine, and what
+/// questions need of every record is in the index anyway.
+const CACHE_BYTES: usize = 4 * 1024 * 1024;
+/// Works that may wait; the next caller blocks. As many as one transaction takes, so the queue never grows
+/// while the disk is busy.
+const QUEUE: usize = 512;
+/// A transaction takes at most so much text, so that a pile of large records does not delay a small one by
+/// more than a fraction of a second.
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
+/// Refused below this: redb must be able to write the pages of a commit, and the owner to sign in and delete.
+const DISK_RESERVE_BYTES: u64 = 16 * 1024 * 1024;
+/// Old idempotency keys are dropped at every so many-th transaction.
+const COMMITS_PER_CLEANING: u64 = 1024;
+/// The writer encodes records and walks trees; a test with 32 KiB records uses less than a quarter of this.
+const WRITER_STACK_BYTES: usize = 512 * 1024;
+
+/// What to remember, and when it was told by agentd's clock.
+#[derive(Debug, Clone)]
+pub struct NewRecord {
+    pub request: Remember,
+    pub recorded_unix_ms: i64,
+    /// From the request's `Idempotency-Key` header: repeated within 24 hours it gives the first answer again.
+    pub idempotency_key: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub identity: Identity,
+    pub budgets: Budgets,
+}
+
+/// One store: an agent's own, or the shared one. `Send` and `Sync`; share it in an `Arc`. Dropping it finishes
+/// what is queued and closes the file.
+pub struct Store {
+    shared: Arc<Shared>,
+    queue: Mutex<Option<SyncSender<Job>>>,
+    writer: Option<JoinHandle<()>>,
+}
+
+/// Opens or creates the file: the one thing that differs between the disk and a test's failing disk.
+pub(crate) type Opener = Box<dyn Fn() -> Result<Database, OpenError> + Send + Sync>;
+
+struct Shared {
+    path: PathBuf,
+    identity: Identity,
+    budgets: Budgets,
+    opener: Opener,
+    /// The directory whose file system must keep a reserve; none in tests without a file.
+    directory: Option<PathBuf>,
+    file: RwLock<Handle>,
+    index: RwLock<Option<Index>>,
+    /// Transactions whose works were acknowledged: what a reopened file must hold at least.
+    acknowledged: AtomicU64,
+}
+
+/// The open file, and how often it was opened: a thread that met an error reopens only what it failed on.
+struct Handle {
+    database: Option<Database>,
+    opened: u64,
+}
+
+enum Work {
+    Remember(RememberWork, Reply<Remembered>),
+    Complete(EmbedderDigest, Vec<(RecordId, Vec<f32>)>, Reply<Completed>),
+    UseEmbedder(EmbedderDigest, u32, Reply<EmbedderUse>),
+}
+
+type Reply<T> = SyncSender<Result<T, StoreError>>;
+type Job = Work;
+/// Tells a caller how its work ended; called once, after the transaction's own end is known.
+type Acknowledge = Box<dyn FnOnce(Result<(), StoreError>)>;
+
+impl Store {
+    /// Opens the store, or creates it with an own identity. Blocks: a new file is four fsyncs, an old one is
+    /// open in milliseconds, whatever its size and however it was closed.
+    pub fn open(path: &Path, options: Options) -> Result<Self, OpenError> {
+        let (file_path, identity) = (path.to_owned(), options.identity);
+        let opener: Opener = Box::new(move || {
+            if !file_path.exists() {
+                create(&file_path, identity)?;
+            }
+            let file = open_file(&file_path, &file_path)?;
+            open_database(&file_path, |builder| builder.create_file(file))
+        });
+        let directory = path.parent().map(Path::to_owned);
+        Self::open_with(path, opener, directory, options)
+    }
+
+    pub(crate) fn open_with(
+        path: &Path,
+        opener: Opener,
+        directory: Option<PathBuf>,
+        options: Options,
+    ) -> Result<Self, OpenError> {
+        let shared = Arc::new(Shared {
+            path: path.to_owned(),
+            identity: options.identity,
+            budgets: options.budgets,
+            opener,
+            directory,
+            file: RwLock::new(Handle { database: None, opened: 0 }),
+            index: RwLock::new(None),
+            acknowledged: AtomicU64::new(0),
+        });
+        shared.reopen(0)?;
+        let (queue, works) = sync_channel(QUEUE);
+        let for_writer = Arc::clone(&shared);
+        let writer = std::thread::Builder::new()
+            .name("memory-writer".to_owned())
+            .stack_size(WRITER_STACK_BYTES)
+            .spawn(move || write_until_closed(&for_writer, &works))
+            .map_err(|source| OpenError::Thread { path: path.to_owned(), source: Arc::new(source) })?;
+        Ok(Self { shared, queue: Mutex::new(Some(queue)), writer: Some(writer) })
+    }
+
+    /// Stores one record; returns when it is on disk. Without a usable embedding it is stored as pending.
+    pub fn remember(&self, new: NewRecord, embedding: Option<Embedding>) -> Result<Remembered, StoreError> {
+        let record = plan::check_remember(new.request, &self.shared.budgets)?;
+        if let Some(key) = &new.idempotency_key {
+            plan::check_key(key)?;
+        }
+        let work = RememberWork {
+            record,
+            recorded_unix_ms: new.recorded_unix_ms,
+            key: new.idempotency_key,
+            embedding,
+        };
+        self.submit(|reply| Work::Remember(work, reply))
+    }
+
+    /// Answers a question on the caller's thread. Without a usable embedding of it, by words alone.
+    pub fn recall(&self, request: &Recall, embedding: Option<&Embedding>) -> Result<Recalled, StoreError> {
+        let question = plan::check_recall(request, &self.shared.budgets)?;
+        self.shared.with_index(|index, txn| read::recall(txn, index, &question, embedding))
+    }
+
+    /// Names the embedder in use: after every load of the embedding model, before vectors are passed in.
+    /// With another digest than before, all records wait for new vectors.
+    pub fn use_embedder(&self, embedder: EmbedderDigest, dimension: u32) -> Result<EmbedderUse, StoreError> {
+        self.submit(|reply| Work::UseEmbedder(embedder, dimension, reply))
+    }
+
+    /// The oldest records without a vector of the current embedder, at most so many.
+    pub fn pending_batch(&self, most: usize) -> Result<Vec<Pending>, StoreError> {
+        self.shared.with_database(|database| read::pending(&database.begin_read()?, most))
+    }
+
+    /// Vectors for pending records, made by this embedder. Records that got one meanwhile are left alone.
+    pub fn complete_embedding(
+        &self,
+        embedder: EmbedderDigest,
+        vectors: Vec<(RecordId, Vec<f32>)>,
+    ) -> Result<Completed, StoreError> {
+        self.submit(|reply| Work::Complete(embedder, vectors, reply))
+    }
+
+    pub fn get(&self, id: RecordId) -> Result<Option<Stored>, StoreError> {
+        self.shared.with_database(|database| read::get(&database.begin_read()?, id))
+    }
+
+    pub fn counters(&self) -> Result<Counters, StoreError> {
+        self.shared.with_database(|database| read_counters(&database.begin_read()?))
+    }
+
+    /// Reads everything and compares it with what the indexes say. Slow: seconds for 100,000 records.
+    pub fn check(&self) -> Result<crate::check::Checked, StoreError> {
+        self.shared.with_database(|database| crate::check::check(&database.begin_read()?))
+    }
+
+    fn submit<T>(&self, work: impl FnOnce(Reply<T>) -> Work) -> Result<T, StoreError> {
+        let (reply, answer) = sync_channel(1);
+        let queue = lock(&self.queue).clone().ok_or(StoreError::Closing)?;
+        queue.send(work(reply)).map_err(|_| StoreError::Closing)?;
+        answer.recv().map_err(|_| StoreError::Closing)?
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // The writer ends when the queue has no sender left, after it wrote what was in it.
+        lock(&self.queue).take();
+        if let Some(writer) = self.writer.take() {
+            let _ = writer.join();
+        }
+    }
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("path", &self.shared.path).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// Runs `use_it` on the open file. After an error of the disk the file is closed and opened again, so that
+    /// the next request finds a working handle; this one has failed.
+    fn with_database<T>(
+        &self,
+        use_it: impl FnOnce(&Database) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let (opened, result) = {
+            let handle = self.open_handle()?;
+            let database = handle.database.as_ref().ok_or(StoreError::Closing)?;
+            (handle.opened, use_it(database))
+        };
+        if let Err(error) = &result
+            && error.poisons_handle()
+        {
+            tracing::error!(path = %self.path.display(), %error, "the memory store's file is reopened after an error");
+            if let Err(error) = self.reopen(opened) {
+                tracing::error!(path = %self.path.display(), %error, "the memory store stays closed until its next use");
+            }
+        }
+        result
+    }
+
+    fn open_handle(&self) -> Result<RwLockReadGuard<'_, Handle>, StoreError> {
+        let handle = read(&self.file);
+        if handle.database.is_some() {
+            return Ok(handle);
+        }
+        let opened = handle.opened;
+        drop(handle);
+        self.reopen(opened)?;
+        Ok(read(&self.file))
+    }
+
+    /// Closes the file and opens it again, unless another thread has done so since it was opened `failed`.
+    fn reopen(&self, failed: u64) -> Result<(), OpenError> {
+        let mut handle = write(&self.file);
+        if handle.opened != failed && handle.database.is_some() {
+            return Ok(());
+        }
+        *write(&self.index) = None;
+        handle.database = None;
+        let database = (self.opener)()?;
+        self.look_over(&database)?;
+        handle.opened += 1;
+        handle.database = Some(database);
+        Ok(())
+    }
+
+    /// Is this file ours, in a format we know, and does it hold everything that was acknowledged?
+    fn look_over(&self, database: &Database) -> Result<(), OpenError> {
+        let damaged = |damage| OpenError::Damaged { path: self.path.clone(), damage };
+        let failed = |error| self.open_error(error);
+        let row = read_identity(database, &self.path)?;
+        if row.identity.agent_id != self.identity.agent_id {
+            let (found, expected) = (row.identity.agent_id, self.identity.agent_id);
+            return Err(OpenError::OtherAgent { path: self.path.clone(), found, expected });
+        }
+        if row.words != WORDS_VERSION {
+            self.rebuild_words(database, row).map_err(failed)?;
+        }
+        let counters = crate::check::check_counts(&database.begin_read().map_err(|e| failed(e.into()))?)
+            .map_err(failed)?;
+        let acknowledged = self.acknowledged.fetch_max(counters.commits, Ordering::SeqCst);
+        if counters.commits < acknowledged {
+            return Err(damaged(Damage::LostWrites { found: counters.commits, acknowledged }));
+        }
+        Ok(())
+    }
+
+    fn rebuild_words(&self, database: &Database, row: IdentityRow) -> Result<(), StoreError> {
+        tracing::info!(path = %self.path.display(), from = row.words, to = WORDS_VERSION, "word index is rebuilt");
+        let txn = begin_write(database)?;
+        {
+            let mut batch = Batch::begin(&txn, self.identity.owner_id, &self.budgets)?;
+            batch.rebuild_words()?;
+            batch.write_identity(IdentityRow { words: WORDS_VERSION, ..row })?;
+            batch.finish()?;
+        }
+        Ok(txn.commit()?)
+    }
+
+    fn open_error(&self, error: StoreError) -> OpenError {
+        let path = self.path.clone();
+        match error {
+            StoreError::Open(error) => error,
+            StoreError::Damaged(damage) => OpenError::Damaged { path, damage },
+            StoreError::Storage(source) => OpenError::Database { path, source },
+            other => {
+                let source = Arc::new(std::io::Error::other(other.to_string()));
+                OpenError::File { path, source }
+            }
+        }
+    }
+
+    /// The index is read before the snapshot is taken: what it names is then in the snapshot.
+    fn with_index<T>(
+        &self,
+        use_it: impl Fn(&Index, &ReadTransaction) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        self.with_database(|database| {
+            {
+                let index = read(&self.index);
+                if let Some(index) = index.as_ref() {
+                    return use_it(index, &database.begin_read()?);
+                }
+            }
+            let mut index = write(&self.index);
+            if index.is_none() {
+                *index = Some(Index::load(&database.begin_read()?)?);
+            }
+            match index.as_ref() {
+                Some(index) => use_it(index, &database.begin_read()?),
+                None => Err(StoreError::Closing),
+            }
+        })
+    }
+
+    fn commit(&self, jobs: Vec<Job>) {
+        let mut acknowledgements = Vec::with_capacity(jobs.len());
+        let result = self.check_reserve().and_then(|()| {
+            self.with_database(|database| self.commit_to(database, &jobs, &mut acknowledgements))
+        });
+        // Works that the transaction did not reach still need an answer: that of the transaction.
+        for job in jobs.into_iter().skip(acknowledgements.len()) {
+            acknowledgements.push(fail(job));
+        }
+        for acknowledge in acknowledgements {
+            acknowledge(result.clone());
+        }
+    }
+
+    fn commit_to(
+        &self,
+        database: &Database,
+        jobs: &[Job],
+        acknowledgements: &mut Vec<Acknowledge>,
+    ) -> Result<(), StoreError> {
+        let txn = begin_write(database)?;
+        let (counters, changes) = {
+            let mut batch = Batch::begin(&txn, self.identity.owner_id, &self.budgets)?;
+            for job in jobs {
+                acknowledgements.push(apply(&mut batch, job)?);
+            }
+            batch.clean_at(COMMITS_PER_CLEANING, jobs.iter().filter_map(told_at).max())?;
+            batch.finish()?
+        };
+        txn.commit()?;
+        self.acknowledged.fetch_max(counters.commits, Ordering::SeqCst);
+        if let Some(index) = write(&self.index).as_mut() {
+            changes.iter().for_each(|change| index.apply(change));
+        }
+        if changes.contains(&Change::Rebuild) {
+            *write(&self.index) = None;
+        }
+        Ok(())
+    }
+
+    fn check_reserve(&self) -> Result<(), StoreError> {
+        let Some(directory) = &self.directory else { return Ok(()) };
+        // A file system that cannot tell is not a reason to refuse: the write itself will.
+        let Ok(state) = rustix::fs::statvfs(directory) else { return Ok(()) };
+        let free_bytes = state.f_bavail.saturating_mul(state.f_frsize);
+        if free_bytes < DISK_RESERVE_BYTES {
+            return Err(StoreError::DiskFull { free_bytes, reserve_bytes: DISK_RESERVE_BYTES });
+        }
+        Ok(())
+    }
+}
+
+fn write_until_closed(shared: &Shared, works: &Receiver<Job>) {
+    while let Ok(first) = works.recv() {
+        let mut bytes = size_of_text(&first);
+        let mut jobs = vec![first];
+        while jobs.len() < QUEUE && bytes < BATCH_BYTES {
+            let Ok(next) = works.try_recv() else { break };
+            bytes += size_of_text(&next);
+            jobs.push(next);
+        }
+        shared.commit(jobs);
+    }
+}
+
+/// Does one work inside the transaction. A refusal is that work's own answer; an error of the disk or a damaged
+/// file ends the transaction for all.
+fn apply(batch: &mut Batch<'_>, job: &Job) -> Result<Acknowledge, StoreError> {
+    match job {
+        Work::Remember(work, reply) => answer(batch.remember(work), reply),
+        Work::Complete(embedder, vectors, reply) => answer(batch.complete(embedder, vectors), reply),
+        Work::UseEmbedder(embedder, dimension, reply) => {
+            answer(batch.use_embedder(embedder, *dimension), reply)
+        }
+    }
+}
+
+fn answer<T: 'static>(result: Result<T, StoreError>, reply: &Reply<T>) -> Result<Acknowledge, StoreError> {
+    let own = match result {
+        Ok(value) => Ok(value),
+        Err(StoreError::Refused(refusal)) => Err(StoreError::Refused(refusal)),
+        Err(error) => return Err(error),
+    };
+    let reply = reply.clone();
+    // A caller that is gone has nothing to be told.
+    Ok(Box::new(move |committed| drop(reply.send(committed.and(own)))))
+}
+
+fn fail(job: Job) -> Acknowledge {
+    fn with<T: 'static>(reply: Reply<T>) -> Acknowledge {
+        Box::new(move |committed| {
+            drop(reply.send(Err(committed.err().unwrap_or(StoreError::Closing))));
+        })
+    }
+    match job {
+        Work::Remember(_, reply) => with(reply),
+        Work::Complete(_, _, reply) => with(reply),
+        Work::UseEmbedder(_, _, reply) => with(reply),
+    }
+}
+
+fn size_of_text(job: &Job) -> usize {
+    match job {
+        Work::Remember(work, _) => work.record.text.len(),
+        Work::Complete(_, vectors, _) => vectors.iter().map(|(_, v)| v.len() * 4).sum(),
+        Work::UseEmbedder(..) => 0,
+    }
+}
+
+fn told_at(job: &Job) -> Option<i64> {
+    match job {
+        Work::Remember(work, _) => Some(work.recorded_unix_ms),
+        Work::Complete(..) | Work::UseEmbedder(..) => None,
+    }
+}
+
+/// Every transaction of a store is written like this: on disk before `commit` returns, in two phases because
+/// texts come from strangers (a single phase can be fooled by crafted pages), and with the allocator's state, so
+/// that opening after a power cut need not walk the file.
+fn begin_write(database: &Database) -> Result<WriteTransaction, StoreError> {
+    let mut txn = database.begin_write()?;
+    txn.set_durability(Durability::Immediate)?;
+    txn.set_quick_repair(true);
+    Ok(txn)
+}
+
+/// Makes a new store beside its place and moves it there, so that a power cut leaves a whole store or none.
+fn create(path: &Path, identity: Identity) -> Result<(), OpenError> {
+    let failed = |source| OpenError::File { path: path.to_owned(), source: Arc::new(source) };
+    let beside = path.with_extension("redb.new");
+    match std::fs::remove_file(&beside) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    let file = open_file(&beside, path)?;
+    let database = open_database(path, |builder| builder.create_file(file))?;
+    initialise(&database, path, identity)?;
+    drop(database);
+    std::fs::rename(&beside, path).map_err(failed)?;
+    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(directory).and_then(|d| d.sync_all()).map_err(failed)
+}
+
+pub(crate) fn initialise(database: &Database, path: &Path, identity: Identity) -> Result<(), OpenError> {
+    let budgets = Budgets::new([]);
+    let write = || {
+        let txn = begin_write(database)?;
+        {
+            let mut batch = Batch::begin(&txn, identity.owner_id, &budgets)?;
+            let store = uuid::Uuid::now_v7();
+            batch.write_identity(IdentityRow {
+                format: FORMAT_VERSION,
+                words: WORDS_VERSION,
+                store,
+                identity,
+            })?;
+            batch.finish()?;
+        }
+        Ok::<_, StoreError>(txn.commit()?)
+    };
+    write().map_err(|error| match error {
+        StoreError::Storage(source) => OpenError::Database { path: path.to_owned(), source },
+        other => OpenError::File {
+            path: path.to_owned(),
+            source: Arc::new(std::io::Error::other(other.to_string())),
+        },
+    })
+}
+
+fn read_identity(database: &Database, path: &Path) -> Result<IdentityRow, OpenError> {
+    let damaged = |damage| OpenError::Damaged { path: path.to_owned(), damage };
+    let failed = |e: redb::Error| OpenError::Database { path: path.to_owned(), source: Arc::new(e) };
+    let txn = database.begin_read().map_err(|e| failed(e.into()))?;
+    let meta = match txn.open_table(META) {
+        Ok(meta) => meta,
+        Err(redb::TableError::TableDoesNotExist(_)) => return Err(damaged(Damage::Meta(IDENTITY))),
+        Err(error) => return Err(failed(error.into())),
+    };
+    let row =
+        meta.get(IDENTITY).map_err(|e| failed(e.into()))?.ok_or_else(|| damaged(Damage::Meta(IDENTITY)))?;
+    let found = IdentityRow::format_of(row.value()).map_err(damaged)?;
+    if found > FORMAT_VERSION {
+        return Err(OpenError::NewerFormat { path: path.to_owned(), found, known: FORMAT_VERSION });
+    }
+    IdentityRow::from_bytes(row.value()).map_err(damaged)
+}
+
+/// Readable by agentd's uid alone.
+fn open_file(path: &Path, named: &Path) -> Result<File, OpenError> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(|source| OpenError::File { path: named.to_owned(), source: Arc::new(source) })
+}
+
+pub(crate) fn open_database(
+    path: &Path,
+    open: impl FnOnce(&mut Builder) -> Result<Database, redb::DatabaseError>,
+) -> Result<Database, OpenError> {
+    open(Builder::new().set_cache_size(CACHE_BYTES)).map_err(|error| match error {
+        redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
+        other => OpenError::Database { path: path.to_owned(), source: Arc::new(other.into()) },
+    })
+}
+
+// A panic while a lock was held aborts the release build; in tests the data under it is only a cache or a handle.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}
