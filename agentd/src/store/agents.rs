@@ -1,0 +1,172 @@
+//! Rows of agents and of their runs.
+
+use super::{META, Store, StoreError, encode};
+use agentd_domain::ids::{AgentId, AgentName, OwnerId, RunId};
+use agentd_domain::launcher::ExitRecord;
+use agentd_domain::paths;
+use redb::{ReadableTable, TableDefinition, WriteTransaction};
+use serde::{Deserialize, Serialize};
+
+const AGENT: TableDefinition<u128, &[u8]> = TableDefinition::new("agent");
+/// `<owner>/<name>` to the agent: a name is unique per owner.
+const NAME: TableDefinition<&str, u128> = TableDefinition::new("agent_name");
+/// Agent and run to [`RunRow`]. Run ids are UUIDv7, so they sort by their start.
+const RUN: TableDefinition<(u128, u128), &[u8]> = TableDefinition::new("run");
+
+/// The ledger keeps so many runs of each agent.
+const RUNS_KEPT: usize = 50;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentRow {
+    /// Version of this layout.
+    pub v: u32,
+    pub agent_id: AgentId,
+    pub owner_id: OwnerId,
+    pub name: AgentName,
+    pub version: String,
+    /// SHA-256 of the package, lower-case hex.
+    pub digest: String,
+    /// `agent.toml`, word for word.
+    pub manifest: String,
+    pub uid: u32,
+    pub wanted: bool,
+    pub bundled: bool,
+    pub restarts: u32,
+    pub installed_unix_ms: i64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunRow {
+    pub v: u32,
+    pub ended_unix_ms: i64,
+    pub exit: ExitRecord,
+}
+
+pub(super) fn create_tables(txn: &WriteTransaction) -> Result<(), redb::Error> {
+    txn.open_table(AGENT)?;
+    txn.open_table(NAME)?;
+    txn.open_table(RUN)?;
+    Ok(())
+}
+
+impl Store {
+    /// A uid that no agent had before.
+    pub fn next_uid(&self) -> Result<u32, StoreError> {
+        self.write(|txn| {
+            let mut meta = txn.open_table(META)?;
+            let next = meta.get("next_uid")?.and_then(|row| row.value().first_chunk().copied());
+            let uid = next.map_or(paths::UID_AGENTS_FIRST, u32::from_le_bytes);
+            if uid >= paths::UID_AGENTS_END {
+                return Ok(Err(StoreError::UidsSpent));
+            }
+            meta.insert("next_uid", (uid + 1).to_le_bytes().as_slice())?;
+            Ok(Ok(uid))
+        })
+    }
+
+    /// A new agent; its name must be free.
+    pub fn add_agent(&self, row: &AgentRow) -> Result<(), StoreError> {
+        let name = name_key(row.owner_id, &row.name);
+        self.write(|txn| {
+            let mut names = txn.open_table(NAME)?;
+            if names.get(name.as_str())?.is_some() {
+                return Ok(Err(StoreError::NameTaken(row.name.to_string())));
+            }
+            names.insert(name.as_str(), row.agent_id.0.as_u128())?;
+            txn.open_table(AGENT)?.insert(row.agent_id.0.as_u128(), encode(row).as_slice())?;
+            Ok(Ok(()))
+        })
+    }
+
+    /// Changes what is known of an agent. Its id and name stay.
+    pub fn change_agent(
+        &self,
+        agent: AgentId,
+        change: impl FnOnce(&mut AgentRow),
+    ) -> Result<AgentRow, StoreError> {
+        self.write(|txn| {
+            let mut table = txn.open_table(AGENT)?;
+            let found = match table.get(agent.0.as_u128())? {
+                Some(bytes) => self.decode::<AgentRow>(&format!("agent {agent}"), bytes.value()),
+                None => Err(StoreError::NoAgent(agent.to_string())),
+            };
+            let mut row = match found {
+                Ok(row) => row,
+                Err(error) => return Ok(Err(error)),
+            };
+            change(&mut row);
+            table.insert(agent.0.as_u128(), encode(&row).as_slice())?;
+            Ok(Ok(row))
+        })
+    }
+
+    pub fn agents(&self) -> Result<Vec<AgentRow>, StoreError> {
+        self.read(|txn| {
+            let mut rows = Vec::new();
+            for entry in txn.open_table(AGENT)?.iter()? {
+                let (key, bytes) = entry?;
+                match self.decode(&format!("agent {:x}", key.value()), bytes.value()) {
+                    Ok(row) => rows.push(row),
+                    Err(error) => return Ok(Err(error)),
+                }
+            }
+            Ok(Ok(rows))
+        })
+    }
+
+    /// Forgets an agent with everything this store holds of it.
+    pub fn remove_agent(&self, row: &AgentRow) -> Result<(), StoreError> {
+        let agent = row.agent_id.0.as_u128();
+        let name = name_key(row.owner_id, &row.name);
+        self.write(|txn| {
+            txn.open_table(AGENT)?.remove(agent)?;
+            txn.open_table(NAME)?.remove(name.as_str())?;
+            txn.open_table(RUN)?.retain_in((agent, 0)..=(agent, u128::MAX), |_, _| false)?;
+            super::messages::forget(txn, agent)?;
+            super::once::forget(txn, row.agent_id)?;
+            Ok(Ok(()))
+        })
+    }
+
+    /// Enters how a run ended, and how often its agent was started again. Twice is once.
+    pub fn end_run(&self, exit: &ExitRecord, ended_unix_ms: i64) -> Result<(), StoreError> {
+        let agent = exit.agent_id.0.as_u128();
+        let row = encode(&RunRow { v: 1, ended_unix_ms, exit: exit.clone() });
+        self.write(|txn| {
+            if txn.open_table(AGENT)?.get(agent)?.is_none() {
+                return Ok(Ok(()));
+            }
+            let mut runs = txn.open_table(RUN)?;
+            runs.insert((agent, exit.run_id.0.as_u128()), row.as_slice())?;
+            let kept = runs.range((agent, 0)..=(agent, u128::MAX))?.count();
+            if kept > RUNS_KEPT {
+                let oldest = runs.range((agent, 0)..=(agent, u128::MAX))?.next().transpose()?.map(|(key, _)| key.value());
+                if let Some(oldest) = oldest {
+                    runs.remove(oldest)?;
+                }
+            }
+            Ok(Ok(()))
+        })
+    }
+
+    /// How the agent's newest run ended.
+    pub fn last_exit(&self, agent: AgentId) -> Result<Option<ExitRecord>, StoreError> {
+        let key = agent.0.as_u128();
+        self.read(|txn| {
+            let table = txn.open_table(RUN)?;
+            let newest = table.range((key, 0)..=(key, u128::MAX))?.next_back().transpose()?;
+            let Some((run, bytes)) = newest else { return Ok(Ok(None)) };
+            let row: Result<RunRow, _> = self.decode(&format!("run {:?}", run.value()), bytes.value());
+            Ok(row.map(|row| Some(row.exit)))
+        })
+    }
+
+    /// Whether the end of this run has been entered.
+    pub fn has_run(&self, agent: AgentId, run: RunId) -> Result<bool, StoreError> {
+        self.read(|txn| Ok(Ok(txn.open_table(RUN)?.get((agent.0.as_u128(), run.0.as_u128()))?.is_some())))
+    }
+}
+
+fn name_key(owner: OwnerId, name: &AgentName) -> String {
+    format!("{owner}/{name}")
+}

@@ -1,0 +1,78 @@
+//! Answers that are kept for a client that asks again with the same `Idempotency-Key`.
+
+use super::{Store, StoreError, encode};
+use agentd_domain::ids::AgentId;
+use redb::{ReadableTable, TableDefinition, WriteTransaction};
+use serde::{Deserialize, Serialize};
+
+/// `<agent>/<method and path>/<key>` to [`Kept`].
+const ONCE: TableDefinition<&str, &[u8]> = TableDefinition::new("once");
+
+/// For how long a retry gets the first answer.
+const KEPT_MS: i64 = 24 * 3600 * 1000;
+/// Most answers kept of one agent: with the largest answer (256 KiB) 64 MiB at the very most.
+const KEPT_PER_AGENT: usize = 256;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    pub v: u32,
+    pub unix_ms: i64,
+    /// SHA-256 of the request's body: the same key with another body is a mistake.
+    pub request: String,
+    pub status: u16,
+    pub content_type: String,
+    pub body: String,
+}
+
+pub(super) fn create_tables(txn: &WriteTransaction) -> Result<(), redb::Error> {
+    txn.open_table(ONCE)?;
+    Ok(())
+}
+
+pub(super) fn forget(txn: &WriteTransaction, agent: AgentId) -> Result<(), redb::Error> {
+    let (first, last) = (format!("{agent}/"), format!("{agent}0"));
+    // `0` is the character after `/`.
+    txn.open_table(ONCE)?.retain_in(first.as_str()..last.as_str(), |_, _| false)?;
+    Ok(())
+}
+
+impl Store {
+    pub fn kept(&self, agent: AgentId, key: &str, now_unix_ms: i64) -> Result<Option<Kept>, StoreError> {
+        let key = format!("{agent}/{key}");
+        self.read(|txn| {
+            let table = txn.open_table(ONCE)?;
+            let Some(bytes) = table.get(key.as_str())? else { return Ok(Ok(None)) };
+            let kept: Result<Kept, _> = self.decode(&key, bytes.value());
+            // A clock that was set back must not make an answer immortal: age counts both ways.
+            Ok(kept.map(|kept| Some(kept).filter(|kept| (now_unix_ms - kept.unix_ms).abs() <= KEPT_MS)))
+        })
+    }
+
+    /// Keeps an answer and drops what is over its time.
+    pub fn keep(&self, agent: AgentId, key: &str, kept: &Kept) -> Result<(), StoreError> {
+        let (first, last) = (format!("{agent}/"), format!("{agent}0"));
+        let key = format!("{agent}/{key}");
+        self.write(|txn| {
+            let mut table = txn.open_table(ONCE)?;
+            let mut alive = Vec::new();
+            let mut dead = Vec::new();
+            for entry in table.range(first.as_str()..last.as_str())? {
+                let (key, bytes) = entry?;
+                let unix_ms = serde_json::from_slice::<Kept>(bytes.value()).map_or(i64::MIN, |old| old.unix_ms);
+                if unix_ms == i64::MIN || (kept.unix_ms - unix_ms).abs() > KEPT_MS {
+                    dead.push(key.value().to_owned());
+                } else {
+                    alive.push((unix_ms, key.value().to_owned()));
+                }
+            }
+            alive.sort();
+            let surplus = (alive.len() + 1).saturating_sub(KEPT_PER_AGENT);
+            dead.extend(alive.into_iter().take(surplus).map(|(_, key)| key));
+            for key in dead {
+                table.remove(key.as_str())?;
+            }
+            table.insert(key.as_str(), encode(kept).as_slice())?;
+            Ok(Ok(()))
+        })
+    }
+}
