@@ -66,14 +66,12 @@ pub(crate) const GROUPS: &[Group] = &[
             "read",
             "readlinkat",
             "readv",
-            "renameat",
             "renameat2",
             "sendfile",
             "splice",
             "statfs",
             "statx",
             "symlinkat",
-            "sync_file_range",
             "truncate",
             "umask",
             "unlinkat",
@@ -141,7 +139,6 @@ pub(crate) const GROUPS: &[Group] = &[
             "getrandom",
             "getresgid",
             "getresuid",
-            "getrlimit",
             "getrusage",
             "getsid",
             "gettid",
@@ -203,7 +200,7 @@ pub(crate) const GROUPS: &[Group] = &[
     },
     #[cfg(target_arch = "x86_64")]
     Group {
-        // Names that newer architectures never had; old C libraries and Node's libuv still call them.
+        // Names that newer architectures never had; older C libraries and Node's libuv still call them.
         name: "x86-64-legacy",
         calls: &[
             "access",
@@ -218,6 +215,7 @@ pub(crate) const GROUPS: &[Group] = &[
             "fork",
             "getdents",
             "getpgrp",
+            "getrlimit",
             "inotify_init",
             "link",
             "lstat",
@@ -228,10 +226,12 @@ pub(crate) const GROUPS: &[Group] = &[
             "poll",
             "readlink",
             "rename",
+            "renameat",
             "rmdir",
             "select",
             "stat",
             "symlink",
+            "sync_file_range",
             "time",
             "unlink",
             "utime",

@@ -169,7 +169,8 @@ impl Launcher {
     }
 
     fn call(&self, request: &Request) -> Result<(Response, Vec<OwnedFd>), LauncherError> {
-        let socket = self.open().map_err(|source| LauncherError::Unreachable { path: self.path.clone(), source })?;
+        let socket =
+            self.open().map_err(|source| LauncherError::Unreachable { path: self.path.clone(), source })?;
         wire::send(socket.as_fd(), request, &[])?;
         match wire::receive(socket.as_fd())? {
             (Response::Refused(report), _) => Err(LauncherError::Refused(report)),

@@ -7,6 +7,15 @@
 //! Two programs are built from here. `agent-launcher` is root's only program and the parent of every run; it clones
 //! `agent-jail` into fresh namespaces, which raises the walls and becomes pid 1 of the run. agentd links [`client`]
 //! alone.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)
+)]
 
+pub mod check;
 pub mod client;
+pub mod landlock;
+pub mod seccomp;
+pub mod sys;
+pub mod syscalls;
 pub mod wire;

@@ -43,7 +43,11 @@ impl WireError {
     }
 }
 
-pub fn send<T: Serialize>(socket: BorrowedFd<'_>, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), WireError> {
+pub fn send<T: Serialize>(
+    socket: BorrowedFd<'_>,
+    message: &T,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), WireError> {
     let bytes = serde_json::to_vec(message).map_err(|source| WireError::Malformed { source })?;
     if bytes.len() > MAX_MESSAGE_BYTES {
         return Err(WireError::TooLarge { bytes: bytes.len() });
@@ -65,9 +69,8 @@ pub fn receive<T: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<(T, Vec<Ow
     let mut bytes = vec![0_u8; MAX_MESSAGE_BYTES + 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = retry(|| {
-        recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)
-    })?;
+    let received =
+        retry(|| recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC))?;
     // Collected first, so that every descriptor is closed again when the message is refused below.
     let fds: Vec<OwnedFd> = control
         .drain()
@@ -85,8 +88,7 @@ pub fn receive<T: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<(T, Vec<Ow
         0 => Err(WireError::Closed),
         length if length > MAX_MESSAGE_BYTES => Err(WireError::TooLarge { bytes: length }),
         _ => {
-            let message =
-                serde_json::from_slice(packet).map_err(|source| WireError::Malformed { source })?;
+            let message = serde_json::from_slice(packet).map_err(|source| WireError::Malformed { source })?;
             Ok((message, fds))
         }
     }

@@ -1,0 +1,236 @@
+//! Which BPF programs say what a seccomp plan says?
+//!
+//! In:     a [`SeccompPlan`]. Out: [`Filters`], plain instructions that a test can compare whole.
+//! Always: three programs, all of which the kernel runs; the strictest answer counts (seccomp(2)).
+//!         1. the guard kills foreign architectures, x32 numbers and the calls of the plan's kill list;
+//!         2. ENOSYS for calls whose arguments a filter cannot see;
+//!         3. the allow list, with limits on arguments; everything else is EPERM.
+//!         Arguments that the kernel reads as 32 bits are compared as 32 bits: with 64, `TIOCSTI | 1 << 32` passes.
+//! Never:  a call by number alone that the plan does not name.
+
+use crate::syscalls;
+use agentd_domain::plan::SeccompPlan;
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter, sock_filter,
+};
+use std::collections::BTreeMap;
+
+#[derive(Debug, thiserror::Error)]
+pub enum SeccompError {
+    #[error("`{name}` is not a system call that plans may name")]
+    UnknownCall { name: String },
+    #[error("the filter could not be built: {source}")]
+    Build { source: BackendError },
+    #[error("the kernel did not take the filter: {source}")]
+    Install { source: seccompiler::Error },
+    #[error("no filter can be built for the processor architecture `{name}`")]
+    Architecture { name: &'static str },
+}
+
+/// Programs in the order in which they are installed: the last must come last, as it forbids installing more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Filters {
+    pub guard: BpfProgram,
+    pub enosys: Option<BpfProgram>,
+    pub allow: BpfProgram,
+}
+
+impl Filters {
+    /// Sets no_new_privs and installs all programs for the calling thread; irrevocable.
+    pub fn install(&self) -> Result<(), SeccompError> {
+        for program in [Some(&self.guard), self.enosys.as_ref(), Some(&self.allow)].into_iter().flatten() {
+            apply_filter(program).map_err(|source| SeccompError::Install { source })?;
+        }
+        Ok(())
+    }
+}
+
+/// What limits an argument beyond the call's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ArgumentRules<'a> {
+    /// As the plan says: listed `ioctl`s and so on.
+    Plan(&'a SeccompPlan),
+    /// A trusted program of ours, limited by name; only `clone` and `socket` are looked into.
+    Own { ioctl: Ioctl },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ioctl {
+    /// Drivers of accelerators speak nothing else.
+    Any,
+    None,
+}
+
+pub fn compile(plan: &SeccompPlan) -> Result<Filters, SeccompError> {
+    let names = |list: &[String]| -> Result<Vec<i64>, SeccompError> {
+        list.iter().map(|name| number(name)).collect()
+    };
+    Ok(Filters {
+        guard: guard(&names(&plan.kill)?)?,
+        enosys: match names(&plan.enosys)?.as_slice() {
+            [] => None,
+            calls => Some(answer(calls, libc::ENOSYS)?),
+        },
+        allow: allow(&names(&plan.allow)?, ArgumentRules::Plan(plan))?,
+    })
+}
+
+/// Filters for a program of ours: `calls` and nothing else, and death for `kill`.
+pub fn compile_own(calls: &[&str], kill: &[&str], ioctl: Ioctl) -> Result<Filters, SeccompError> {
+    let names =
+        |list: &[&str]| -> Result<Vec<i64>, SeccompError> { list.iter().map(|name| number(name)).collect() };
+    Ok(Filters {
+        guard: guard(&names(kill)?)?,
+        enosys: Some(answer(&names(&["clone3"])?, libc::ENOSYS)?),
+        allow: allow(&names(calls)?, ArgumentRules::Own { ioctl })?,
+    })
+}
+
+/// A filter that only kills, for a process whose children have work of their own to do.
+pub fn install_guard(kill: &[&str]) -> Result<(), SeccompError> {
+    let numbers: Vec<i64> = kill.iter().map(|name| number(name)).collect::<Result<_, _>>()?;
+    apply_filter(&guard(&numbers)?).map_err(|source| SeccompError::Install { source })
+}
+
+fn number(name: &str) -> Result<i64, SeccompError> {
+    syscalls::number(name).ok_or_else(|| SeccompError::UnknownCall { name: name.to_owned() })
+}
+
+/// seccompiler looks at the architecture but not at x32, which has x86-64's audit value and bit 30 in the number.
+fn guard(kill: &[i64]) -> Result<BpfProgram, SeccompError> {
+    const X32_BIT: u32 = 0x4000_0000;
+    let load = |offset| sock_filter {
+        code: (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16,
+        jt: 0,
+        jf: 0,
+        k: offset,
+    };
+    let end = |action| sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: action };
+    let jump = |test: u32, value, jt, jf| sock_filter {
+        code: (libc::BPF_JMP | test | libc::BPF_K) as u16,
+        jt,
+        jf,
+        k: value,
+    };
+    let mut program = vec![
+        // Offsets in `struct seccomp_data`: nr 0, arch 4.
+        load(4),
+        jump(libc::BPF_JEQ, audit_architecture()?, 1, 0),
+        end(libc::SECCOMP_RET_KILL_PROCESS),
+        load(0),
+        jump(libc::BPF_JGE, X32_BIT, 0, 1),
+        end(libc::SECCOMP_RET_KILL_PROCESS),
+    ];
+    for &call in kill {
+        let call = u32::try_from(call).map_err(|_| SeccompError::UnknownCall { name: call.to_string() })?;
+        program.push(jump(libc::BPF_JEQ, call, 0, 1));
+        program.push(end(libc::SECCOMP_RET_KILL_PROCESS));
+    }
+    program.push(end(libc::SECCOMP_RET_ALLOW));
+    Ok(program)
+}
+
+/// linux/audit.h: machine | 64 bit | little-endian.
+fn audit_architecture() -> Result<u32, SeccompError> {
+    match std::env::consts::ARCH {
+        "x86_64" => Ok(62 | 0x8000_0000 | 0x4000_0000),
+        "aarch64" => Ok(183 | 0x8000_0000 | 0x4000_0000),
+        name => Err(SeccompError::Architecture { name }),
+    }
+}
+
+fn answer(calls: &[i64], errno: i32) -> Result<BpfProgram, SeccompError> {
+    let rules = calls.iter().map(|&call| (call, Vec::new())).collect();
+    build(rules, SeccompAction::Allow, SeccompAction::Errno(errno as u32))
+}
+
+fn allow(calls: &[i64], rules: ArgumentRules<'_>) -> Result<BpfProgram, SeccompError> {
+    let limits = argument_limits(rules).map_err(|source| SeccompError::Build { source })?;
+    let mut table: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    for &call in calls {
+        match limits.get(&call) {
+            // A call whose list of good arguments is empty is not allowed at all: no rule would mean all arguments.
+            Some(limits) if limits.is_empty() => {}
+            Some(limits) => {
+                table.insert(call, limits.clone());
+            }
+            None => {
+                table.insert(call, Vec::new());
+            }
+        }
+    }
+    build(table, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
+}
+
+/// One of the rules of a call must hold.
+fn argument_limits(rules: ArgumentRules<'_>) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
+    /// Type bits of `socket`'s second argument; the rest are SOCK_CLOEXEC and SOCK_NONBLOCK.
+    const SOCK_TYPE_MASK: u64 = 0xf;
+    let unix = libc::AF_UNIX as u64;
+    let stream = libc::SOCK_STREAM as u64;
+    let mut limits = BTreeMap::from([
+        (libc::SYS_clone, vec![SeccompRule::new(vec![masked(0, new_namespaces(), 0)?])?]),
+        (libc::SYS_socketpair, vec![SeccompRule::new(vec![equal(0, unix)?])?]),
+    ]);
+    match rules {
+        ArgumentRules::Own { ioctl } => {
+            limits.insert(libc::SYS_socket, vec![SeccompRule::new(vec![equal(0, unix)?])?]);
+            if ioctl == Ioctl::None {
+                limits.insert(libc::SYS_ioctl, Vec::new());
+            }
+        }
+        ArgumentRules::Plan(plan) => {
+            let sockets = plan.socket_families.iter().map(|&family| {
+                SeccompRule::new(vec![equal(0, family.into())?, masked(1, SOCK_TYPE_MASK, stream)?])
+            });
+            limits.insert(libc::SYS_socket, sockets.collect::<Result<_, _>>()?);
+            limits.insert(libc::SYS_ioctl, one_of(1, &plan.ioctls)?);
+            limits.insert(libc::SYS_prctl, one_of(0, &plan.prctls)?);
+            // Its own limits only: 0 is the caller.
+            limits.insert(libc::SYS_prlimit64, one_of(0, &[0])?);
+            // Asking is harmless; every persona weakens something (ASLR, READ_IMPLIES_EXEC).
+            limits.insert(libc::SYS_personality, one_of(0, &[u32::MAX])?);
+        }
+    }
+    Ok(limits)
+}
+
+/// `CLONE_NEWTIME` shares its bit with the exit signal of `clone` and cannot be asked for there.
+fn new_namespaces() -> u64 {
+    let flags = libc::CLONE_NEWNS
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUSER
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWNET
+        | libc::CLONE_NEWCGROUP;
+    flags as u64
+}
+
+fn one_of(argument: u8, values: &[u32]) -> Result<Vec<SeccompRule>, BackendError> {
+    values.iter().map(|&value| SeccompRule::new(vec![equal(argument, value.into())?])).collect()
+}
+
+fn equal(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+}
+
+fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(mask), value)
+}
+
+fn build(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    matching: SeccompAction,
+) -> Result<BpfProgram, SeccompError> {
+    let name = std::env::consts::ARCH;
+    let arch = TargetArch::try_from(name).map_err(|_| SeccompError::Architecture { name })?;
+    SeccompFilter::new(rules, otherwise, matching, arch)
+        .and_then(BpfProgram::try_from)
+        .map_err(|source| SeccompError::Build { source })
+}
+
+#[cfg(test)]
+mod tests;
