@@ -109,10 +109,11 @@ pub struct ChildStatus {
 }
 
 /// `[network]` of `agentd.toml`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "mode", rename_all = "snake_case", deny_unknown_fields)]
 pub enum NetworkSettings {
     /// DHCPv4 on every wired interface with a carrier, IPv6 by router advertisements.
+    #[default]
     Dhcp,
     Static {
         /// Name of the interface, or its MAC address.
@@ -122,10 +123,4 @@ pub enum NetworkSettings {
         gateways: Vec<String>,
         dns: Vec<String>,
     },
-}
-
-impl Default for NetworkSettings {
-    fn default() -> Self {
-        Self::Dhcp
-    }
 }
