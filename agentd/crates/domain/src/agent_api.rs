@@ -132,7 +132,7 @@ pub struct Hit {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Explain {
-    /// BM25 as a share of what the question asks, 0 to 1.
+    /// BM25 as a share of what the question asks: 1 when each of its words occurs once in a record of mean length.
     pub words: f32,
     /// Cosine with the query; 0 where the record or the question has no vector.
     pub meaning: f32,

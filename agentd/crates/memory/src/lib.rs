@@ -63,6 +63,8 @@ mod read;
 mod record;
 mod run;
 mod tables;
+#[cfg(test)]
+mod tests;
 pub mod text;
 mod vector;
 mod write;

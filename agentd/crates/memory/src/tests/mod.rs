@@ -1,0 +1,3 @@
+//! Tests that need more of the crate than it offers outside.
+
+mod failing_disk;
