@@ -1,0 +1,236 @@
+//! How does agentd use its engine, a process that may die at any time?
+//!
+//! Owns:  the one connection to `/run/agentd/engines/host.sock`, the list of models that are loaded.
+//! In:    requests through [`Engine`] from any task; the models to be loaded through [`Engine::want`].
+//! Out:   answers; and for everybody who watches, [`View`].
+//!
+//! ```text
+//! Down ── launcher starts it, socket answers ──▶ Loading ── every wanted model loaded or refused ──▶ Ready
+//!   ▲                                                │                                                │
+//!   └───────────────── connection lost ──────────────┴────────────────────────────────────────────────┘
+//! ```
+//!
+//! Always: a model that the engine holds already (agentd was restarted) is not loaded again. A request given to
+//!         an engine that died is answered with an error that says so; nothing waits for ever.
+//! Threads: one task on the data plane owns the connection; everything else talks to it over a bounded channel.
+
+mod plan;
+mod run;
+mod wire;
+
+pub use plan::{Choice, Wanted};
+pub use run::{Links, start};
+
+use agentd_domain::engine::{Device, EngineStatus, Event, Generate, LoadedModel, ModelKind, Request};
+use agentd_domain::fault::Report;
+use agentd_serving::{Embeddings, EngineHandle, Pending, Piece, Pieces, ServedModel};
+use futures::stream;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Requests on their way to the connection's task; beyond, callers wait.
+const QUEUE: usize = 64;
+/// Embedding a batch under plain emulation takes seconds; a minute means that the engine is stuck.
+const EMBED_LIMIT: Duration = Duration::from_secs(60);
+const STATUS_LIMIT: Duration = Duration::from_secs(3);
+
+/// What is known of the engine without asking it.
+#[derive(Debug, Clone)]
+pub struct View {
+    pub stage: Stage,
+    pub devices: Vec<Device>,
+    pub models: Vec<LoadedModel>,
+    /// The chat model that `default` means.
+    pub default_chat: Option<String>,
+    /// Models that the engine refused, and why.
+    pub failed: BTreeMap<String, Report>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stage {
+    /// Not reached for the first time yet.
+    Starting,
+    Loading,
+    Ready,
+    Down(Report),
+}
+
+/// The model that makes memories' vectors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Embedder {
+    pub name: String,
+    pub digest: [u8; 32],
+    pub dimension: u32,
+}
+
+impl View {
+    pub fn embedder(&self) -> Option<Embedder> {
+        let model = self.models.iter().find(|model| model.kind == ModelKind::Embedding)?;
+        let digest = hex::decode(&model.sha256).ok()?.try_into().ok()?;
+        Some(Embedder { name: model.model.clone(), digest, dimension: model.dimension })
+    }
+}
+
+/// The engine for everybody else. Cheap to clone.
+#[derive(Clone)]
+pub struct Engine {
+    commands: mpsc::Sender<Command>,
+    wanted: watch::Sender<Wanted>,
+    view: watch::Receiver<Arc<View>>,
+}
+
+enum Command {
+    /// A request with one answer.
+    One { request: Request, answer: oneshot::Sender<Result<Event, Report>> },
+    Generate { generate: Generate, pieces: mpsc::UnboundedSender<Result<Piece, Report>>, ticket: u64 },
+    /// The reader of this generation is gone.
+    GiveUp { ticket: u64 },
+}
+
+impl Engine {
+    /// Replaces what is to be loaded.
+    pub fn want(&self, wanted: Wanted) {
+        self.wanted.send_if_modified(|old| {
+            let changed = *old != wanted;
+            *old = wanted;
+            changed
+        });
+    }
+
+    pub fn view(&self) -> Arc<View> {
+        self.view.borrow().clone()
+    }
+
+    pub fn watch(&self) -> watch::Receiver<Arc<View>> {
+        self.view.clone()
+    }
+
+    /// Asks the engine itself.
+    pub async fn status(&self) -> Result<EngineStatus, Report> {
+        match self.one(Request::Status, STATUS_LIMIT).await? {
+            Event::Status(status) => Ok(status),
+            other => Err(out_of_order("status", &other)),
+        }
+    }
+
+    /// One vector per text, made by the embedder of [`View::embedder`].
+    pub async fn embed_with(&self, model: String, inputs: Vec<String>) -> Result<Embeddings, Report> {
+        let count = inputs.len();
+        match self.one(Request::Embed { model, inputs }, EMBED_LIMIT).await? {
+            Event::Embeddings { vectors, tokens } if vectors.len() == count => Ok(Embeddings { vectors, tokens }),
+            other => Err(out_of_order("embed", &other)),
+        }
+    }
+
+    async fn one(&self, request: Request, limit: Duration) -> Result<Event, Report> {
+        let (answer, answered) = oneshot::channel();
+        let asked = async {
+            self.commands.send(Command::One { request, answer }).await.map_err(|_| gone())?;
+            answered.await.map_err(|_| gone())?
+        };
+        tokio::time::timeout(limit, asked).await.map_err(|_| silent(limit))?
+    }
+
+    async fn generation(&self, generate: Generate) -> Result<Pieces, Report> {
+        static TICKETS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+        let ticket = TICKETS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let (pieces, mut received) = mpsc::unbounded_channel();
+        self.commands.send(Command::Generate { generate, pieces, ticket }).await.map_err(|_| gone())?;
+        let guard = GiveUp { commands: self.commands.clone(), ticket };
+        // The first piece tells whether the request was taken: only then an error can still be a status.
+        let first = match received.recv().await {
+            Some(Ok(piece)) => piece,
+            Some(Err(report)) => return Err(report),
+            None => return Err(gone()),
+        };
+        let rest = stream::unfold((received, guard, Some(first)), |(mut received, guard, first)| async move {
+            let item = match first {
+                Some(piece) => Ok(piece),
+                None => received.recv().await?,
+            };
+            Some((item, (received, guard, None)))
+        });
+        Ok(Box::pin(rest))
+    }
+}
+
+/// Ends the generation when its reader is dropped. Harmless after its end.
+struct GiveUp {
+    commands: mpsc::Sender<Command>,
+    ticket: u64,
+}
+
+impl Drop for GiveUp {
+    fn drop(&mut self) {
+        // A full queue loses this; the generation then runs to its own end.
+        let _ = self.commands.try_send(Command::GiveUp { ticket: self.ticket });
+    }
+}
+
+impl EngineHandle for Engine {
+    fn models(&self) -> Vec<ServedModel> {
+        let view = self.view();
+        view.models
+            .iter()
+            .map(|model| ServedModel {
+                name: model.model.clone(),
+                kind: model.kind,
+                default: match model.kind {
+                    ModelKind::Chat => view.default_chat.as_ref() == Some(&model.model),
+                    ModelKind::Embedding => true,
+                },
+                dimension: model.dimension,
+            })
+            .collect()
+    }
+
+    fn generate(&self, request: Generate) -> Pending<'_, Pieces> {
+        Box::pin(self.generation(request))
+    }
+
+    fn embed(&self, model: String, inputs: Vec<String>) -> Pending<'_, Embeddings> {
+        Box::pin(self.embed_with(model, inputs))
+    }
+}
+
+fn gone() -> Report {
+    Report::environment(
+        "engine_lost",
+        "the engine did not answer",
+        "agentd is shutting down",
+        "send the request again in a moment",
+    )
+}
+
+fn silent(limit: Duration) -> Report {
+    Report::environment(
+        "timeout",
+        "the engine did not answer",
+        format!("it was silent for {} s", limit.as_secs()),
+        "send the request again; if it stays silent, `agentctl status` shows the engine",
+    )
+}
+
+fn out_of_order(asked: &str, got: &Event) -> Report {
+    let kind = match got {
+        Event::Hello { .. } => "hello",
+        Event::Loaded(_) => "loaded",
+        Event::Unloaded { .. } => "unloaded",
+        Event::Status(_) => "status",
+        Event::Piece { .. } => "piece",
+        Event::Done(_) => "done",
+        Event::Cancelled { .. } => "cancelled",
+        Event::Embeddings { .. } => "embeddings",
+        Event::Tokens { .. } => "tokens",
+        Event::Logits { .. } => "logits",
+        Event::Error(_) => "error",
+    };
+    Report::bug(
+        "engine_protocol",
+        "the engine's answer was not understood",
+        format!("asked for {asked}, it answered with {kind}"),
+        "agentd and the engine are of different versions: restart the appliance",
+    )
+}
