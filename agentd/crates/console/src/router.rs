@@ -1,0 +1,108 @@
+//! Which path leads where?
+//!
+//! Invariant: everything is behind the session gate, but for the few routes in [`open`]. A test asks for each
+//! route without a session.
+
+use crate::appliance::Appliance;
+use crate::auth::Auth;
+use crate::web::assets;
+use crate::{api, gate, headers, input, web};
+use axum::Router;
+use axum::extract::{FromRef, Request};
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use std::sync::Arc;
+
+#[derive(Clone)]
+struct Shared {
+    appliance: Arc<dyn Appliance>,
+    auth: Arc<Auth>,
+}
+
+impl FromRef<Shared> for Arc<dyn Appliance> {
+    fn from_ref(shared: &Shared) -> Self {
+        Arc::clone(&shared.appliance)
+    }
+}
+
+impl FromRef<Shared> for Arc<Auth> {
+    fn from_ref(shared: &Shared) -> Self {
+        Arc::clone(&shared.auth)
+    }
+}
+
+/// The management API and the web console. Routes of other crates may be merged in; they bring their own gate
+/// ([`gate::guard`]) and must not bring a fallback.
+pub fn router(appliance: Arc<dyn Appliance>, auth: Arc<Auth>) -> Router {
+    let api = api_routes().route_layer(from_fn_with_state(Arc::clone(&auth), gate::api));
+    let web = web_routes().route_layer(from_fn_with_state(Arc::clone(&auth), gate::web));
+    let ordinary = open().merge(api).merge(web).layer(from_fn(input::refuse_large));
+    let uploads = uploads().route_layer(from_fn_with_state(Arc::clone(&auth), gate::api));
+    ordinary
+        .merge(uploads)
+        .fallback(nowhere)
+        .method_not_allowed_fallback(api::method_not_allowed)
+        .layer(from_fn(gate::same_origin))
+        .layer(from_fn(headers::strict))
+        .with_state(Shared { appliance, auth })
+}
+
+/// For anybody.
+fn open() -> Router<Shared> {
+    Router::new()
+        .route("/healthz", get(api::healthz))
+        .route("/assets/{hash}/{name}", get(assets::serve))
+        .route("/claim", get(web::claim_page).post(web::claim))
+        .route("/sign-in", get(web::sign_in_page).post(web::sign_in))
+        .route("/api/v1/claim", post(api::claim))
+        .route("/api/v1/login", post(api::login))
+}
+
+fn api_routes() -> Router<Shared> {
+    Router::new()
+        .route("/api/v1/logout", post(api::logout))
+        .route("/api/v1/status", get(api::status))
+        .route("/api/v1/plan", post(api::plan))
+        .route("/api/v1/agents", get(api::agents))
+        .route("/api/v1/agents/{name}", get(api::agent).delete(api::remove))
+        .route("/api/v1/agents/{name}/start", post(api::start))
+        .route("/api/v1/agents/{name}/stop", post(api::stop))
+        .route("/api/v1/agents/{name}/logs", get(api::logs))
+        .route("/api/v1/agents/{name}/chat", post(api::chat))
+        .route("/api/v1/models", get(api::models))
+        .route("/api/v1/models/{name}", axum::routing::delete(api::remove_model))
+        .route("/api/v1/reboot", post(api::reboot))
+        .route("/api/v1/poweroff", post(api::poweroff))
+}
+
+/// Bodies here may be larger than memory.
+fn uploads() -> Router<Shared> {
+    Router::new()
+        .route("/api/v1/agents", post(api::install))
+        .route("/api/v1/models/{name}", put(api::add_model))
+}
+
+fn web_routes() -> Router<Shared> {
+    Router::new()
+        .route("/", get(web::overview))
+        .route("/agents", get(web::agents))
+        .route("/agents/{name}", get(web::agent))
+        .route("/agents/{name}/start", post(web::start))
+        .route("/agents/{name}/stop", post(web::stop))
+        .route("/agents/{name}/remove", post(web::remove))
+        .route("/agents/{name}/chat", post(web::chat))
+        .route("/models", get(web::models))
+        .route("/models/{name}/remove", post(web::remove_model))
+        .route("/reboot", post(web::reboot))
+        .route("/poweroff", post(web::poweroff))
+        .route("/sign-out", post(web::sign_out))
+}
+
+async fn nowhere(request: Request) -> Response {
+    if request.uri().path().starts_with("/api/") {
+        api::not_found().await.into_response()
+    } else {
+        web::not_found().await.into_response()
+    }
+}

@@ -1,0 +1,278 @@
+//! What does a person see in a browser?
+//!
+//! Pages are rendered here, on the server, and work without JavaScript; the one script makes them live. A
+//! page's parts that carry `data-live` and an id are fetched again every few seconds while the tab is visible,
+//! so each part has one rendering only.
+
+mod agents;
+pub mod assets;
+mod layout;
+mod models;
+mod overview;
+mod sign_in;
+mod units;
+
+use crate::answer::{Answer, Failure, LONG, SHORT, within};
+use crate::api::{Machine, address, check_message, key, model_name};
+use crate::appliance::{Appliance, Follow, LogQuery};
+use crate::auth::Auth;
+use crate::gate::{self, SignedIn};
+use crate::input::Fields;
+use crate::serve::Peer;
+use agentd_domain::agent_api::ReplyPart;
+use agentd_domain::api::{AgentKey, ChatRequest, Claim, LogLine, Session};
+use agentd_domain::fault::Report;
+use agents::Exchange;
+use axum::extract::{Extension, Path, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Redirect, Response};
+use futures::StreamExt;
+use maud::{Markup, html};
+use serde::Deserialize;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// A reply without JavaScript is shown when it is whole; browsers give up after a minute or two.
+const WHOLE_REPLY: Duration = Duration::from_secs(60);
+
+/// An error as a page.
+pub struct Page(Failure);
+
+impl<F: Into<Failure>> From<F> for Page {
+    fn from(failure: F) -> Self {
+        Self(failure.into())
+    }
+}
+
+impl IntoResponse for Page {
+    fn into_response(self) -> Response {
+        let page = layout::error_page(&self.0.report).into_response();
+        self.0.dress(page)
+    }
+}
+
+type Shown = Result<Markup, Page>;
+type Done = Result<Redirect, Page>;
+
+pub async fn overview(State(appliance): Machine) -> Shown {
+    let (status, agents) = tokio::join!(within(SHORT, appliance.status()), within(SHORT, appliance.agents()));
+    let mut status = status?;
+    let agents = agents.unwrap_or_else(|failure| {
+        status.problems.push(failure.report);
+        Vec::new()
+    });
+    Ok(overview::overview(&status, &agents))
+}
+
+pub async fn agents(State(appliance): Machine) -> Shown {
+    let agents = within(SHORT, appliance.agents()).await?;
+    Ok(agents::list(&agents, appliance.health()))
+}
+
+pub async fn agent(State(appliance): Machine, Path(name): Path<String>) -> Shown {
+    agent_page(&*appliance, key(&name)?, None).await
+}
+
+pub async fn start(State(appliance): Machine, Path(name): Path<String>) -> Done {
+    let agent = within(LONG, appliance.start(key(&name)?)).await?;
+    Ok(Redirect::to(&format!("/agents/{}", agent.name)))
+}
+
+pub async fn stop(State(appliance): Machine, Path(name): Path<String>) -> Done {
+    let agent = within(LONG, appliance.stop(key(&name)?)).await?;
+    Ok(Redirect::to(&format!("/agents/{}", agent.name)))
+}
+
+pub async fn remove(State(appliance): Machine, Path(name): Path<String>) -> Done {
+    within(LONG, appliance.remove(key(&name)?)).await?;
+    Ok(Redirect::to("/agents"))
+}
+
+#[derive(Deserialize)]
+pub struct Saying {
+    text: String,
+}
+
+pub async fn chat(
+    State(appliance): Machine,
+    Path(name): Path<String>,
+    saying: Result<Fields<Saying>, Failure>,
+) -> Shown {
+    let Fields(saying) = saying?;
+    let agent = key(&name)?;
+    let message = ChatRequest { text: saying.text, idempotency_key: None };
+    check_message(&message)?;
+    let asked = message.text.clone();
+    let parts = within(SHORT, appliance.chat(agent.clone(), message)).await?;
+    let reply =
+        joined(timeout(WHOLE_REPLY, parts.collect::<Vec<_>>()).await.unwrap_or_else(|_| vec![too_long()]));
+    agent_page(&*appliance, agent, Some(Exchange { asked, reply })).await
+}
+
+pub async fn models(State(appliance): Machine) -> Shown {
+    let models = within(SHORT, appliance.models()).await?;
+    Ok(models::list(&models, appliance.health()))
+}
+
+pub async fn remove_model(State(appliance): Machine, Path(name): Path<String>) -> Done {
+    within(LONG, appliance.remove_model(model_name(&name)?)).await?;
+    Ok(Redirect::to("/models"))
+}
+
+pub async fn reboot(State(appliance): Machine) -> Shown {
+    within(SHORT, appliance.reboot()).await?;
+    Ok(layout::bare_page(
+        "Restarting",
+        &html! {
+            h1 { "The appliance restarts" }
+            p { "Sign in again in a moment: " a href="/" { "to the overview" } "." }
+        },
+    ))
+}
+
+pub async fn poweroff(State(appliance): Machine) -> Shown {
+    within(SHORT, appliance.poweroff()).await?;
+    Ok(layout::bare_page(
+        "Shutting down",
+        &html! {
+            h1 { "The appliance shuts down" }
+            p { "It starts again with its power button." }
+        },
+    ))
+}
+
+pub async fn claim_page(State(auth): State<Arc<Auth>>) -> Response {
+    if auth.is_claimed() {
+        Redirect::to("/sign-in").into_response()
+    } else {
+        sign_in::claim(None).into_response()
+    }
+}
+
+pub async fn sign_in_page(State(auth): State<Arc<Auth>>, headers: HeaderMap) -> Response {
+    if !auth.is_claimed() {
+        Redirect::to("/claim").into_response()
+    } else if gate::signed_in(&auth, &headers).is_some() {
+        Redirect::to("/").into_response()
+    } else {
+        sign_in::sign_in(None).into_response()
+    }
+}
+
+#[derive(Deserialize)]
+pub struct ClaimForm {
+    code: String,
+    password: String,
+    again: String,
+}
+
+pub async fn claim(
+    State(auth): State<Arc<Auth>>,
+    peer: Option<Extension<Peer>>,
+    form: Result<Fields<ClaimForm>, Failure>,
+) -> Response {
+    let attempt = async {
+        let Fields(form) = form?;
+        if form.password != form.again {
+            return Err(typed_differently().into());
+        }
+        let claim = Claim { code: form.code, password: form.password };
+        Ok(auth.claim(claim, address(peer)).await?)
+    };
+    enter(attempt.await, |report| sign_in::claim(Some(report)))
+}
+
+#[derive(Deserialize)]
+pub struct SignInForm {
+    password: String,
+}
+
+pub async fn sign_in(
+    State(auth): State<Arc<Auth>>,
+    peer: Option<Extension<Peer>>,
+    form: Result<Fields<SignInForm>, Failure>,
+) -> Response {
+    let attempt = async {
+        let Fields(form) = form?;
+        Ok(auth.login(form.password, address(peer)).await?)
+    };
+    enter(attempt.await, |report| sign_in::sign_in(Some(report)))
+}
+
+pub async fn sign_out(State(auth): State<Arc<Auth>>, Extension(session): Extension<SignedIn>) -> Response {
+    auth.logout(&session.token);
+    ([(header::SET_COOKIE, gate::clear_cookie())], Redirect::to("/sign-in")).into_response()
+}
+
+pub async fn not_found() -> Page {
+    Page(crate::api::not_found().await)
+}
+
+/// A button that asks once more, with or without JavaScript.
+fn confirmed(action: &str, word: &str, question: &str) -> Markup {
+    html! {
+        details.confirm {
+            summary { (word) }
+            form method="post" action=(action) {
+                p { (question) }
+                button.danger type="submit" { (word) }
+            }
+        }
+    }
+}
+
+fn enter(attempt: Answer<Session>, page: impl Fn(&Report) -> Markup) -> Response {
+    match attempt {
+        Ok(session) => match gate::set_cookie(&session.token) {
+            Some(cookie) => ([(header::SET_COOKIE, cookie)], Redirect::to("/")).into_response(),
+            None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        },
+        Err(failure) => {
+            let shown = page(&failure.report).into_response();
+            failure.dress(shown)
+        }
+    }
+}
+
+async fn agent_page(appliance: &dyn Appliance, agent: AgentKey, exchange: Option<Exchange>) -> Shown {
+    let found = within(SHORT, appliance.agent(agent.clone())).await?;
+    let log = recent_log(appliance, agent).await.map_err(|failure| failure.report);
+    Ok(agents::agent(&found, &log, exchange.as_ref(), appliance.health()))
+}
+
+async fn recent_log(appliance: &dyn Appliance, agent: AgentKey) -> Answer<Vec<LogLine>> {
+    let query = LogQuery { lines: crate::api::LOG_LINES_DEFAULT, follow: Follow::No };
+    let lines = within(SHORT, appliance.logs(agent, query)).await?;
+    Ok(timeout(SHORT, lines.collect()).await.unwrap_or_default())
+}
+
+/// Pieces of text become one, so that the page shows one bubble.
+fn joined(parts: Vec<ReplyPart>) -> Vec<ReplyPart> {
+    let mut whole: Vec<ReplyPart> = Vec::new();
+    for part in parts {
+        if let ReplyPart::Text { text } = &part
+            && let Some(ReplyPart::Text { text: before }) = whole.last_mut()
+        {
+            before.push_str(text);
+        } else {
+            whole.push(part);
+        }
+    }
+    whole
+}
+
+fn too_long() -> ReplyPart {
+    let why = format!("it was not whole after {} s", WHOLE_REPLY.as_secs());
+    let fix = "allow JavaScript for this page, or use `agentctl chat`: both show a reply as it comes";
+    ReplyPart::Failed { report: Report::environment("timeout", "the reply is not shown", why, fix) }
+}
+
+fn typed_differently() -> Report {
+    Report::caller(
+        "passwords_differ",
+        "the appliance was not claimed",
+        "the two passwords differ",
+        "type the same one twice",
+    )
+}

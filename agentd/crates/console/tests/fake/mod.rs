@@ -1,0 +1,535 @@
+//! The one fake of [`Appliance`]: a small machine in memory, for the router's tests, `agentctl`'s tests and a
+//! look at the pages (`examples/demo.rs`).
+//!
+//! It keeps the trait's promises: errors are reports, a flow ends, an upload that breaks off leaves nothing.
+#![allow(dead_code, reason = "each test program uses its own part")]
+
+use agentd_console::{Appliance, Flow, Follow, LogQuery, Pending, StateFiles, Upload};
+use agentd_domain::agent_api::ReplyPart;
+use agentd_domain::api::*;
+use agentd_domain::engine::{Device, LoadedModel, ModelKind};
+use agentd_domain::fault::Report;
+use agentd_domain::initctl::{Clock, Health};
+use agentd_domain::launcher::{ExitCause, ExitRecord};
+use agentd_domain::manifest::Limits;
+use agentd_domain::plan::*;
+use futures::StreamExt;
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+pub struct Fake {
+    inner: Mutex<Inner>,
+    /// Uploads land here, as they would on a disk: only the length is kept in memory.
+    log: tokio::sync::broadcast::Sender<LogLine>,
+}
+
+struct Inner {
+    agents: BTreeMap<String, Agent>,
+    models: BTreeMap<String, Model>,
+    log: Vec<LogLine>,
+    chats: HashMap<String, String>,
+    pub calls: Vec<String>,
+}
+
+pub const NOW_UNIX_MS: i64 = 1_795_176_243_000;
+const MIB: u64 = 1 << 20;
+
+impl Default for Fake {
+    fn default() -> Self {
+        let mut agents = BTreeMap::new();
+        for agent in [echo(), scout(), broken()] {
+            agents.insert(agent.name.to_string(), agent);
+        }
+        let models = [embedder(), chat_model(), cut_model()].map(|m| (m.name.clone(), m)).into();
+        let log = first_log();
+        Self {
+            inner: Mutex::new(Inner { agents, models, log, chats: HashMap::new(), calls: Vec::new() }),
+            log: tokio::sync::broadcast::channel(64).0,
+        }
+    }
+}
+
+impl Fake {
+    /// What was asked of the machine, oldest first.
+    pub fn calls(&self) -> Vec<String> {
+        self.inner.lock().expect("lock").calls.clone()
+    }
+
+    pub fn say_in_log(&self, text: &str) {
+        let line = LogLine { unix_ms: NOW_UNIX_MS, stream: "out".into(), text: text.into() };
+        self.inner.lock().expect("lock").log.push(line.clone());
+        let _ = self.log.send(line);
+    }
+
+    pub fn followers(&self) -> usize {
+        self.log.receiver_count()
+    }
+
+    fn find<T>(&self, key: &AgentKey, act: impl FnOnce(&mut Agent) -> T) -> Result<T, Report> {
+        let mut inner = self.inner.lock().expect("lock");
+        let found = match key {
+            AgentKey::Name(name) => inner.agents.get_mut(name.as_str()),
+            AgentKey::Id(id) => inner.agents.values_mut().find(|a| a.agent_id == *id),
+        };
+        found.map(act).ok_or_else(|| {
+            Report::caller(
+                "not_found",
+                "no agent was looked up",
+                format!("there is no agent `{key}`"),
+                "`agentctl agent ls` shows the names",
+            )
+        })
+    }
+
+    fn note(&self, call: impl Into<String>) {
+        self.inner.lock().expect("lock").calls.push(call.into());
+    }
+}
+
+fn ready<'a, T: Send + 'a>(value: Result<T, Report>) -> Pending<'a, T> {
+    Box::pin(async move { value })
+}
+
+async fn swallow(mut upload: Upload) -> Result<u64, Report> {
+    let mut bytes = 0;
+    while let Some(piece) = upload.pieces.next().await {
+        bytes += piece
+            .map_err(|e| {
+                Report::caller("upload_broken", "nothing was stored", e.to_string(), "send it again")
+            })?
+            .len() as u64;
+    }
+    Ok(bytes)
+}
+
+impl Appliance for Fake {
+    fn health(&self) -> Health {
+        Health::Yellow
+    }
+
+    fn status(&self) -> Pending<'_, ApplianceStatus> {
+        ready(Ok(status()))
+    }
+
+    fn plan(&self, manifest: String) -> Pending<'_, SandboxPlan> {
+        if manifest.contains("[agent]") {
+            return ready(Ok(plan()));
+        }
+        ready(Err(Report::caller(
+            "manifest_invalid",
+            "no plan was made",
+            "`agent.name` is missing",
+            "add `[agent]` with `name` and `exec`",
+        )))
+    }
+
+    fn agents(&self) -> Pending<'_, Vec<Agent>> {
+        ready(Ok(self.inner.lock().expect("lock").agents.values().cloned().collect()))
+    }
+
+    fn agent(&self, agent: AgentKey) -> Pending<'_, Agent> {
+        ready(self.find(&agent, |a| a.clone()))
+    }
+
+    fn install(&self, package: Upload) -> Pending<'_, Agent> {
+        Box::pin(async move {
+            let mut bytes = Vec::new();
+            let mut pieces = package.pieces;
+            while let Some(piece) = pieces.next().await {
+                let piece = piece.map_err(|e| {
+                    Report::caller("upload_broken", "nothing was installed", e.to_string(), "send it again")
+                })?;
+                bytes.extend_from_slice(&piece);
+            }
+            self.note(format!("install {} bytes", bytes.len()));
+            let mut agent = scout();
+            agent.name = "guest".parse().expect("name");
+            agent.bundled = false;
+            agent.digest = sha256_hex(&bytes);
+            self.inner.lock().expect("lock").agents.insert("guest".into(), agent.clone());
+            Ok(agent)
+        })
+    }
+
+    fn start(&self, agent: AgentKey) -> Pending<'_, Agent> {
+        self.note(format!("start {agent}"));
+        ready(self.find(&agent, |a| {
+            a.wanted = true;
+            a.state = AgentState::Running;
+            a.clone()
+        }))
+    }
+
+    fn stop(&self, agent: AgentKey) -> Pending<'_, Agent> {
+        self.note(format!("stop {agent}"));
+        ready(self.find(&agent, |a| {
+            a.wanted = false;
+            a.state = AgentState::Stopped;
+            a.run = None;
+            a.clone()
+        }))
+    }
+
+    fn remove(&self, agent: AgentKey) -> Pending<'_, ()> {
+        self.note(format!("remove {agent}"));
+        let name = self.find(&agent, |a| a.name.to_string());
+        ready(name.map(|name| {
+            self.inner.lock().expect("lock").agents.remove(&name);
+        }))
+    }
+
+    fn logs(&self, agent: AgentKey, query: LogQuery) -> Pending<'_, Flow<LogLine>> {
+        let found = self.find(&agent, |_| ());
+        let log = self.inner.lock().expect("lock").log.clone();
+        let old = log[log.len().saturating_sub(query.lines)..].to_vec();
+        let old = futures::stream::iter(old);
+        let new = tokio_stream::wrappers::BroadcastStream::new(self.log.subscribe());
+        let new = new.filter_map(|line| async move { line.ok() });
+        ready(found.map(|()| match query.follow {
+            Follow::No => Box::pin(old) as Flow<LogLine>,
+            Follow::Yes => Box::pin(old.chain(new)) as Flow<LogLine>,
+        }))
+    }
+
+    fn chat(&self, agent: AgentKey, message: ChatRequest) -> Pending<'_, Flow<ReplyPart>> {
+        let takes = self.find(&agent, |a| a.messages);
+        let result = takes.and_then(|takes| {
+            if !takes {
+                return Err(Report::caller(
+                    "no_messages",
+                    "the message was not sent",
+                    "this agent takes no messages",
+                    "chat with `echo`",
+                ));
+            }
+            self.note(format!("chat {agent} {}", message.text));
+            let words = format!(
+                "I have kept that: \u{201c}{}\u{201d}. Ask me by meaning and I will find it again.",
+                message.text
+            );
+            let mut parts = vec![ReplyPart::Note { text: "stored as a memory".into() }];
+            parts.extend(words.split_inclusive(' ').map(|word| ReplyPart::Text { text: word.into() }));
+            parts.push(ReplyPart::Done);
+            Ok(Box::pin(futures::stream::iter(parts)) as Flow<ReplyPart>)
+        });
+        ready(result)
+    }
+
+    fn models(&self) -> Pending<'_, Vec<Model>> {
+        ready(Ok(self.inner.lock().expect("lock").models.values().cloned().collect()))
+    }
+
+    fn add_model(&self, name: ModelName, file: Upload) -> Pending<'_, Model> {
+        Box::pin(async move {
+            let bytes = swallow(file).await?;
+            self.note(format!("model {name} {bytes}"));
+            let model = Model {
+                name: name.to_string(),
+                file: format!("{name}.gguf"),
+                bytes,
+                origin: "data".into(),
+                ..chat_model()
+            };
+            self.inner.lock().expect("lock").models.insert(name.to_string(), model.clone());
+            Ok(model)
+        })
+    }
+
+    fn remove_model(&self, name: ModelName) -> Pending<'_, ()> {
+        let removed = self.inner.lock().expect("lock").models.remove(name.as_str());
+        ready(removed.map(drop).ok_or_else(|| {
+            Report::caller(
+                "not_found",
+                "no model was removed",
+                format!("there is no model `{name}`"),
+                "`agentctl model ls` shows the names",
+            )
+        }))
+    }
+
+    fn reboot(&self) -> Pending<'_, ()> {
+        self.note("reboot");
+        ready(Ok(()))
+    }
+
+    fn poweroff(&self) -> Pending<'_, ()> {
+        self.note("poweroff");
+        ready(Ok(()))
+    }
+}
+
+/// State files in memory.
+#[derive(Default)]
+pub struct Files(Mutex<HashMap<String, Vec<u8>>>);
+
+impl StateFiles for Files {
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        Ok(self.0.lock().expect("lock").get(name).cloned())
+    }
+
+    fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
+        self.0.lock().expect("lock").insert(name.to_owned(), content.to_vec());
+        Ok(())
+    }
+}
+
+/// A boot clock that moves when told.
+#[derive(Clone, Default)]
+pub struct TestClock(Arc<Mutex<Duration>>);
+
+impl TestClock {
+    pub fn advance(&self, by: Duration) {
+        *self.0.lock().expect("lock") += by;
+    }
+
+    pub fn boot(&self) -> agentd_console::BootClock {
+        let own = self.clone();
+        Arc::new(move || *own.0.lock().expect("lock"))
+    }
+}
+
+pub fn sha256_hex(bytes: &[u8]) -> String {
+    use sha2::{Digest, Sha256};
+    hex::encode(Sha256::digest(bytes))
+}
+
+fn id(n: u128) -> uuid::Uuid {
+    uuid::Uuid::from_u128(0x0199_3f21_7c4a_7000_8000_0000_0000_0000 + n)
+}
+
+fn agent(n: u128, name: &str, description: &str, state: AgentState) -> Agent {
+    Agent {
+        agent_id: agentd_domain::ids::AgentId(id(n)),
+        owner_id: agentd_domain::ids::OwnerId(id(99)),
+        name: name.parse().expect("name"),
+        version: "0.1.0".into(),
+        description: description.into(),
+        state,
+        wanted: true,
+        run: None,
+        limits: Limits::default(),
+        restarts: 0,
+        last_exit: None,
+        digest: sha256_hex(name.as_bytes()),
+        bundled: true,
+        messages: true,
+        problem: None,
+    }
+}
+
+fn run(n: u128, memory_bytes: u64, pids: u32) -> Run {
+    let pid = 412 + i32::try_from(n).expect("small");
+    Run {
+        run_id: agentd_domain::ids::RunId(id(200 + n)),
+        pid,
+        uptime_ms: 8_042_311,
+        memory_bytes,
+        cpu_ms: 15_730,
+        pids,
+    }
+}
+
+fn echo() -> Agent {
+    let run = run(1, 23 * MIB, 3);
+    Agent {
+        run: Some(run),
+        ..agent(1, "echo", "Remembers what you tell it, and recalls it by meaning", AgentState::Running)
+    }
+}
+
+fn scout() -> Agent {
+    let run = run(2, 214 * MIB, 11);
+    Agent {
+        run: Some(run),
+        messages: false,
+        bundled: false,
+        ..agent(2, "scout", "Reads the house's sensors every minute", AgentState::Running)
+    }
+}
+
+fn broken() -> Agent {
+    let exit = ExitRecord {
+        run_id: agentd_domain::ids::RunId(id(300)),
+        agent_id: agentd_domain::ids::AgentId(id(3)),
+        cause: ExitCause::OutOfMemory,
+        started_boot_ms: 60_000,
+        ended_boot_ms: 62_410,
+        memory_peak_bytes: 256 * MIB,
+    };
+    let problem = Report::environment(
+        "agent_quarantined",
+        "the agent was not started again",
+        "it went over its memory limit 5 times in 2 minutes",
+        "raise `limits.memory_max` in its agent.toml and install it again",
+    );
+    Agent {
+        restarts: 5,
+        last_exit: Some(exit),
+        problem: Some(problem),
+        bundled: false,
+        ..agent(3, "indexer", "Reads the library", AgentState::Quarantined)
+    }
+}
+
+fn embedder() -> Model {
+    Model {
+        name: "all-minilm-l6-v2".into(),
+        file: "all-minilm-l6-v2.q8_0.gguf".into(),
+        bytes: 24_894_336,
+        origin: "image".into(),
+        architecture: "bert".into(),
+        kind: ModelKind::Embedding,
+        loaded: true,
+        default: false,
+        problem: None,
+    }
+}
+
+fn chat_model() -> Model {
+    Model {
+        name: "tiny".into(),
+        file: "tiny.gguf".into(),
+        bytes: 1_310_720,
+        origin: "image".into(),
+        architecture: "llama".into(),
+        kind: ModelKind::Chat,
+        loaded: true,
+        default: true,
+        problem: None,
+    }
+}
+
+fn cut_model() -> Model {
+    let problem = Report::caller(
+        "model_file_truncated",
+        "the model was not loaded",
+        "the file ends 1.1 GiB before its last tensor does",
+        "upload it again",
+    );
+    Model {
+        name: "half-model".into(),
+        file: "half-model.gguf".into(),
+        bytes: 1_200_000_000,
+        origin: "data".into(),
+        loaded: false,
+        default: false,
+        problem: Some(problem),
+        ..chat_model()
+    }
+}
+
+fn loaded(model: &Model, parameters: u64, dimension: u32) -> LoadedModel {
+    LoadedModel {
+        model: model.name.clone(),
+        path: format!("/usr/share/agentd/models/{}", model.file),
+        kind: model.kind,
+        architecture: model.architecture.clone(),
+        parameters,
+        file_bytes: model.bytes,
+        sha256: sha256_hex(model.name.as_bytes()),
+        context_tokens: 512,
+        sequences: 4,
+        dimension,
+        chat_template: None,
+    }
+}
+
+pub fn status() -> ApplianceStatus {
+    let cpu = Device {
+        name: "CPU".into(),
+        description: "AMD EPYC-Milan Processor".into(),
+        kind: "cpu".into(),
+        memory_total_bytes: 978 * MIB,
+        memory_free_bytes: 702 * MIB,
+        gpu: None,
+    };
+    let milestones = [
+        ("kernel", 0),
+        ("init", 1_912),
+        ("network", 2_480),
+        ("agentd_ready", 2_655),
+        ("first_page", 2_740),
+        ("first_agent", 3_390),
+    ];
+    ApplianceStatus {
+        version: "0.1.0~214".into(),
+        slot: "a".into(),
+        uptime_ms: 8_045_700,
+        health: Health::Yellow,
+        problems: vec![Report::environment(
+            "clock_unconfirmed",
+            "the time may be wrong",
+            "no time server answered since the start",
+            "connect a network, or set the time on the local console",
+        )],
+        memory_total_bytes: 978 * MIB,
+        memory_available_bytes: 702 * MIB,
+        data_total_bytes: 7_400 * MIB,
+        data_available_bytes: 6_950 * MIB,
+        devices: vec![cpu],
+        clock: Clock::Unconfirmed,
+        now_unix_ms: NOW_UNIX_MS,
+        addresses: vec!["10.0.2.15/24".into(), "fec0::5054:ff:fe12:3456/64".into()],
+        engine: EngineState::Ready {
+            backend: "libggml-cpu-haswell.so".into(),
+            models: vec![loaded(&embedder(), 22_713_216, 384), loaded(&chat_model(), 1_213_440, 64)],
+            rss_bytes: 118 * MIB,
+        },
+        milestones: milestones.map(|(name, ms)| (name.to_owned(), ms)).to_vec(),
+    }
+}
+
+fn first_log() -> Vec<LogLine> {
+    let lines = [
+        ("agentd", "run 01993f21-7c4a-7000-8000-0000000000c9 started, pid 413"),
+        ("out", "echo 0.1.0, model tiny, memory spirit: 31 records"),
+        ("out", "waiting for messages"),
+        ("out", "message 1: remembered in 12 ms"),
+        ("err", "the embedder was away for 210 ms: 1 record found by words only"),
+        ("out", "<script>alert('an agent may print this')</script>"),
+    ];
+    (0i64..)
+        .zip(lines)
+        .map(|(n, (stream, text))| LogLine {
+            unix_ms: NOW_UNIX_MS - 60_000 + n * 7_300,
+            stream: stream.into(),
+            text: text.into(),
+        })
+        .collect()
+}
+
+fn plan() -> SandboxPlan {
+    SandboxPlan {
+        version: PLAN_VERSION,
+        agent_id: agentd_domain::ids::AgentId(id(1)),
+        name: "echo".parse().expect("name"),
+        uid: 1_000_000,
+        exec: vec!["/agent/bin/echo".into()],
+        workdir: "/work".into(),
+        env: vec![("HOME".into(), "/work".into())],
+        mounts: vec![Mount::Work { target: "/work".into() }],
+        landlock: LandlockPlan { abi_min: 6, rules: vec![], connect_tcp: vec![7070] },
+        seccomp: SeccompPlan {
+            groups: vec!["base".into()],
+            allow: vec!["read".into()],
+            enosys: vec![],
+            kill: vec![],
+            ioctls: vec![],
+            socket_families: vec![2],
+            prctls: vec![],
+        },
+        cgroup: CgroupLimits {
+            memory_high_bytes: 192 * MIB,
+            memory_max_bytes: 256 * MIB,
+            pids_max: 64,
+            cpu_quota_us: 50_000,
+            cpu_period_us: 100_000,
+            io_bytes_per_second: None,
+        },
+        rlimits: vec![Rlimit { name: "NOFILE".into(), soft: 512, hard: 512 }],
+        network: NetworkPlan::LoopbackOnly,
+        api: vec!["memory.remember".into()],
+    }
+}
