@@ -7,7 +7,7 @@ use agentd_domain::netd::Settings;
 use anyhow::Result;
 use scene::Scene;
 use std::sync::atomic::Ordering;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Runs the body with a fresh scene, or says why not.
 fn with_scene(body: impl FnOnce(&mut Scene) -> Result<()>) {
@@ -206,6 +206,26 @@ fn a_time_server_that_lies_is_not_believed() {
         scene.hang_up()?;
         let tried = scene.wait_for("an attempt", |s| s.problems.iter().any(|p| p.code == "clock_not_set"))?;
         assert_eq!(tried.clock.state, Clock::Unconfirmed);
+        Ok(())
+    });
+}
+
+#[test]
+fn nothing_but_the_allowed_leaves_the_machine() {
+    with_scene(|scene| {
+        scene.plug_in()?;
+        scene.serve_dhcp(50)?;
+        scene.serve_time()?;
+        scene.write_settings(&dhcp_settings())?;
+        let seen = scene.listen("sntp", Duration::from_secs(10), Scene::start_netd)?;
+        // That the capture works at all: each kind that must be there is.
+        let kinds: Vec<&str> = seen.keys().map(String::as_str).collect();
+        assert_eq!(
+            kinds,
+            ["arp", "dhcp", "multicast report", "neighbour or router discovery", "sntp"],
+            "{seen:?}"
+        );
+        assert_eq!(seen["sntp"], 1, "one question a minute at most: {seen:?}");
         Ok(())
     });
 }

@@ -3,10 +3,14 @@
 //! netd runs as on the appliance: uid 201 with ambient capabilities, but without CAP_SYS_TIME, because the
 //! clock is the whole machine's and a test must not move it. That it is really set is seen in tests/qemu.
 
+mod capture;
+
 use agentd_domain::netd::{Settings, Status};
 use anyhow::{Context, Result, bail, ensure};
+use capture::Capture;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify;
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::net::UdpSocket;
 use std::os::unix::fs::chown;
@@ -124,24 +128,35 @@ impl Scene {
 
     /// An SNTP server on 10.99.0.1 (RFC 4330, 5), in a thread that lives as long as the process.
     pub fn serve_time(&self) -> Result<()> {
-        let namespace = std::fs::File::open(format!("/run/netns/{}", self.server))?;
         let lie_ms = self.lie_ms.clone();
-        let (ready, is_ready) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            let network = Some(rustix::thread::LinkNameSpaceType::Network);
-            let socket =
-                rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), network)
-                    .map_err(anyhow::Error::from)
-                    .and_then(|()| Ok(UdpSocket::bind("0.0.0.0:123")?));
-            match socket {
-                Ok(socket) => {
-                    let _ = ready.send(Ok(()));
-                    answer_for_ever(&socket, &lie_ms);
-                }
-                Err(why) => drop(ready.send(Err(why))),
-            }
-        });
-        is_ready.recv()?
+        let socket = self.on_the_other_end(|| Ok(UdpSocket::bind("0.0.0.0:123")?))?;
+        std::thread::spawn(move || answer_for_ever(&socket, &lie_ms));
+        Ok(())
+    }
+
+    /// What netd's end sends by kind, until `window` after the first frame of the kind `last`. The listening
+    /// begins before `then` is called.
+    pub fn listen(
+        &mut self,
+        last: &str,
+        window: Duration,
+        then: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<BTreeMap<String, usize>> {
+        let listener = self.on_the_other_end(|| Capture::open(Capture::mac_of_eth0()?))?;
+        then(self)?;
+        listener.listen(DEADLINE, last, window)
+    }
+
+    /// Runs on a thread that has entered the server's namespace, which a socket remembers.
+    fn on_the_other_end<T: Send>(&self, body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let namespace = std::fs::File::open(format!("/run/netns/{}", self.server))?;
+        let network = Some(rustix::thread::LinkNameSpaceType::Network);
+        let enter_and_run = move || {
+            rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), network)?;
+            body()
+        };
+        std::thread::scope(|scope| scope.spawn(enter_and_run).join())
+            .unwrap_or_else(|_| bail!("the thread in {} panicked", self.server))
     }
 
     pub fn settings_path(&self) -> PathBuf {
