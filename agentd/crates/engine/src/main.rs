@@ -1,1 +1,126 @@
-fn main() {}
+//! `agentd-engine`: the process that owns a device set and runs models on it.
+//!
+//! Why a process: llama.cpp parses files from strangers and answers a broken invariant with `abort()`, and a
+//! driver call can hang in the kernel. Its parent, the launcher, starts it again; agentd loads its models again.
+//!
+//! In:      a listening Unix socket (descriptor 3 from the launcher), the folder of back ends.
+//! Out:     frames as in `agentd_domain::engine`; JSON log lines on standard error.
+//! Threads: one per model for decoding, two per connection, one for each load; ggml's own workers below them.
+//! Never:   a network, a file of an agent, a decision about who may use what: agentd asks, agentd decides.
+
+mod batch;
+mod chat;
+mod devices;
+mod embed;
+mod engine;
+mod generations;
+mod logging;
+mod model;
+mod server;
+mod template;
+mod text;
+mod wire;
+
+use agentd_domain::paths;
+use clap::Parser;
+use devices::Devices;
+use engine::Engine;
+use llama_cpp_2::llama_backend::{LlamaBackend, load_backends_from_path};
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// Runs models on this machine's devices, for agentd.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Serve on this descriptor, a Unix stream socket that listens; the launcher gives 3.
+    #[arg(long, value_name = "N", conflicts_with_all = ["listen", "probe"])]
+    listen_fd: Option<RawFd>,
+    /// Make a socket at this path and serve on it.
+    #[arg(long, value_name = "PATH", conflicts_with = "probe")]
+    listen: Option<PathBuf>,
+    /// Print the devices as JSON and exit.
+    #[arg(long)]
+    probe: bool,
+    /// The folder with llama.cpp's back ends.
+    #[arg(long, value_name = "DIR", default_value = paths::BACKENDS)]
+    backends: PathBuf,
+    /// Threads of one model; without it, one for each core.
+    #[arg(long, value_name = "N")]
+    threads: Option<u32>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    logging::start();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error, "the engine ended");
+            ExitCode::from(3)
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), String> {
+    let listener = if arguments.probe { None } else { Some(listener(arguments)?) };
+    if !arguments.backends.is_dir() {
+        return Err(format!("{} is not a folder: give --backends", arguments.backends.display()));
+    }
+    load_backends_from_path(&arguments.backends);
+    let backend = LlamaBackend::init().map_err(|error| error.to_string())?;
+    let devices = Devices::probe();
+    let list = devices.list();
+    if list.is_empty() {
+        return Err(format!("no back end in {} runs on this machine", arguments.backends.display()));
+    }
+    let Some(listener) = listener else {
+        let json = serde_json::to_string_pretty(&list).map_err(|error| error.to_string())?;
+        println!("{json}");
+        return Ok(());
+    };
+    let threads = arguments.threads.unwrap_or(devices::physical_cores() as u32).max(1);
+    tracing::info!(
+        backend = devices.cpu_backend,
+        devices = list.iter().map(|device| device.name.as_str()).collect::<Vec<_>>().join(","),
+        threads,
+        "engine ready"
+    );
+    let engine = Arc::new(Engine::new(backend, devices, threads));
+    Err(format!("the socket failed: {}", server::serve(&listener, &engine)))
+}
+
+fn listener(arguments: &Arguments) -> Result<UnixListener, String> {
+    match (arguments.listen_fd, &arguments.listen) {
+        (Some(fd), _) => inherited(fd),
+        (None, Some(path)) => {
+            UnixListener::bind(path).map_err(|error| format!("{}: {error}", path.display()))
+        }
+        (None, None) => Err("give --listen-fd or --listen".to_owned()),
+    }
+}
+
+/// The launcher's socket. Checked, because a descriptor of another kind would fail in confusing ways later.
+#[expect(unsafe_code, reason = "the standard library has no safe way to take over an inherited descriptor")]
+fn inherited(fd: RawFd) -> Result<UnixListener, String> {
+    use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+    let link = format!("/proc/self/fd/{fd}");
+    let target =
+        std::fs::read_link(&link).map_err(|error| format!("descriptor {fd} is not open: {error}"))?;
+    if fd < 3 || !target.to_string_lossy().starts_with("socket:") {
+        return Err(format!("descriptor {fd} is {}, not a socket", target.display()));
+    }
+    // SAFETY: `from_raw_fd` needs an open descriptor that nothing else owns. It is open, as the link shows; this
+    // runs once, before llama.cpp or a thread exists, and the standard library owns 0 to 2 only, so nothing in
+    // this process owns a descriptor that was open when it began.
+    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    let listens =
+        rustix::net::sockopt::socket_acceptconn(owned.as_fd()).map_err(|error| error.to_string())?;
+    if !listens {
+        return Err(format!("descriptor {fd} is a socket that does not listen"));
+    }
+    Ok(UnixListener::from(owned))
+}

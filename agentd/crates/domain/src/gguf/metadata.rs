@@ -44,7 +44,7 @@ pub struct Summary {
 enum Value {
     Unsigned(u64),
     Signed(i64),
-    Float(f64),
+    Float,
     Bool,
     Text(String),
     Array { elements: u64 },
@@ -93,7 +93,10 @@ fn read_value(cursor: &mut Cursor<'_>, key: &str, kind: u32) -> Result<Value, Gg
         3 => Value::Signed(i64::from(cursor.u16(key)?.cast_signed())),
         4 => Value::Unsigned(cursor.u32(key)?.into()),
         5 => Value::Signed(i64::from(cursor.u32(key)?.cast_signed())),
-        6 => Value::Float(f32::from_bits(cursor.u32(key)?).into()),
+        6 => {
+            cursor.skip(key, 4)?;
+            Value::Float
+        }
         7 => match cursor.u8(key)? {
             0 | 1 => Value::Bool,
             other => {
@@ -104,7 +107,10 @@ fn read_value(cursor: &mut Cursor<'_>, key: &str, kind: u32) -> Result<Value, Gg
         9 => read_array(cursor, key)?,
         10 => Value::Unsigned(cursor.u64(key)?),
         11 => Value::Signed(cursor.u64(key)?.cast_signed()),
-        12 => Value::Float(f64::from_bits(cursor.u64(key)?)),
+        12 => {
+            cursor.skip(key, 8)?;
+            Value::Float
+        }
         other => {
             return Err(GgufError::Corrupt { at, what: format!("`{key}` has the unknown type {other}") });
         }
@@ -230,7 +236,7 @@ impl Metadata {
                 Ok(value) => Ok(Some(value)),
                 Err(_) => Err(self.corrupt(format!("`{key}` is {value}"))),
             },
-            Some(Value::Float(_) | Value::Bool | Value::Text(_)) => {
+            Some(Value::Float | Value::Bool | Value::Text(_)) => {
                 Err(self.corrupt(format!("`{key}` is not a whole number")))
             }
         }

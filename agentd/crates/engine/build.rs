@@ -1,0 +1,34 @@
+//! Puts llama.cpp's libraries and back ends beside the engine, so that the target directory is complete: the
+//! engine runs there as it does in the image, where the same files lie beside it.
+use std::path::{Path, PathBuf};
+use std::{env, fs, io};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=build.rs");
+    // The dynamic loader looks beside the program; nothing of this machine's paths is baked in.
+    println!("cargo:rustc-link-arg-bins=-Wl,-rpath,$ORIGIN");
+    // From the build script of llama-cpp-sys-2, feature `dynamic-backends`.
+    let backends = PathBuf::from(env::var("DEP_LLAMA_BACKENDS_DIR")?);
+    let libraries = backends.parent().ok_or("the back ends' folder has no parent")?.join("lib");
+    // OUT_DIR is <target>/<profile>/build/<crate>/out.
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    let profile = out.ancestors().nth(3).ok_or("OUT_DIR is not deep enough")?;
+    copy_matching(&libraries, profile, |name| name.ends_with(".so.0"))?;
+    let target = profile.join("backends");
+    fs::create_dir_all(&target)?;
+    copy_matching(&backends, &target, |name| name.ends_with(".so"))?;
+    Ok(())
+}
+
+fn copy_matching(from: &Path, to: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<()> {
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(&wanted) {
+            // By rename, so that a running engine keeps the file it has mapped.
+            let partial = to.join("partial-copy");
+            fs::copy(entry.path(), &partial)?;
+            fs::rename(&partial, to.join(entry.file_name()))?;
+        }
+    }
+    Ok(())
+}
