@@ -265,14 +265,22 @@ pub fn set_ipv6(link: &Link, mode: Ipv6) -> std::io::Result<()> {
         Ipv6::Automatic => "1",
         Ipv6::ByHand => "0",
     };
-    let folder = Path::new("/proc/sys/net/ipv6/conf").join(&link.name);
-    for key in ["accept_ra", "autoconf"] {
-        match std::fs::read_to_string(folder.join(key)) {
-            Ok(now) if now.trim() != value => std::fs::write(folder.join(key), value)?,
-            Ok(_) => {}
-            Err(why) if why.kind() == std::io::ErrorKind::NotFound => {}
-            Err(why) => return Err(why),
-        }
+    let changed = set_ipv6_key(link, "accept_ra", value)? | set_ipv6_key(link, "autoconf", value)?;
+    if changed && mode == Ipv6::ByHand {
+        // What routers have advertised until now would stay for its lifetime. Off and on clears it.
+        set_ipv6_key(link, "disable_ipv6", "1")?;
+        set_ipv6_key(link, "disable_ipv6", "0")?;
     }
     Ok(())
+}
+
+/// Whether it was something else before.
+fn set_ipv6_key(link: &Link, key: &str, value: &str) -> std::io::Result<bool> {
+    let path = Path::new("/proc/sys/net/ipv6/conf").join(&link.name).join(key);
+    match std::fs::read_to_string(&path) {
+        Ok(now) if now.trim() == value => Ok(false),
+        Ok(_) => std::fs::write(&path, value).map(|()| true),
+        Err(why) if why.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(why) => Err(why),
+    }
 }
