@@ -25,6 +25,9 @@ pub const UNSAFE_FILES: &[&str] = &[
 /// Folders whose crate roots cannot say `forbid(unsafe_code)`, because a module below is in [`UNSAFE_FILES`].
 const UNSAFE_CRATES: &[&str] = &["init/sys/", "agentd/crates/sandbox/", "agentd/crates/engine/"];
 
+/// Crates whose roots deny every panic that the source shows.
+const PANIC_FREE: &[&str] = &["init/src/", "init/sys/", "agentd/crates/sandbox/"];
+
 /// Complaints about files that are long without a reason, or without a first line of documentation.
 pub fn shape(repo: &Repo) -> Vec<String> {
     let mut complaints = Vec::new();
@@ -82,7 +85,7 @@ pub fn unsafe_code(repo: &Repo, allowed: &[&str]) -> Vec<String> {
         let root =
             name.ends_with("/src/lib.rs") || name.ends_with("/src/main.rs") || name.contains("/src/bin/");
         let exempt = UNSAFE_CRATES.iter().any(|folder| name.starts_with(folder));
-        if root && !exempt && !text.contains("#![forbid(unsafe_code)]") {
+        if is_root(name) && !exempt && !text.contains("#![forbid(unsafe_code)]") {
             complaints.push(format!("{name}: a crate root without #![forbid(unsafe_code)]"));
         }
     }
@@ -93,6 +96,24 @@ pub fn unsafe_code(repo: &Repo, allowed: &[&str]) -> Vec<String> {
             .map(|file| format!("{file}: in UNSAFE_FILES, but gone")),
     );
     complaints
+}
+
+/// Complaints about programs that must never panic (PID 1 and what raises walls) without the lints for that.
+pub fn panic_free(repo: &Repo) -> Vec<String> {
+    let lints =
+        ["unwrap_used", "expect_used", "indexing_slicing", "panic"].map(|lint| format!("clippy::{lint}"));
+    let mut complaints = Vec::new();
+    for (name, text) in repo.with_extension("rs").filter(|(name, _)| is_root(name)) {
+        let ours = PANIC_FREE.iter().any(|folder| name.starts_with(folder));
+        for lint in lints.iter().filter(|lint| ours && !text.contains(lint.as_str())) {
+            complaints.push(format!("{name}: does not deny {lint} outside tests"));
+        }
+    }
+    complaints
+}
+
+fn is_root(name: &str) -> bool {
+    name.ends_with("/src/lib.rs") || name.ends_with("/src/main.rs") || name.contains("/src/bin/")
 }
 
 fn holds_unsafe(line: &str) -> bool {
@@ -135,5 +156,11 @@ mod tests {
         assert_eq!(unsafe_code(&one("// unsafe { }\n"), &["x/src/a.rs"]).len(), 1);
         assert_eq!(unsafe_code(&one("#![deny(unsafe_code)]\n"), &["gone.rs"]).len(), 1);
         assert_eq!(unsafe_code(&Repo::of(&[("x/src/lib.rs", "")]), &[]).len(), 1);
+    }
+
+    #[test]
+    fn pid_one_denies_panics() {
+        assert_eq!(panic_free(&Repo::of(&[("init/src/main.rs", "deny(clippy::unwrap_used)")])).len(), 3);
+        assert_eq!(panic_free(&Repo::of(&[("image/src/main.rs", "")])), [""; 0]);
     }
 }

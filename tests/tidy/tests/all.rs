@@ -81,6 +81,11 @@ fn unsafe_code_is_where_it_may_be() {
 }
 
 #[test]
+fn pid_one_and_the_sandbox_deny_panics() {
+    none(sources::panic_free(&repo()));
+}
+
+#[test]
 fn results_have_a_form_and_may_be_old() {
     let repo = repo();
     for warning in results::stale(&repo) {
