@@ -82,8 +82,6 @@ pub fn unsafe_code(repo: &Repo, allowed: &[&str]) -> Vec<String> {
             }
             _ => {}
         }
-        let root =
-            name.ends_with("/src/lib.rs") || name.ends_with("/src/main.rs") || name.contains("/src/bin/");
         let exempt = UNSAFE_CRATES.iter().any(|folder| name.starts_with(folder));
         if is_root(name) && !exempt && !text.contains("#![forbid(unsafe_code)]") {
             complaints.push(format!("{name}: a crate root without #![forbid(unsafe_code)]"));
