@@ -4,7 +4,7 @@
 //!        which small state files survive a power cut.
 //! Who:   init and console-tty; agentd and the launcher for `twofile`, `packet` and `quota`.
 //! Never: a decision, a retry, a log line. That is the caller's.
-//! Unsafe: only here, in `spawn`, `signals` and the three ioctl modules, each block with its argument.
+//! Unsafe: only here, in `spawn`, `signals` and the modules of ioctls, each block with its argument.
 #![cfg_attr(
     not(test),
     deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)
@@ -18,6 +18,8 @@ pub mod mounts;
 pub mod packet;
 #[allow(unsafe_code)]
 pub mod quota;
+#[allow(unsafe_code)]
+pub mod rtc;
 #[allow(unsafe_code)]
 pub mod signals;
 #[allow(unsafe_code)]

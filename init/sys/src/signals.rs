@@ -89,6 +89,13 @@ fn ended(status: WaitStatus) -> Option<Ended> {
     status.exit_status().map(Ended::Exit).or_else(|| status.terminating_signal().map(Ended::Signal))
 }
 
+/// Has this process no child left, running or ended?
+pub fn no_child_is_left() -> bool {
+    use rustix::process::{WaitId, WaitIdOptions};
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    matches!(rustix::process::waitid(WaitId::All, options), Err(rustix::io::Errno::CHILD))
+}
+
 /// Sends a signal to every process that init may signal, itself excepted (kill(2) with pid -1 as PID 1).
 pub fn signal_everybody(signal: Signal) {
     // SAFETY: kill takes two numbers and touches no memory of ours. Its only effect is the signal itself.

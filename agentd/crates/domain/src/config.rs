@@ -201,8 +201,8 @@ fn parse_subnet(text: &str) -> Result<Subnet, String> {
 
 /// IFNAMSIZ leaves 15 characters for a name; `/` and white space are not allowed in one (netdevice(7)).
 fn is_interface(text: &str) -> bool {
-    let is_name =
-        (1..=15).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':');
+    let is_name = (1..=15).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':');
     let is_mac = text.split(':').count() == 6
         && text.split(':').all(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()));
     is_name || is_mac
@@ -290,12 +290,7 @@ fn section_table<'t, 'i>(
     value.as_table()
 }
 
-fn read_string(
-    section: &DeTable<'_>,
-    name: &str,
-    key: &str,
-    problems: &mut Vec<Problem>,
-) -> Option<String> {
+fn read_string(section: &DeTable<'_>, name: &str, key: &str, problems: &mut Vec<Problem>) -> Option<String> {
     let value = section.get(key)?.get_ref();
     if value.as_str().is_none() {
         let why = format!("the value must be a text in quotes, not {}", kind_of(value));
@@ -400,7 +395,9 @@ mod tests {
         assert_eq!(problems, Vec::new());
         assert_eq!(config.console.port, 9443);
         assert_eq!(config.time.servers, ["time.example.org", "10.0.0.1"]);
-        assert!(matches!(config.network, NetworkSettings::Static { ref interface, .. } if interface == "eth0"));
+        assert!(
+            matches!(config.network, NetworkSettings::Static { ref interface, .. } if interface == "eth0")
+        );
     }
 
     #[test]

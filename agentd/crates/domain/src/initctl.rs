@@ -12,6 +12,8 @@ pub const MAX_MESSAGE_BYTES: usize = 64 * 1024;
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
     Status,
+    /// The newest lines of the log that are warnings or worse.
+    LastErrors,
     /// From agentd: what the local console shows of it. Replaces the last report.
     Report(AgentdReport),
     /// From console-tty and agentd.
@@ -25,6 +27,10 @@ pub enum Request {
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Response {
     Status(Box<SystemStatus>),
+    /// The newest last.
+    LastErrors {
+        lines: Vec<String>,
+    },
     Done,
     Refused(Report),
 }

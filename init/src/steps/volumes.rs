@@ -1,0 +1,256 @@
+//! The two partitions that change: formatted once, checked, grown, mounted.
+//!
+//! What may be formatted is decided by [`crate::disk::volume`]; here it is done.
+
+use crate::boot::{Done, Outcome};
+use crate::disk::table::{BootLoader, Entry};
+use crate::disk::volume::{self, Decision, Seen};
+use crate::disk::{ext4, find};
+use crate::machine::Machine;
+use crate::steps::disk::note_formatted;
+use crate::steps::kernel::make_folder;
+use agentd_domain::fault::Report;
+use agentd_domain::marker::Volume;
+use agentd_domain::paths;
+use init_sys::mounts::{self, Flags};
+use init_sys::signals::Ended;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
+
+const MKE2FS: &str = "/usr/sbin/mke2fs";
+const E2FSCK: &str = "/usr/sbin/e2fsck";
+const RESIZE2FS: &str = "/usr/sbin/resize2fs";
+
+/// mke2fs writes a few MiB; a slow card takes seconds.
+const FORMAT_LIMIT_S: u64 = 600;
+/// A full check of a large and damaged data partition takes long, and cutting it short helps nobody.
+const CHECK_LIMIT_S: u64 = 4 * 3600;
+const GROW_LIMIT_S: u64 = 1800;
+/// A file system ends at a whole block group; less than this is no reason to call resize2fs.
+const NOT_WORTH_GROWING_BYTES: u64 = 16 << 20;
+
+/// For both: no link count is lost to the clock, and an error stops writing instead of spreading.
+const ON_ERROR: &str = "errors=remount-ro";
+
+pub fn open_state(machine: &mut Machine) -> Outcome {
+    let opened = open(machine, Volume::State)?;
+    let flags = Flags::NOSUID | Flags::NODEV | Flags::NOEXEC | Flags::NOATIME;
+    mount(&opened, Path::new(paths::STATE), flags, ON_ERROR)?;
+    make_folders(&[
+        (paths::STATE, 0, 0o755),
+        (paths::STATE_INIT, 0, 0o755),
+        (paths::STATE_AGENTD, paths::UID_AGENTD, 0o700),
+        (paths::STATE_NETD, paths::UID_NETD, 0o700),
+    ])?;
+    machine.facts.state_is_mounted = true;
+    Ok(Done::Well)
+}
+
+pub fn open_data(machine: &mut Machine) -> Outcome {
+    if machine.disk.as_ref().is_some_and(|disk| disk.boot_loader == BootLoader::AnotherDisk) {
+        return Err(Report::environment(
+            "boot_loader_on_another_disk",
+            "data was not mounted, so no agent can run",
+            "the boot loader came from another disk than the running root: two disks with copies of the \
+             appliance are attached",
+            "detach one of the two disks (an installation stick, for example) and restart",
+        ));
+    }
+    let opened = open(machine, Volume::Data)?;
+    let flags = Flags::NOSUID | Flags::NODEV | Flags::NOATIME;
+    // agentd may use the reserved blocks: a full disk must not keep it from committing what it acknowledges.
+    let options = format!("usrquota,resuid={},{ON_ERROR}", paths::UID_AGENTD);
+    mount(&opened, Path::new(paths::DATA), flags, &options)?;
+    grow(machine, &opened);
+    // Sticky, and `agents` is root's: agentd makes its own files here but cannot put a link in place of a
+    // folder on which the launcher works as root.
+    make_folders(&[
+        (paths::DATA, 0, 0o1771),
+        (paths::DATA_AGENTS, 0, 0o755),
+        (paths::DATA_MODELS, paths::UID_AGENTD, 0o755),
+        (paths::DATA_LOGS, paths::UID_AGENTD, 0o750),
+    ])?;
+    let group = rustix::fs::Gid::from_raw(paths::UID_AGENTD);
+    rustix::fs::chown(paths::DATA, None, Some(group))
+        .map_err(|error| folder_report(paths::DATA, &error.into()))?;
+    rustix::fs::chmod(paths::DATA, rustix::fs::Mode::from_bits_truncate(0o1771))
+        .map_err(|error| folder_report(paths::DATA, &error.into()))?;
+    Ok(Done::Well)
+}
+
+/// A partition that can be mounted.
+struct Opened {
+    volume: Volume,
+    device: String,
+    length_bytes: u64,
+    /// What the file system fills of it.
+    size_bytes: u64,
+}
+
+fn open(machine: &mut Machine, volume: Volume) -> Result<Opened, Report> {
+    let (device, entry) = locate(machine, volume)?;
+    if volume == Volume::Data && entry.length_bytes < volume::SMALLEST_DATA_BYTES {
+        return Err(volume::too_small(
+            entry.length_bytes,
+            machine.disk.as_ref().map_or("", |disk| &disk.name),
+        ));
+    }
+    let (head, spare) = read_heads(&device).map_err(|error| unreadable(volume, &device, &error))?;
+    let seen = Seen { head: &head, spare: spare.as_deref(), format_begun: entry.format_begun };
+    let size_bytes = match volume::decide(volume, seen) {
+        Decision::Format => {
+            format(machine, volume, &device)?;
+            entry.length_bytes
+        }
+        Decision::Use { check, size_bytes } => {
+            if check {
+                self::check(machine, volume, &device)?;
+            }
+            size_bytes
+        }
+        Decision::Foreign { found } => return Err(volume::foreign(volume, &device, &found)),
+    };
+    Ok(Opened { volume, device, length_bytes: entry.length_bytes, size_bytes })
+}
+
+/// The volume's device file and its entry in the table.
+fn locate(machine: &Machine, volume: Volume) -> Result<(String, Entry), Report> {
+    let name = volume.partition_name();
+    let missing = |why: String| {
+        Report::environment(
+            &format!("{name}_partition_missing"),
+            format!("there is no {name} partition"),
+            why,
+            "write the appliance's image to the disk again; partitions of other names are not touched by it",
+        )
+    };
+    let Some(disk) = &machine.disk else { return Err(missing("no disk was found".to_owned())) };
+    let entry = disk.partitions.iter().find(|entry| entry.name == name);
+    let entry = entry
+        .ok_or_else(|| missing(format!("the table of {} has no partition named `{name}`", disk.name)))?;
+    let kernel_name = find::partition_name(&disk.name, entry.number).ok_or_else(|| {
+        missing(format!(
+            "the kernel does not know partition {} of {}: the disk is smaller than its table",
+            entry.number, disk.name
+        ))
+    })?;
+    Ok((format!("/dev/{kernel_name}"), entry.clone()))
+}
+
+fn read_heads(device: &str) -> io::Result<(Vec<u8>, Option<Vec<u8>>)> {
+    let mut file = File::open(device)?;
+    let mut head = vec![0; ext4::HEAD_BYTES];
+    file.read_exact(&mut head)?;
+    let mut spare = vec![0; ext4::SPARE_BYTES];
+    let read = file.seek(SeekFrom::Start(ext4::SPARE_OFFSET_BYTES)).and_then(|_| file.read_exact(&mut spare));
+    Ok((head, read.is_ok().then_some(spare)))
+}
+
+fn format(machine: &mut Machine, volume: Volume, device: &str) -> Result<(), Report> {
+    let name = volume.partition_name();
+    machine.log.info(&format!("formatting {device} as {name}, as its marker asks"));
+    // Blocks of 4 KiB put the spare superblock where `disk::ext4` looks for it. Lazy tables: the kernel fills
+    // them in later, so a first boot on a large disk takes seconds.
+    let common = ["-q", "-F", "-t", "ext4", "-b", "4096", "-L", volume.label()];
+    let own: &[&str] = match volume {
+        Volume::State => &["-m", "5", "-E", "lazy_itable_init=1"],
+        Volume::Data => &["-m", "2", "-O", "quota", "-E", "lazy_itable_init=1,quotatype=usrquota"],
+    };
+    let arguments: Vec<&str> = common.into_iter().chain(own.iter().copied()).chain([device]).collect();
+    let result = machine.run_tool(MKE2FS, &arguments, FORMAT_LIMIT_S);
+    let result = result.map_err(|error| format_report(volume, device, &error.to_string()))?;
+    if result.ended != Ended::Exit(0) {
+        let why = format!("mke2fs ended with {}: {}", result.ended, result.output.trim());
+        return Err(format_report(volume, device, &why));
+    }
+    let synced = File::open(device).and_then(|file| file.sync_all());
+    synced.map_err(|error| format_report(volume, device, &error.to_string()))?;
+    // Only now may the table forget that formatting was begun.
+    note_formatted(machine, vec![name.to_owned()])
+}
+
+fn check(machine: &mut Machine, volume: Volume, device: &str) -> Result<(), Report> {
+    machine.log.info(&format!("checking {device}: it was not unmounted, or has errors"));
+    let report = |why: String| {
+        Report::environment(
+            &format!("{}_partition_damaged", volume.partition_name()),
+            format!("the {} partition was not mounted", volume.partition_name()),
+            why,
+            format!(
+                "attach the disk to another machine, copy what matters, and run `e2fsck -f {device}` there"
+            ),
+        )
+    };
+    let result = machine
+        .run_tool(E2FSCK, &["-p", device], CHECK_LIMIT_S)
+        .map_err(|error| report(error.to_string()))?;
+    // e2fsck(8): 1 and 2 mean that errors were corrected. 2 asks for a restart, which is for a mounted root.
+    match result.ended {
+        Ended::Exit(0..=3) => Ok(()),
+        ended => Err(report(format!("e2fsck ended with {ended}: {}", result.output.trim()))),
+    }
+}
+
+/// To the end of its partition, while mounted. Failing is no reason not to use what there is.
+fn grow(machine: &mut Machine, opened: &Opened) {
+    if opened.length_bytes.saturating_sub(opened.size_bytes) < NOT_WORTH_GROWING_BYTES {
+        return;
+    }
+    machine.log.info(&format!("growing {} to {} MiB", opened.device, opened.length_bytes >> 20));
+    match machine.run_tool(RESIZE2FS, &[&opened.device], GROW_LIMIT_S) {
+        Ok(result) if result.ended == Ended::Exit(0) => {}
+        Ok(result) => {
+            machine.log.warn(&format!("resize2fs ended with {}: {}", result.ended, result.output.trim()))
+        }
+        Err(error) => machine.log.warn(&error.to_string()),
+    }
+}
+
+fn mount(opened: &Opened, target: &Path, flags: Flags, options: &str) -> Result<(), Report> {
+    mounts::mount(&opened.device, target, "ext4", flags, options).map_err(|error| {
+        let name = opened.volume.partition_name();
+        Report::environment(
+            &format!("{name}_partition_not_mounted"),
+            format!("the {name} partition was not mounted"),
+            format!("{} at {}: {error}", opened.device, target.display()),
+            "restart; if it happens again, attach the disk to another machine and run `e2fsck -f` on the partition",
+        )
+    })
+}
+
+fn make_folders(folders: &[(&str, u32, u32)]) -> Result<(), Report> {
+    for (path, owner, mode) in folders {
+        make_folder(Path::new(path), *owner, *mode).map_err(|error| folder_report(path, &error))?;
+    }
+    Ok(())
+}
+
+fn folder_report(path: &str, error: &io::Error) -> Report {
+    Report::environment(
+        "folder",
+        format!("the folder {path} could not be made"),
+        error.to_string(),
+        "restart; if it happens again, the partition is full or damaged: attach it to another machine and run `e2fsck -f` on it",
+    )
+}
+
+fn format_report(volume: Volume, device: &str, why: &str) -> Report {
+    Report::environment(
+        &format!("{}_partition_not_formatted", volume.partition_name()),
+        format!("the {} partition was not formatted", volume.partition_name()),
+        why,
+        format!(
+            "restart to try again; if it happens again, the disk behind {device} is faulty: use another one"
+        ),
+    )
+}
+
+fn unreadable(volume: Volume, device: &str, error: &io::Error) -> Report {
+    Report::environment(
+        &format!("{}_partition_unreadable", volume.partition_name()),
+        format!("the {} partition was not mounted", volume.partition_name()),
+        format!("{device} cannot be read: {error}"),
+        "the disk is faulty: copy what can be read, and use another one",
+    )
+}
