@@ -1,0 +1,83 @@
+//! Everything that a bootable appliance needs, stage by stage.
+//!
+//! Each stage finds its result in the cache or makes it and prints one line; the order is the order of
+//! need, so that a mistake in the kernel's configuration shows before minutes of compiling.
+
+use crate::cache::{Cache, Line};
+use crate::disk::{self, Disk};
+use crate::kernel::{self, Kernel};
+use crate::models;
+use crate::programs;
+use crate::root::{self, Entry, MAX_ROOT_BYTES, Root};
+use crate::source::Checkout;
+use agentd_domain::paths;
+use anyhow::{Context, Result, ensure};
+use std::path::{Path, PathBuf};
+
+/// A complete build.
+#[derive(Debug, Clone)]
+pub struct Built {
+    pub checkout: Checkout,
+    pub kernel: Kernel,
+    pub root: Root,
+    pub disk: Disk,
+}
+
+/// Builds what is missing. Blocks for as long as an hour on a machine that has built nothing yet.
+pub fn everything(cache: &Cache) -> Result<Built> {
+    let _lock = cache.lock()?;
+    let checkout = Checkout::find()?;
+    let kernel = kernel::ensure_kernel(cache, &checkout, &[])?;
+    let root = build_root(cache, &checkout)?;
+    let disk = disk::ensure_disk(cache, &kernel, &root)?;
+    Ok(Built { checkout, kernel, root, disk })
+}
+
+/// The kernel alone; `extra` fragments override ours (test kernels).
+pub fn kernel_only(cache: &Cache, extra: &[PathBuf]) -> Result<Kernel> {
+    let _lock = cache.lock()?;
+    kernel::ensure_kernel(cache, &Checkout::find()?, extra)
+}
+
+/// The root alone, with its programs and models.
+pub fn root_only(cache: &Cache) -> Result<Root> {
+    let _lock = cache.lock()?;
+    build_root(cache, &Checkout::find()?)
+}
+
+fn build_root(cache: &Cache, checkout: &Checkout) -> Result<Root> {
+    let models = model_entries(cache)?;
+    let programs = programs::build(cache, checkout)?;
+    let root = root::ensure_root(cache, checkout, &programs, &models)?;
+    // Models are packed without gain, so what they take is their size.
+    let model_bytes = total_bytes(&models)?;
+    let own = root.about.bytes.saturating_sub(model_bytes);
+    ensure!(own <= MAX_ROOT_BYTES, "the root has {own} bytes without models, more than {MAX_ROOT_BYTES}");
+    Ok(root)
+}
+
+/// The models, with their places in the root.
+pub fn model_entries(cache: &Cache) -> Result<Vec<Entry>> {
+    let line = Line::start("models");
+    let files = models::ensure(&cache.path(""))?;
+    line.end("ready", &files.folder.display().to_string());
+    [&files.tiny, &files.embedder, &files.licence]
+        .into_iter()
+        .map(|path| {
+            let name = file_name(path)?;
+            Ok(Entry::file(format!("{}/{name}", paths::BUILTIN_MODELS), path, 0o644))
+        })
+        .collect()
+}
+
+fn total_bytes(entries: &[Entry]) -> Result<u64> {
+    let mut total = 0;
+    for path in entries.iter().filter_map(Entry::source) {
+        total += std::fs::metadata(path)?.len();
+    }
+    Ok(total)
+}
+
+fn file_name(path: &Path) -> Result<&str> {
+    path.file_name().and_then(|name| name.to_str()).with_context(|| format!("{} has no name", path.display()))
+}
