@@ -10,10 +10,11 @@ use rustix::io::FdFlags;
 use rustix::process::Pid;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The highest capability number that the kernel may know (`CAP_LAST_CAP` is 40 in 6.12).
 const CAPABILITY_NUMBERS: std::ops::Range<u32> = 0..64;
@@ -173,6 +174,31 @@ impl User {
         }
         Ok(())
     }
+}
+
+/// Descriptors that the parent passed and named in arguments of the form `5=ttyS0`. Each is given once: a second
+/// call gives nothing. Arguments of another form, and numbers that are not open, are left out.
+pub fn take_passed(arguments: impl Iterator<Item = String>) -> Vec<(OwnedFd, String)> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    if TAKEN.swap(true, Ordering::SeqCst) {
+        return Vec::new();
+    }
+    let mut numbers = Vec::new();
+    let mut passed = Vec::new();
+    for argument in arguments {
+        let Some((number, name)) = argument.split_once('=') else { continue };
+        let Some(number) = number.parse::<i32>().ok().filter(|number| *number > 2) else { continue };
+        // SAFETY: fcntl with F_GETFD touches no memory of ours and fails cleanly on a number that is not open.
+        let is_open = unsafe { libc::fcntl(number, libc::F_GETFD) } >= 0;
+        if is_open && !numbers.contains(&number) {
+            numbers.push(number);
+            // SAFETY: the descriptor is open (just asked), was passed by the parent for this program to own, is
+            // not one of the standard three, and is taken once: `numbers` holds each only once and `TAKEN` lets
+            // no second call come here.
+            passed.push((unsafe { OwnedFd::from_raw_fd(number) }, name.to_owned()));
+        }
+    }
+    passed
 }
 
 /// A pipe for a child's output: the reading end does not block.

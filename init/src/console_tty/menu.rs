@@ -1,0 +1,297 @@
+//! What happens on a key?
+//!
+//! Pure. States: Idle -> Confirm(restart | power off) -> Idle;
+//!       Idle -> Network -> Field(interface, addresses, gateways, dns) -> Apply -> Idle.
+//! Always: Escape leads back to Idle from everywhere; nothing is changed without a `y`.
+
+use crate::screen;
+use agentd_domain::config;
+use agentd_domain::initctl::{NetworkSettings, Request};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Key {
+    Char(char),
+    Enter,
+    Backspace,
+    Escape,
+}
+
+#[derive(Debug)]
+pub enum Effect {
+    Print(Vec<String>),
+    Prompt(String),
+    Echo(String),
+    Ask(Request),
+    Status,
+    LastErrors,
+    /// Draw the facts again.
+    Facts,
+}
+
+#[derive(Debug)]
+pub struct Menu {
+    terminal: String,
+    state: State,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    Idle,
+    Confirm(End),
+    Network,
+    Field { field: usize, typed: String, answers: Vec<String> },
+    Apply(NetworkSettings),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Restart,
+    PowerOff,
+}
+
+const KEYS: &str = "keys: s status, e last errors, n network, r restart, p power off";
+const LONGEST_LINE: usize = 400;
+
+const FIELDS: [&str; 4] = [
+    "interface (name or MAC address): ",
+    "addresses with prefix length, separated by commas: ",
+    "gateways, separated by commas (empty for none): ",
+    "name servers, separated by commas (empty for none): ",
+];
+
+impl Menu {
+    pub fn new(terminal: String) -> Self {
+        Self { terminal, state: State::Idle }
+    }
+
+    /// What stands at the cursor, to be drawn again after other lines came between.
+    pub fn prompt(&self) -> String {
+        match &self.state {
+            State::Idle => format!("{KEYS}\r\n"),
+            State::Confirm(End::Restart) => "restart now? y or n: ".to_owned(),
+            State::Confirm(End::PowerOff) => "power off now? y or n: ".to_owned(),
+            State::Network => "network: d automatic (DHCP), s static, Escape to leave: ".to_owned(),
+            State::Field { field, typed, .. } => {
+                format!("{}{typed}", FIELDS.get(*field).copied().unwrap_or_default())
+            }
+            State::Apply(_) => "apply these settings? y or n: ".to_owned(),
+        }
+    }
+
+    #[cfg(test)]
+    fn is_idle(&self) -> bool {
+        self.state == State::Idle
+    }
+}
+
+pub fn step(menu: &mut Menu, key: Key) -> Vec<Effect> {
+    let state = std::mem::replace(&mut menu.state, State::Idle);
+    let (next, mut effects) = match (state, key) {
+        (State::Idle, key) => idle(key, &menu.terminal),
+        (_, Key::Escape) => {
+            (State::Idle, vec![line("left as it was"), Effect::Prompt(format!("{KEYS}\r\n"))])
+        }
+        (State::Confirm(end), key) => confirm(end, key),
+        (State::Network, key) => network(key),
+        (State::Field { field, typed, answers }, key) => field_key(field, typed, answers, key),
+        (State::Apply(settings), key) => apply(settings, key),
+    };
+    let moved = std::mem::discriminant(&next) != std::mem::discriminant(&State::Idle)
+        && !effects.iter().any(|effect| matches!(effect, Effect::Echo(_) | Effect::Prompt(_)));
+    menu.state = next;
+    if moved {
+        effects.push(Effect::Prompt(menu.prompt()));
+    }
+    effects
+}
+
+fn line(text: impl Into<String>) -> Effect {
+    Effect::Print(vec![text.into()])
+}
+
+fn idle(key: Key, terminal: &str) -> (State, Vec<Effect>) {
+    match key {
+        Key::Char('s') => (State::Idle, vec![Effect::Status]),
+        Key::Char('e') => (State::Idle, vec![Effect::LastErrors]),
+        Key::Char('n') => (State::Network, Vec::new()),
+        Key::Char('r') => (State::Confirm(End::Restart), Vec::new()),
+        Key::Char('p') => (State::Confirm(End::PowerOff), Vec::new()),
+        Key::Enter => (State::Idle, vec![Effect::Facts]),
+        Key::Char(other) => (
+            State::Idle,
+            vec![
+                line(format!("`{other}` is no key of this console ({terminal})")),
+                Effect::Prompt(format!("{KEYS}\r\n")),
+            ],
+        ),
+        Key::Escape | Key::Backspace => (State::Idle, Vec::new()),
+    }
+}
+
+fn confirm(end: End, key: Key) -> (State, Vec<Effect>) {
+    match (key, end) {
+        (Key::Char('y'), End::Restart) => (State::Idle, vec![line("y"), Effect::Ask(Request::Reboot)]),
+        (Key::Char('y'), End::PowerOff) => (State::Idle, vec![line("y"), Effect::Ask(Request::PowerOff)]),
+        _ => (State::Idle, vec![line("no")]),
+    }
+}
+
+fn network(key: Key) -> (State, Vec<Effect>) {
+    match key {
+        Key::Char('d') => (State::Apply(NetworkSettings::Dhcp), vec![line("automatic (DHCP)")]),
+        Key::Char('s') => {
+            (State::Field { field: 0, typed: String::new(), answers: Vec::new() }, vec![line("static")])
+        }
+        _ => (State::Idle, vec![line("left as it was")]),
+    }
+}
+
+fn field_key(field: usize, mut typed: String, mut answers: Vec<String>, key: Key) -> (State, Vec<Effect>) {
+    match key {
+        Key::Char(c) => {
+            let echo = if typed.len() < LONGEST_LINE {
+                typed.push(c);
+                c.to_string()
+            } else {
+                String::new()
+            };
+            (State::Field { field, typed, answers }, vec![Effect::Echo(echo)])
+        }
+        Key::Backspace => {
+            let echo = if typed.pop().is_some() { "\u{8} \u{8}" } else { "" };
+            (State::Field { field, typed, answers }, vec![Effect::Echo(echo.to_owned())])
+        }
+        Key::Enter if field + 1 < FIELDS.len() => {
+            answers.push(typed);
+            (State::Field { field: field + 1, typed: String::new(), answers }, vec![line("")])
+        }
+        Key::Enter => {
+            answers.push(typed);
+            checked(settings(&answers))
+        }
+        Key::Escape => (State::Idle, Vec::new()),
+    }
+}
+
+/// All mistakes at once, then from the beginning; or the question whether to apply.
+fn checked(settings: NetworkSettings) -> (State, Vec<Effect>) {
+    let problems = config::check_network(&settings);
+    if problems.is_empty() {
+        let summary = screen::network(&settings);
+        return (State::Apply(settings), vec![Effect::Print(vec![String::new(), summary])]);
+    }
+    let mut lines = vec![String::new()];
+    for problem in &problems {
+        lines.push(format!("wrong: {}", problem.report.why));
+        lines.push(format!("  fix: {}", problem.report.fix));
+    }
+    lines.push("enter them again, or Escape to leave".to_owned());
+    (State::Field { field: 0, typed: String::new(), answers: Vec::new() }, vec![Effect::Print(lines)])
+}
+
+fn settings(answers: &[String]) -> NetworkSettings {
+    let answer = |index: usize| answers.get(index).map_or("", |text| text.trim());
+    let list = |index: usize| {
+        answer(index).split(',').map(str::trim).filter(|text| !text.is_empty()).map(str::to_owned).collect()
+    };
+    NetworkSettings::Static {
+        interface: answer(0).to_owned(),
+        addresses: list(1),
+        gateways: list(2),
+        dns: list(3),
+    }
+}
+
+fn apply(settings: NetworkSettings, key: Key) -> (State, Vec<Effect>) {
+    match key {
+        Key::Char('y') => (State::Idle, vec![line("y"), Effect::Ask(Request::SetNetwork(settings))]),
+        _ => (State::Idle, vec![line("left as it was")]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn menu() -> Menu {
+        Menu::new("ttyS0".to_owned())
+    }
+
+    fn type_in(menu: &mut Menu, text: &str) -> Vec<Effect> {
+        let key = |c| match c {
+            '\n' => Key::Enter,
+            '<' => Key::Backspace,
+            '!' => Key::Escape,
+            other => Key::Char(other),
+        };
+        text.chars().flat_map(|c| step(menu, key(c))).collect()
+    }
+
+    fn asked(effects: Vec<Effect>) -> Vec<Request> {
+        let asked = |effect| match effect {
+            Effect::Ask(request) => Some(request),
+            _ => None,
+        };
+        effects.into_iter().filter_map(asked).collect()
+    }
+
+    #[test]
+    fn the_end_needs_a_yes() {
+        assert!(asked(type_in(&mut menu(), "rn")).is_empty());
+        assert!(asked(type_in(&mut menu(), "p\n")).is_empty());
+        assert!(matches!(asked(type_in(&mut menu(), "ry")).as_slice(), [Request::Reboot]));
+        assert!(matches!(asked(type_in(&mut menu(), "py")).as_slice(), [Request::PowerOff]));
+    }
+
+    #[test]
+    fn a_static_network_is_entered_with_corrections() {
+        let mut menu = menu();
+        let requests = asked(type_in(&mut menu, "nseth0x<\n192.168.1.10/24, fd00::10/64\n192.168.1.1\n\ny"));
+        let expected = NetworkSettings::Static {
+            interface: "eth0".to_owned(),
+            addresses: vec!["192.168.1.10/24".to_owned(), "fd00::10/64".to_owned()],
+            gateways: vec!["192.168.1.1".to_owned()],
+            dns: Vec::new(),
+        };
+        assert!(matches!(requests.as_slice(), [Request::SetNetwork(settings)] if *settings == expected));
+        assert!(menu.is_idle());
+    }
+
+    #[test]
+    fn all_mistakes_are_told_and_nothing_is_applied() {
+        let mut menu = menu();
+        let effects = type_in(&mut menu, "nseth0\n192.168.1.10\nrouter\ndns\n");
+        let lines: Vec<String> = effects
+            .iter()
+            .filter_map(|effect| match effect {
+                Effect::Print(lines) => Some(lines.clone()),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        assert_eq!(lines.iter().filter(|line| line.starts_with("wrong:")).count(), 3, "{lines:?}");
+        assert!(!menu.is_idle(), "it asks again");
+        assert!(asked(type_in(&mut menu, "!")).is_empty());
+        assert!(menu.is_idle());
+    }
+
+    #[test]
+    fn automatic_addresses_need_a_yes_too() {
+        assert!(asked(type_in(&mut menu(), "ndn")).is_empty());
+        let requests = asked(type_in(&mut menu(), "ndy"));
+        assert!(matches!(requests.as_slice(), [Request::SetNetwork(NetworkSettings::Dhcp)]));
+    }
+
+    proptest! {
+        /// Line noise on a serial port changes nothing unless it says `y` at the right place, and Escape always
+        /// leads back.
+        #[test]
+        fn noise_without_a_yes_asks_for_nothing(text in "[a-xz0-9\n<!,./:]{0,60}") {
+            let mut menu = menu();
+            prop_assert!(asked(type_in(&mut menu, &text)).is_empty());
+            type_in(&mut menu, "!");
+            prop_assert!(menu.is_idle());
+        }
+    }
+}
