@@ -56,6 +56,7 @@
 
 mod check;
 mod error;
+mod file;
 mod index;
 pub mod plan;
 mod postings;

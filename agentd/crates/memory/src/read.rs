@@ -15,7 +15,7 @@ use crate::record::{Record, Role};
 use crate::tables::{BY_ID, Counters, PENDING, POSTING, RECORD, VECTOR};
 use crate::text;
 use crate::vector::Vector;
-use crate::write::{EmbedderDigest, Embedding, decode};
+use crate::write::{EmbedderDigest, EmbedderUse, Embedding, decode};
 use agentd_domain::agent_api::{Explain, Hit, Recalled, Signals, Source, Tier};
 use agentd_domain::ids::{OwnerId, RecordId};
 use redb::{ReadOnlyTable, ReadTransaction, ReadableTable};
@@ -230,6 +230,19 @@ fn hit(record: Record, scored: Scored, question: &Question) -> Hit {
         score: scored.score,
         explain,
     }
+}
+
+/// What naming this embedder would find, if it is the one in use already.
+pub(crate) fn embedder_in_use(
+    txn: &ReadTransaction,
+    digest: &EmbedderDigest,
+    dimension: u32,
+) -> Result<Option<EmbedderUse>, StoreError> {
+    let counters = index::read_counters(txn)?;
+    if counters.embedder == 0 || index::embedder(txn, counters.embedder)? != (*digest, dimension) {
+        return Ok(None);
+    }
+    Ok(Some(EmbedderUse { pending: counters.pending, changed: false }))
 }
 
 /// The oldest records that wait for a vector.

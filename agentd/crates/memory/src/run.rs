@@ -10,30 +10,25 @@
 //!          an fsync failed: two-phase commit moves the root only after its pages were synced, so a page that the
 //!          kernel dropped belongs to a transaction that was never acknowledged and that no root names.
 //! Never:   an await. agentd calls from its blocking threads.
-//!
-//! Source: redb 4.4 docs/design.md (two-phase commit, quick repair); its `Builder::create` does not sync the
-//! directory, so [`create`] does.
+//! Not here: how the file is made and opened, and how a transaction is begun: `file.rs`.
 
 use crate::error::{Damage, OpenError, StoreError};
+use crate::file::{self, begin_write};
 use crate::index::{Change, Index, read_counters};
 use crate::plan::{self, Budgets};
 use crate::read::{self, Pending, Stored};
-use crate::tables::{Counters, FORMAT_VERSION, IDENTITY, Identity, IdentityRow, META};
+use crate::tables::{Counters, Identity, IdentityRow};
 use crate::text::WORDS_VERSION;
 use crate::write::{Batch, Completed, EmbedderDigest, EmbedderUse, Embedding, RememberWork};
 use agentd_domain::agent_api::{Recall, Recalled, Remember, Remembered};
 use agentd_domain::ids::RecordId;
-use redb::{Builder, Database, Durability, ReadTransaction, ReadableDatabase, WriteTransaction};
-use std::fs::File;
+use redb::{Database, ReadTransaction, ReadableDatabase};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
 
-/// redb's page cache per store. Its default is 1 GiB; a thousand agents must fit into a small machine, and what
-/// questions need of every record is in the index anyway.
-const CACHE_BYTES: usize = 4 * 1024 * 1024;
 /// Works that may wait; the next caller blocks. As many as one transaction takes, so the queue never grows
 /// while the disk is busy.
 const QUEUE: usize = 512;
@@ -108,13 +103,7 @@ impl Store {
     /// open in milliseconds, whatever its size and however it was closed.
     pub fn open(path: &Path, options: Options) -> Result<Self, OpenError> {
         let (file_path, identity) = (path.to_owned(), options.identity);
-        let opener: Opener = Box::new(move || {
-            if !file_path.exists() {
-                create(&file_path, identity)?;
-            }
-            let file = open_file(&file_path, &file_path)?;
-            open_database(&file_path, |builder| builder.create_file(file))
-        });
+        let opener: Opener = Box::new(move || file::open_or_create(&file_path, identity));
         let directory = path.parent().map(Path::to_owned);
         Self::open_with(path, opener, directory, options)
     }
@@ -170,6 +159,13 @@ impl Store {
     /// Names the embedder in use: after every load of the embedding model, before vectors are passed in.
     /// With another digest than before, all records wait for new vectors.
     pub fn use_embedder(&self, embedder: EmbedderDigest, dimension: u32) -> Result<EmbedderUse, StoreError> {
+        // Nearly always nothing changes: then nothing is written, and a full disk is no obstacle.
+        let in_use = self
+            .shared
+            .with_database(|database| read::embedder_in_use(&database.begin_read()?, &embedder, dimension))?;
+        if let Some(found) = in_use {
+            return Ok(found);
+        }
         self.submit(|reply| Work::UseEmbedder(embedder, dimension, reply))
     }
 
@@ -277,7 +273,7 @@ impl Shared {
     fn look_over(&self, database: &Database) -> Result<(), OpenError> {
         let damaged = |damage| OpenError::Damaged { path: self.path.clone(), damage };
         let failed = |error| self.open_error(error);
-        let row = read_identity(database, &self.path)?;
+        let row = file::read_identity(database, &self.path)?;
         if row.identity.agent_id != self.identity.agent_id {
             let (found, expected) = (row.identity.agent_id, self.identity.agent_id);
             return Err(OpenError::OtherAgent { path: self.path.clone(), found, expected });
@@ -456,100 +452,6 @@ fn told_at(job: &Job) -> Option<i64> {
         Work::Remember(work, _) => Some(work.recorded_unix_ms),
         Work::Complete(..) | Work::UseEmbedder(..) => None,
     }
-}
-
-/// Every transaction of a store is written like this: on disk before `commit` returns, in two phases because
-/// texts come from strangers (a single phase can be fooled by crafted pages), and with the allocator's state, so
-/// that opening after a power cut need not walk the file.
-fn begin_write(database: &Database) -> Result<WriteTransaction, StoreError> {
-    let mut txn = database.begin_write()?;
-    txn.set_durability(Durability::Immediate)?;
-    txn.set_quick_repair(true);
-    Ok(txn)
-}
-
-/// Makes a new store beside its place and moves it there, so that a power cut leaves a whole store or none.
-fn create(path: &Path, identity: Identity) -> Result<(), OpenError> {
-    let failed = |source| OpenError::File { path: path.to_owned(), source: Arc::new(source) };
-    let beside = path.with_extension("redb.new");
-    match std::fs::remove_file(&beside) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
-    }
-    let file = open_file(&beside, path)?;
-    let database = open_database(path, |builder| builder.create_file(file))?;
-    initialise(&database, path, identity)?;
-    drop(database);
-    std::fs::rename(&beside, path).map_err(failed)?;
-    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(directory).and_then(|d| d.sync_all()).map_err(failed)
-}
-
-pub(crate) fn initialise(database: &Database, path: &Path, identity: Identity) -> Result<(), OpenError> {
-    let budgets = Budgets::new([]);
-    let write = || {
-        let txn = begin_write(database)?;
-        {
-            let mut batch = Batch::begin(&txn, identity.owner_id, &budgets)?;
-            let store = uuid::Uuid::now_v7();
-            batch.write_identity(IdentityRow {
-                format: FORMAT_VERSION,
-                words: WORDS_VERSION,
-                store,
-                identity,
-            })?;
-            batch.finish()?;
-        }
-        Ok::<_, StoreError>(txn.commit()?)
-    };
-    write().map_err(|error| match error {
-        StoreError::Storage(source) => OpenError::Database { path: path.to_owned(), source },
-        other => OpenError::File {
-            path: path.to_owned(),
-            source: Arc::new(std::io::Error::other(other.to_string())),
-        },
-    })
-}
-
-fn read_identity(database: &Database, path: &Path) -> Result<IdentityRow, OpenError> {
-    let damaged = |damage| OpenError::Damaged { path: path.to_owned(), damage };
-    let failed = |e: redb::Error| OpenError::Database { path: path.to_owned(), source: Arc::new(e) };
-    let txn = database.begin_read().map_err(|e| failed(e.into()))?;
-    let meta = match txn.open_table(META) {
-        Ok(meta) => meta,
-        Err(redb::TableError::TableDoesNotExist(_)) => return Err(damaged(Damage::Meta(IDENTITY))),
-        Err(error) => return Err(failed(error.into())),
-    };
-    let row =
-        meta.get(IDENTITY).map_err(|e| failed(e.into()))?.ok_or_else(|| damaged(Damage::Meta(IDENTITY)))?;
-    let found = IdentityRow::format_of(row.value()).map_err(damaged)?;
-    if found > FORMAT_VERSION {
-        return Err(OpenError::NewerFormat { path: path.to_owned(), found, known: FORMAT_VERSION });
-    }
-    IdentityRow::from_bytes(row.value()).map_err(damaged)
-}
-
-/// Readable by agentd's uid alone.
-fn open_file(path: &Path, named: &Path) -> Result<File, OpenError> {
-    use std::os::unix::fs::OpenOptionsExt;
-    std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-        .map_err(|source| OpenError::File { path: named.to_owned(), source: Arc::new(source) })
-}
-
-pub(crate) fn open_database(
-    path: &Path,
-    open: impl FnOnce(&mut Builder) -> Result<Database, redb::DatabaseError>,
-) -> Result<Database, OpenError> {
-    open(Builder::new().set_cache_size(CACHE_BYTES)).map_err(|error| match error {
-        redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
-        other => OpenError::Database { path: path.to_owned(), source: Arc::new(other.into()) },
-    })
 }
 
 // A panic while a lock was held aborts the release build; in tests the data under it is only a cache or a handle.

@@ -5,8 +5,9 @@
 //! on. Every N is tried until a run of the script ends without meeting it. A third disk ignores syncs: with it
 //! records must be lost, or these tests could not fail.
 
+use crate::file::{initialise, open_database};
 use crate::plan::Budgets;
-use crate::run::{NewRecord, Opener, Options, Store, initialise, open_database};
+use crate::run::{NewRecord, Opener, Options, Store};
 use crate::tables::Identity;
 use crate::write::Embedding;
 use agentd_domain::agent_api::{Recall, Remember, Tier};
@@ -89,7 +90,7 @@ impl Disk {
             random ^= random << 13;
             random ^= random >> 7;
             random ^= random << 17;
-            random % 2 == 0
+            random & 1 == 0
         };
         for change in &state.unsynced {
             match change {

@@ -1,0 +1,130 @@
+//! How does a store's file come to be, and how is it opened?
+//!
+//! Owns:   the way of one file: made beside its place, moved there, opened, its first row understood.
+//! Always: a power cut leaves a whole store or none; an existing file is never written over; every transaction
+//!         is on disk when `commit` returns.
+//! Source: redb 4.4 `docs/design.md` (two-phase commit, quick repair). Its `Builder::create` does not sync the
+//!         directory, so [`create`] does.
+
+use crate::error::{Damage, OpenError, StoreError};
+use crate::plan::Budgets;
+use crate::tables::{FORMAT_VERSION, IDENTITY, Identity, IdentityRow, META};
+use crate::text::WORDS_VERSION;
+use crate::write::Batch;
+use redb::{Builder, Database, Durability, ReadableDatabase, WriteTransaction};
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+/// redb's page cache per store. Its default is 1 GiB; a thousand agents must fit into a small machine, and what
+/// questions need of every record is in the index anyway.
+const CACHE_BYTES: usize = 4 * 1024 * 1024;
+
+/// Opens the file at this path, after making it if there is none.
+pub(crate) fn open_or_create(path: &Path, identity: Identity) -> Result<Database, OpenError> {
+    // Not `exists`: it says no when the directory cannot be read.
+    if !path.try_exists().map_err(|source| file_error(path, source))? {
+        create(path, identity)?;
+    }
+    let file = open_file(path, path)?;
+    open_database(path, |builder| builder.create_file(file))
+}
+
+/// Every transaction of a store is written like this: on disk before `commit` returns, in two phases because
+/// texts come from strangers (a single phase can be fooled by crafted pages), and with the allocator's state, so
+/// that opening after a power cut need not walk the file.
+pub(crate) fn begin_write(database: &Database) -> Result<WriteTransaction, StoreError> {
+    let mut txn = database.begin_write()?;
+    txn.set_durability(Durability::Immediate)?;
+    txn.set_quick_repair(true);
+    Ok(txn)
+}
+
+/// Makes a new store beside its place and moves it there, so that a power cut leaves a whole store or none.
+fn create(path: &Path, identity: Identity) -> Result<(), OpenError> {
+    let failed = |source| file_error(path, source);
+    let beside = path.with_extension("redb.new");
+    match std::fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    let file = open_file(&beside, path)?;
+    let database = open_database(path, |builder| builder.create_file(file))?;
+    initialise(&database, path, identity)?;
+    drop(database);
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    renameat_with(CWD, &beside, CWD, path, RenameFlags::NOREPLACE).map_err(|e| failed(e.into()))?;
+    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(directory).and_then(|d| d.sync_all()).map_err(failed)
+}
+
+pub(crate) fn initialise(database: &Database, path: &Path, identity: Identity) -> Result<(), OpenError> {
+    let budgets = Budgets::new([]);
+    let write = || {
+        let txn = begin_write(database)?;
+        {
+            let mut batch = Batch::begin(&txn, identity.owner_id, &budgets)?;
+            let store = uuid::Uuid::now_v7();
+            batch.write_identity(IdentityRow {
+                format: FORMAT_VERSION,
+                words: WORDS_VERSION,
+                store,
+                identity,
+            })?;
+            batch.finish()?;
+        }
+        Ok::<_, StoreError>(txn.commit()?)
+    };
+    write().map_err(|error| match error {
+        StoreError::Storage(source) => OpenError::Database { path: path.to_owned(), source },
+        other => {
+            OpenError::File { path: path.to_owned(), source: Arc::new(io::Error::other(other.to_string())) }
+        }
+    })
+}
+
+pub(crate) fn read_identity(database: &Database, path: &Path) -> Result<IdentityRow, OpenError> {
+    let damaged = |damage| OpenError::Damaged { path: path.to_owned(), damage };
+    let failed = |e: redb::Error| OpenError::Database { path: path.to_owned(), source: Arc::new(e) };
+    let txn = database.begin_read().map_err(|e| failed(e.into()))?;
+    let meta = match txn.open_table(META) {
+        Ok(meta) => meta,
+        Err(redb::TableError::TableDoesNotExist(_)) => return Err(damaged(Damage::Meta(IDENTITY))),
+        Err(error) => return Err(failed(error.into())),
+    };
+    let row =
+        meta.get(IDENTITY).map_err(|e| failed(e.into()))?.ok_or_else(|| damaged(Damage::Meta(IDENTITY)))?;
+    let found = IdentityRow::format_of(row.value()).map_err(damaged)?;
+    if found > FORMAT_VERSION {
+        return Err(OpenError::NewerFormat { path: path.to_owned(), found, known: FORMAT_VERSION });
+    }
+    IdentityRow::from_bytes(row.value()).map_err(damaged)
+}
+
+/// Readable by agentd's uid alone.
+fn open_file(path: &Path, named: &Path) -> Result<File, OpenError> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(|source| OpenError::File { path: named.to_owned(), source: Arc::new(source) })
+}
+
+pub(crate) fn open_database(
+    path: &Path,
+    open: impl FnOnce(&mut Builder) -> Result<Database, redb::DatabaseError>,
+) -> Result<Database, OpenError> {
+    open(Builder::new().set_cache_size(CACHE_BYTES)).map_err(|error| match error {
+        redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
+        other => OpenError::Database { path: path.to_owned(), source: Arc::new(other.into()) },
+    })
+}
+
+fn file_error(path: &Path, source: io::Error) -> OpenError {
+    OpenError::File { path: path.to_owned(), source: Arc::new(source) }
+}
