@@ -56,7 +56,11 @@ pub enum Request {
     Handover {
         run_id: RunId,
     },
-    List,
+    /// What lives and what has ended, in the order of run ids, from the one after `after`: one packet holds a part.
+    List {
+        #[serde(default)]
+        after: Option<RunId>,
+    },
     /// agentd has stored this exit record; the launcher may drop it.
     ForgetExit {
         run_id: RunId,
@@ -100,6 +104,9 @@ pub struct Listing {
     /// Walls that this kernel cannot raise, found when the launcher started: with one of these no run starts.
     #[serde(default)]
     pub problems: Vec<Report>,
+    /// There is more after this run id.
+    #[serde(default)]
+    pub next: Option<RunId>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,6 +125,7 @@ pub struct RunInfo {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineInfo {
     pub set: String,
+    /// 0 while the launcher waits before it starts the engine again.
     pub pid: i32,
     pub started_boot_ms: u64,
     /// How often the launcher has had to start it again.

@@ -113,8 +113,20 @@ impl Launcher {
         }
     }
 
+    /// Everything that lives and everything that has ended and was not forgotten. Asks part by part.
     pub fn list(&self) -> Result<Listing, LauncherError> {
-        match self.call(&Request::List)? {
+        let mut whole = self.list_part(None)?;
+        while let Some(after) = whole.next.take() {
+            let part = self.list_part(Some(after))?;
+            whole.runs.extend(part.runs);
+            whole.exits.extend(part.exits);
+            whole.next = part.next;
+        }
+        Ok(whole)
+    }
+
+    fn list_part(&self, after: Option<RunId>) -> Result<Listing, LauncherError> {
+        match self.call(&Request::List { after })? {
             (Response::Listing(listing), _) => Ok(listing),
             (other, _) => unexpected(&other),
         }

@@ -14,7 +14,9 @@
 
 pub mod check;
 pub mod client;
+pub mod jail;
 pub mod landlock;
+pub mod launcher;
 pub mod seccomp;
 pub mod sys;
 pub mod syscalls;

@@ -59,6 +59,8 @@ pub enum ArgumentRules<'a> {
 pub enum Ioctl {
     /// Drivers of accelerators speak nothing else.
     Any,
+    /// What a standard library does to descriptors of its own: FIONREAD, FIONBIO, FIONCLEX, FIOCLEX, TCGETS.
+    Descriptors,
     None,
 }
 
@@ -87,10 +89,14 @@ pub fn compile_own(calls: &[&str], kill: &[&str], ioctl: Ioctl) -> Result<Filter
     })
 }
 
-/// A filter that only kills, for a process whose children have work of their own to do.
-pub fn install_guard(kill: &[&str]) -> Result<(), SeccompError> {
-    let numbers: Vec<i64> = kill.iter().map(|name| number(name)).collect::<Result<_, _>>()?;
-    apply_filter(&guard(&numbers)?).map_err(|source| SeccompError::Install { source })
+/// For a process whose children have work of their own to do: foreign architectures die, `refuse` fails with EPERM,
+/// all else is left to them. Not a kill: the children's self-probe makes some of these calls to see them fail.
+pub fn install_refusal(refuse: &[&str]) -> Result<(), SeccompError> {
+    let numbers: Vec<i64> = refuse.iter().map(|name| number(name)).collect::<Result<_, _>>()?;
+    for program in [guard(&[])?, answer(&numbers, libc::EPERM)?] {
+        apply_filter(&program).map_err(|source| SeccompError::Install { source })?;
+    }
+    Ok(())
 }
 
 fn number(name: &str) -> Result<i64, SeccompError> {
@@ -176,8 +182,14 @@ fn argument_limits(rules: ArgumentRules<'_>) -> Result<BTreeMap<i64, Vec<Seccomp
     match rules {
         ArgumentRules::Own { ioctl } => {
             limits.insert(libc::SYS_socket, vec![SeccompRule::new(vec![equal(0, unix)?])?]);
-            if ioctl == Ioctl::None {
-                limits.insert(libc::SYS_ioctl, Vec::new());
+            match ioctl {
+                Ioctl::Any => {}
+                Ioctl::Descriptors => {
+                    limits.insert(libc::SYS_ioctl, one_of(1, &[0x541b, 0x5421, 0x5450, 0x5451, 0x5401])?);
+                }
+                Ioctl::None => {
+                    limits.insert(libc::SYS_ioctl, Vec::new());
+                }
             }
         }
         ArgumentRules::Plan(plan) => {

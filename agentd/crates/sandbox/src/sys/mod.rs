@@ -15,8 +15,8 @@ pub use kernel::{
 };
 pub use network::loopback_up;
 pub use process::{
-    CloneRequest, Forked, close_from, drop_bounding_set, exit_now, fork, place_fd, send_sigkill, spawn,
-    unshare_network,
+    CloneRequest, Forked, await_byte, close_from, close_on_exec, drop_bounding_set, exit_now, fork, place_fd,
+    send_sigkill, spawn, unshare_network, write_all,
 };
 pub use signal::{SignalFd, block};
 

@@ -99,6 +99,29 @@ pub fn place_fd(source: BorrowedFd<'_>, target: RawFd) -> Result<(), Errno> {
     check(libc::c_long::from(unsafe { libc::dup2(source.as_raw_fd(), target) })).map(|_| ())
 }
 
+/// Marks a descriptor that this process owns by number only.
+pub fn close_on_exec(fd: RawFd) -> Result<(), Errno> {
+    // SAFETY: F_SETFD takes a number and touches no memory; a closed descriptor makes it fail.
+    check(libc::c_long::from(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })).map(|_| ())
+}
+
+/// Writes to a descriptor that this process owns by number only; what does not arrive is lost.
+pub fn write_all(fd: RawFd, bytes: &[u8]) {
+    // SAFETY: the pointer and length are those of a live slice; a closed descriptor makes the call fail. Short writes
+    // do not happen: the bytes are fewer than PIPE_BUF, which a pipe takes in one piece (pipe(7)).
+    unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
+}
+
+/// Waits for one byte on a pipe that this process owns by number only; the pipe's end is an error.
+pub fn await_byte(fd: RawFd) -> Result<(), Errno> {
+    let mut byte = 0_u8;
+    // SAFETY: one byte is written at most, into a variable that lives over the call.
+    match check(unsafe { libc::read(fd, (&raw mut byte).cast(), 1) } as libc::c_long)? {
+        1 => Ok(()),
+        _ => Err(Errno::PIPE),
+    }
+}
+
 /// Closes every descriptor from `first` up.
 pub fn close_from(first: RawFd) -> Result<(), Errno> {
     // SAFETY: the callers are processes about to exec or to exit, which never use an `OwnedFd` above `first` again;

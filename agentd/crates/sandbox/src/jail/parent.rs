@@ -1,0 +1,240 @@
+//! What does the jail's own process do from birth to the end of the run?
+//!
+//! States: root in fresh namespaces -> walls built, child forked -> confined (the agent's uid, no capability, no file
+//!         to open, a dozen system calls) -> waits.
+//! Always: it dies with the launcher (parent death signal, and the end of the control socket), and the run dies with
+//!         it, because it is pid 1 of the run's pid namespace.
+//! Never:  reads from the agent. The pipes' read ends go to agentd.
+
+use super::child::{self, AgentChild};
+use super::mounts;
+use super::spec::{FromJail, JailSpec, ToJail};
+use super::{Failure, step};
+use crate::seccomp::{self, Ioctl};
+use crate::sys::{self, Forked, SignalFd};
+use crate::{landlock, wire};
+use agentd_domain::paths::inside;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::Mode;
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with, sockopt,
+};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{
+    DumpableBehavior, Pid, Signal, WaitOptions, set_dumpable_behavior, set_parent_process_death_signal,
+    waitpid,
+};
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// Connections that wait while no agentd accepts: more than an agent opens at once.
+const BACKLOG: i32 = 64;
+/// A failure report of the child is one short JSON object.
+const FAILURE_MAX_BYTES: usize = 4_096;
+
+/// Calls of the confined jail: wait, reap, relay. Memory and signal calls are what an allocation or abort may need.
+const OWN_CALLS: &[&str] = &[
+    "brk",
+    "close",
+    "exit",
+    "exit_group",
+    "futex",
+    "getpid",
+    "gettid",
+    "kill",
+    "madvise",
+    "mmap",
+    "mremap",
+    "munmap",
+    "ppoll",
+    "read",
+    "recvmsg",
+    "restart_syscall",
+    "rt_sigaction",
+    "rt_sigprocmask",
+    "rt_sigreturn",
+    "sendmsg",
+    "tgkill",
+    "wait4",
+    "write",
+    #[cfg(target_arch = "x86_64")]
+    "poll",
+];
+
+/// Runs a whole life as pid 1 of a run; gives the process's exit status.
+///
+/// `control` is the socket at [`super::CONTROL_FD`].
+pub fn run(control: &OwnedFd) -> i32 {
+    match raise(control) {
+        Ok(run) => reap(control, &run),
+        Err(failure) => {
+            // The launcher may be gone; then nobody is left to be told.
+            let _ = wire::send(control.as_fd(), &FromJail::Failed { failure }, &[]);
+            1
+        }
+    }
+}
+
+struct Running {
+    agent: Pid,
+    signals: SignalFd,
+    /// Held for the life of the run, so that connections wait while agentd is restarted.
+    _kept: Vec<OwnedFd>,
+}
+
+fn raise(control: &OwnedFd) -> Result<Running, Failure> {
+    step("die with the launcher", set_parent_process_death_signal(Some(Signal::KILL)))?;
+    step("control socket", fcntl_setfd(control, FdFlags::CLOEXEC))?;
+    let spec = receive_spec(control)?;
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    let root = mounts::build(&spec.plan, &spec.data_dir, &spec.root_mountpoint)?;
+    step("host name", rustix::system::sethostname(b"agent"))?;
+    step("network: lo", sys::loopback_up())?;
+    let tcp = step("network: listen on 127.0.0.1:7070", listen_tcp())?;
+    let unix = step("network: listen on /run/agentd.sock", listen_unix())?;
+    root.seal()?;
+    let (stdout, agent_stdout) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
+    let (stderr, agent_stderr) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
+    // Its write end is dropped at once: the agent reads end of file.
+    let (agent_stdin, _) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
+    let (report, agent_report) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
+    let (agent_go, go) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
+    for fd in [&stdout, &stderr] {
+        step("pipes", rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::NONBLOCK))?;
+    }
+    let signals = step("signals", SignalFd::new(&[libc::SIGCHLD]))?;
+    let child = AgentChild {
+        plan: &spec.plan,
+        absent: root.absent(),
+        stdin: agent_stdin.as_fd(),
+        stdout: agent_stdout.as_fd(),
+        stderr: agent_stderr.as_fd(),
+        report: agent_report.as_fd(),
+        go: agent_go.as_fd(),
+    };
+    let agent = match step("fork", sys::fork())? {
+        Forked::Child => sys::exit_now(child::run(&child)),
+        Forked::Parent { child } => child,
+    };
+    drop((agent_stdin, agent_stdout, agent_stderr, agent_report, agent_go, root));
+    confine(spec.plan.uid)?;
+    step("tell the agent's process to go on", rustix::io::write(&go, b"1"))?;
+    drop(go);
+    wait_for_exec(&report)?;
+    let fds = [tcp.as_fd(), unix.as_fd(), stdout.as_fd(), stderr.as_fd()];
+    step("tell the launcher", wire::send(control.as_fd(), &FromJail::Up, &fds))?;
+    Ok(Running { agent, signals, _kept: vec![tcp, unix, stdout, stderr] })
+}
+
+fn receive_spec(control: &OwnedFd) -> Result<JailSpec, Failure> {
+    match step("read the plan", wire::receive(control.as_fd()))? {
+        (ToJail::Spec(spec), _) => Ok(*spec),
+        (ToJail::Terminate, _) => step("read the plan", Err("stopped before the start")),
+    }
+}
+
+fn listen_tcp() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 7070))?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+/// Root's file in root's folder: the agent can connect, and can neither remove nor replace it.
+fn listen_unix() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    bind(&socket, &SocketAddrUnix::new(inside::API_SOCKET)?)?;
+    rustix::fs::chmod(inside::API_SOCKET, Mode::from_raw_mode(0o666))?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+/// From here on this process can do nothing but wait for its child. It shares the agent's uid, so it is made
+/// undumpable (it never execs again, so that lasts): the agent can neither look into it nor see it in /proc.
+fn confine(uid: u32) -> Result<(), Failure> {
+    step("jail: capability bounding set", sys::drop_bounding_set(0))?;
+    child::change_user(uid)?;
+    child::drop_capabilities()?;
+    step("jail: undumpable", set_dumpable_behavior(DumpableBehavior::NotDumpable))?;
+    // The change of uid has cleared it.
+    step("jail: die with the launcher", set_parent_process_death_signal(Some(Signal::KILL)))?;
+    step("jail: no_new_privs", rustix::thread::set_no_new_privs(true))?;
+    step("jail: landlock", landlock::restrict_to_nothing())?;
+    let filters = step("jail: seccomp", seccomp::compile_own(OWN_CALLS, &[], Ioctl::None))?;
+    step("jail: seccomp", filters.install())
+}
+
+/// The pipe's end means that the child has exec'd or is dead; what it wrote tells which ([`child::ABOUT_TO_EXEC`]).
+fn wait_for_exec(report: &OwnedFd) -> Result<(), Failure> {
+    let mut bytes = Vec::new();
+    let mut buffer = [0_u8; 512];
+    loop {
+        match rustix::io::read(report, &mut buffer) {
+            Err(Errno::INTR) => {}
+            Err(error) => return step("wait for the agent's start", Err(error)),
+            Ok(0) => break,
+            Ok(read) => bytes.extend(buffer.iter().take(read)),
+        }
+        if bytes.len() > FAILURE_MAX_BYTES {
+            break;
+        }
+    }
+    if bytes == child::ABOUT_TO_EXEC {
+        return Ok(());
+    }
+    let report = bytes.strip_prefix(child::ABOUT_TO_EXEC).unwrap_or(&bytes);
+    Err(serde_json::from_slice(report).unwrap_or_else(|_| Failure {
+        step: "wait for the agent's start".to_owned(),
+        why: "the process ended before all walls were up".to_owned(),
+    }))
+}
+
+fn reap(control: &OwnedFd, run: &Running) -> i32 {
+    loop {
+        let mut waiting = [
+            PollFd::from_borrowed_fd(control.as_fd(), PollFlags::IN),
+            PollFd::new(&run.signals, PollFlags::IN),
+        ];
+        match poll(&mut waiting, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(_) => return 1,
+        }
+        let [control_event, _] = &waiting;
+        if !control_event.revents().is_empty() && !obey(control.as_fd(), run.agent) {
+            return 1;
+        }
+        while run.signals.next().is_some() {}
+        if let Some(status) = reap_all(run.agent) {
+            let _ = wire::send(control.as_fd(), &FromJail::Ended { status }, &[]);
+            return 0;
+        }
+    }
+}
+
+/// False when the launcher is gone.
+fn obey(control: BorrowedFd<'_>, agent: Pid) -> bool {
+    match wire::receive(control) {
+        Ok((ToJail::Terminate, _)) => {
+            // It may have ended by itself this moment.
+            let _ = rustix::process::kill_process(agent, Signal::TERM);
+            true
+        }
+        Ok((ToJail::Spec(_), _)) => true,
+        Err(error) => error.would_block(),
+    }
+}
+
+/// Buries every process that has ended; gives the raw status of the agent's first one.
+fn reap_all(agent: Pid) -> Option<i32> {
+    let mut ended = None;
+    while let Ok(Some((pid, status))) = waitpid(None, WaitOptions::NOHANG) {
+        if pid == agent {
+            ended = Some(status.as_raw());
+        }
+    }
+    ended
+}

@@ -1,0 +1,41 @@
+//! What do the launcher and a jail say to each other?
+//!
+//! One message per packet on the socket that the jail finds at [`CONTROL_FD`]. The first is the spec; after that each
+//! side sends when it has something to say. The end of the socket is the end of the peer.
+
+use super::Failure;
+use agentd_domain::plan::SandboxPlan;
+use serde::{Deserialize, Serialize};
+
+/// The one descriptor besides stdio that a jail is born with.
+pub const CONTROL_FD: i32 = 3;
+
+/// Everything a jail needs to know. The launcher has checked it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JailSpec {
+    pub plan: SandboxPlan,
+    /// Where the data partition is mounted: `/data`, and another folder in tests.
+    pub data_dir: String,
+    /// An empty folder on which the new root is put, in the jail's own mount namespace only.
+    pub root_mountpoint: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FromJail {
+    /// All walls are up and the agent's program is running. Descriptors: TCP listener, Unix listener, stdout, stderr.
+    Up,
+    /// Nothing of the agent has run, and nothing will.
+    Failed { failure: Failure },
+    /// The agent's first process has ended: a raw wait status (wait(2)). The jail exits right after.
+    Ended { status: i32 },
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ToJail {
+    Spec(Box<JailSpec>),
+    /// SIGTERM to the agent's first process.
+    Terminate,
+}

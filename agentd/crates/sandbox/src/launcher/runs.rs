@@ -1,0 +1,342 @@
+//! What is one run to the launcher?
+//!
+//! ```text
+//!   Raising (client waits, deadline) ── Up ──► Up (sockets) ── process reaped ──► record, cgroup removed
+//!        └── Failed, deadline, death ─────────────────────────► record WallFailed, client refused
+//! ```
+//!
+//! Owns:  the jail's process, its control socket, copies of the run's sockets, its cgroup.
+//! Never: waits. Everything here returns at once; [`super::server`] calls when something has happened.
+
+use super::cgroups::{Counted, Hierarchy, RunGroup};
+use super::{Options, boot_ms, broken};
+use crate::jail::{CONTROL_FD, Failure, FromJail, JailSpec, ToJail};
+use crate::sys::{self, CloneRequest};
+use crate::wire;
+use agentd_domain::fault::Report;
+use agentd_domain::ids::RunId;
+use agentd_domain::launcher::{ExitCause, ExitRecord, RunInfo};
+use agentd_domain::plan::SandboxPlan;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::process::{Pid, Signal, set_parent_process_death_signal};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+/// Raising all walls takes milliseconds; a minute of memory pressure on a small machine is still covered.
+pub(super) const RAISE_LIMIT_MS: u64 = 10_000;
+/// Higher than anything of the system, so that the machine's memory killer takes agents first.
+const OOM_SCORE_ADJ: &str = "500";
+/// The descriptors that a jail sends with `Up`.
+const JAIL_FDS: usize = 4;
+
+const NAMESPACES: i32 = libc::CLONE_NEWPID
+    | libc::CLONE_NEWNS
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWCGROUP;
+
+#[derive(Debug)]
+pub(super) struct Run {
+    pub run_id: RunId,
+    pub plan: SandboxPlan,
+    pub pid: Pid,
+    pub pidfd: OwnedFd,
+    pub control: OwnedFd,
+    pub group: RunGroup,
+    pub phase: Phase,
+    pub started_boot_ms: u64,
+    pub frozen: bool,
+    /// Asked to stop: when the rest is killed.
+    pub kill_at_boot_ms: Option<u64>,
+    pub stop_asked: bool,
+    failure: Option<Failure>,
+    status: Option<i32>,
+}
+
+#[derive(Debug)]
+pub(super) enum Phase {
+    Raising {
+        deadline_boot_ms: u64,
+    },
+    /// In the order of `FromJail::Up`.
+    Up {
+        sockets: [OwnedFd; JAIL_FDS],
+    },
+}
+
+/// What a message of the jail means for whoever waits for it.
+#[derive(Debug)]
+pub(super) enum Progress {
+    Nothing,
+    /// All walls are up.
+    Started,
+    /// The jail has no more to say.
+    Silent,
+}
+
+impl Run {
+    pub(super) fn start(
+        options: &Options,
+        hierarchy: &Hierarchy,
+        run_id: RunId,
+        plan: SandboxPlan,
+    ) -> Result<Self, Report> {
+        let failed = |what: &'static str| {
+            move |error: rustix::io::Errno| {
+                broken(
+                    "start_failed",
+                    format!("{what}: {error}"),
+                    "try again; if it stays, restart the appliance",
+                )
+            }
+        };
+        let (group, group_fd) = hierarchy.create_run(plan.agent_id, run_id, &plan.cgroup)?;
+        let flags = SocketFlags::CLOEXEC;
+        let started = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+            .map_err(failed("no socket for the jail"))
+            .and_then(|(control, theirs)| {
+                let request = CloneRequest { namespaces: NAMESPACES, cgroup: Some(group_fd.as_fd()) };
+                let born = sys::spawn(request, || become_jail(&options.jail, theirs.as_fd()));
+                born.map(|(pid, pidfd)| (control, pid, pidfd))
+                    .map_err(failed("no process in fresh namespaces"))
+            });
+        let (control, pid, pidfd) = match started {
+            Ok(started) => started,
+            Err(report) => {
+                group.remove();
+                return Err(report);
+            }
+        };
+        let run = Self {
+            run_id,
+            plan,
+            pid,
+            pidfd,
+            control,
+            group,
+            phase: Phase::Raising { deadline_boot_ms: boot_ms() + RAISE_LIMIT_MS },
+            started_boot_ms: boot_ms(),
+            frozen: false,
+            kill_at_boot_ms: None,
+            stop_asked: false,
+            failure: None,
+            status: None,
+        };
+        Ok(run.instructed(options))
+    }
+
+    /// The plan goes to the jail. What fails here ends the run in the ordinary way, through its exit record.
+    fn instructed(mut self, options: &Options) -> Self {
+        let spec = JailSpec {
+            plan: self.plan.clone(),
+            data_dir: Options::text(&options.data_dir),
+            root_mountpoint: Options::text(&options.run_dir.join("newroot")),
+        };
+        let sent =
+            std::fs::write(format!("/proc/{}/oom_score_adj", self.pid.as_raw_nonzero()), OOM_SCORE_ADJ)
+                .map_err(|error| format!("oom_score_adj: {error}"))
+                .and_then(|()| {
+                    wire::send(self.control.as_fd(), &ToJail::Spec(Box::new(spec)), &[])
+                        .map_err(|error| error.to_string())
+                })
+                .and_then(|()| {
+                    rustix::fs::fcntl_setfl(&self.control, rustix::fs::OFlags::NONBLOCK)
+                        .map_err(|error| error.to_string())
+                });
+        if let Err(why) = sent {
+            self.fail("instruct the jail", why);
+        }
+        self
+    }
+
+    /// Takes what the jail has said. Call when its socket is readable and once more after its end.
+    pub(super) fn listen(&mut self) -> Progress {
+        match wire::receive::<FromJail>(self.control.as_fd()) {
+            Ok((FromJail::Up, fds)) => match fds.try_into() {
+                Ok(sockets) => {
+                    self.phase = Phase::Up { sockets };
+                    Progress::Started
+                }
+                Err(_) => {
+                    self.fail(
+                        "take the run's sockets",
+                        "the jail sent another number of descriptors".to_owned(),
+                    );
+                    Progress::Nothing
+                }
+            },
+            Ok((FromJail::Failed { failure }, _)) => {
+                self.failure.get_or_insert(failure);
+                Progress::Nothing
+            }
+            Ok((FromJail::Ended { status }, _)) => {
+                self.status = Some(status);
+                Progress::Nothing
+            }
+            Err(error) if error.would_block() => Progress::Silent,
+            Err(_) => {
+                // Without its jail a run has no reaper; it is about to end, or must.
+                self.kill_now();
+                Progress::Silent
+            }
+        }
+    }
+
+    fn fail(&mut self, step: &str, why: String) {
+        self.failure.get_or_insert(Failure { step: step.to_owned(), why });
+        self.kill_now();
+    }
+
+    /// SIGTERM to the agent now, SIGKILL to everything later. A frozen agent could not act on the first.
+    pub(super) fn stop(&mut self, grace_ms: u64) {
+        self.stop_asked = true;
+        let told = grace_ms > 0
+            && !self.frozen
+            && matches!(self.phase, Phase::Up { .. })
+            && wire::send(self.control.as_fd(), &ToJail::Terminate, &[]).is_ok();
+        if told {
+            let at = boot_ms() + grace_ms;
+            // A second request may shorten the time and never lengthens it.
+            self.kill_at_boot_ms = Some(self.kill_at_boot_ms.map_or(at, |earlier| earlier.min(at)));
+        } else {
+            self.kill_now();
+        }
+    }
+
+    pub(super) fn kill_now(&mut self) {
+        self.kill_at_boot_ms = None;
+        // Both, because either alone may be impossible: the group's file without cgroup v2's kill, the pidfd never.
+        let _ = self.group.kill();
+        let _ = sys::send_sigkill(self.pidfd.as_fd());
+    }
+
+    /// When something must be done about this run even if nothing happens.
+    pub(super) fn next_deadline(&self) -> Option<u64> {
+        match self.phase {
+            Phase::Raising { deadline_boot_ms } => Some(deadline_boot_ms),
+            Phase::Up { .. } => self.kill_at_boot_ms,
+        }
+    }
+
+    pub(super) fn deadline_passed(&mut self) {
+        if let Phase::Raising { .. } = self.phase {
+            // Reported once: the phase ends with the process, and until then only this deadline is looked at again.
+            self.phase = Phase::Raising { deadline_boot_ms: u64::MAX };
+            self.fail("raise the walls", format!("the jail did not finish within {RAISE_LIMIT_MS} ms"));
+        } else {
+            self.kill_now();
+        }
+    }
+
+    /// The descriptors of `HANDOVER_FDS`; `None` while the walls are not up.
+    pub(super) fn handover(&self) -> Option<[BorrowedFd<'_>; JAIL_FDS + 1]> {
+        match &self.phase {
+            Phase::Raising { .. } => None,
+            Phase::Up { sockets: [tcp, unix, stdout, stderr] } => {
+                Some([tcp.as_fd(), unix.as_fd(), stdout.as_fd(), stderr.as_fd(), self.pidfd.as_fd()])
+            }
+        }
+    }
+
+    pub(super) fn info(&self) -> RunInfo {
+        RunInfo {
+            run_id: self.run_id,
+            agent_id: self.plan.agent_id,
+            uid: self.plan.uid,
+            pid: self.pid.as_raw_nonzero().get(),
+            frozen: self.frozen,
+            api: self.plan.api.clone(),
+            started_boot_ms: self.started_boot_ms,
+        }
+    }
+
+    /// The record of a run whose jail has been reaped.
+    pub(super) fn record(&self) -> ExitRecord {
+        let counted = self.group.counted();
+        ExitRecord {
+            run_id: self.run_id,
+            agent_id: self.plan.agent_id,
+            cause: self.cause(counted),
+            started_boot_ms: self.started_boot_ms,
+            ended_boot_ms: boot_ms(),
+            memory_peak_bytes: counted.memory_peak_bytes,
+        }
+    }
+
+    fn cause(&self, counted: Counted) -> ExitCause {
+        if let Some(failure) = &self.failure {
+            return ExitCause::WallFailed { why: failure.to_string() };
+        }
+        if let Phase::Raising { .. } = self.phase {
+            return if counted.killed_for_memory {
+                ExitCause::OutOfMemory
+            } else {
+                ExitCause::WallFailed { why: "the jail ended before the walls were up".to_owned() }
+            };
+        }
+        classify(self.status, self.stop_asked, counted.killed_for_memory)
+    }
+}
+
+/// What the end of a run that had started means. `status` is absent when the jail was killed with its agent.
+fn classify(status: Option<i32>, stop_asked: bool, killed_for_memory: bool) -> ExitCause {
+    let signal = match status {
+        Some(status) if libc::WIFEXITED(status) => {
+            return if stop_asked {
+                ExitCause::Stopped
+            } else {
+                ExitCause::Exited { code: libc::WEXITSTATUS(status) }
+            };
+        }
+        Some(status) if libc::WIFSIGNALED(status) => libc::WTERMSIG(status),
+        _ => libc::SIGKILL,
+    };
+    match signal {
+        libc::SIGKILL if killed_for_memory => ExitCause::OutOfMemory,
+        _ if stop_asked => ExitCause::Stopped,
+        libc::SIGSYS => ExitCause::Seccomp,
+        signal => ExitCause::Signalled { signal },
+    }
+}
+
+/// In the new process, which is pid 1 of its namespace: becomes the jail's program or exits.
+fn become_jail(program: &Path, control: BorrowedFd<'_>) -> i32 {
+    let ready = set_parent_process_death_signal(Some(Signal::KILL))
+        .and_then(|()| sys::place_fd(control, CONTROL_FD))
+        .and_then(|()| sys::close_from(CONTROL_FD + 1));
+    if ready.is_ok() {
+        // Only returns on failure; the launcher sees the control socket's end. The launcher's stdio is /dev/null or a
+        // log that only it writes; the agent gets pipes in its place.
+        let _ = Command::new(program).env_clear().exec();
+    }
+    127
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIGNALLED_SYS: i32 = libc::SIGSYS;
+    const SIGNALLED_KILL: i32 = libc::SIGKILL;
+    const EXITED_3: i32 = 3 << 8;
+
+    #[test]
+    fn the_end_of_a_run_is_told_by_status_request_and_counters() {
+        assert_eq!(classify(Some(EXITED_3), false, false), ExitCause::Exited { code: 3 });
+        assert_eq!(classify(Some(EXITED_3), true, false), ExitCause::Stopped);
+        assert_eq!(classify(Some(SIGNALLED_SYS), false, false), ExitCause::Seccomp);
+        assert_eq!(
+            classify(Some(libc::SIGSEGV), false, false),
+            ExitCause::Signalled { signal: libc::SIGSEGV }
+        );
+        assert_eq!(classify(Some(SIGNALLED_KILL), false, true), ExitCause::OutOfMemory);
+        assert_eq!(classify(None, false, true), ExitCause::OutOfMemory);
+        assert_eq!(classify(None, true, false), ExitCause::Stopped);
+        assert_eq!(classify(None, false, false), ExitCause::Signalled { signal: libc::SIGKILL });
+        // One child of the agent was killed for memory earlier; the agent itself ended well.
+        assert_eq!(classify(Some(0), false, true), ExitCause::Exited { code: 0 });
+    }
+}

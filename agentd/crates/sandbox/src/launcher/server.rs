@@ -1,0 +1,701 @@
+//! In which order does the launcher do what?
+//!
+//! One loop over epoll: the listening socket, the clients' sockets, the jails' control sockets, and signals. After
+//! each round it looks at deadlines. Nothing in the loop waits for a child but the bounded wait for an engine's exec.
+//!
+//! Always: a client has at most one open request; while it waits for a start, nothing is read from it.
+//! Always: a peer that is not agentd's uid gets one refusal and is closed, before a byte of it is read.
+
+use super::cgroups::{self, Hierarchy, RunGroup};
+use super::confine::{ConfineError, confine};
+use super::engines::{self, Engine};
+use super::records::Records;
+use super::runs::{Phase, Progress, Run};
+use super::volumes::{self, Removal};
+use super::{Options, boot_ms, broken, refused};
+use crate::sys::SignalFd;
+use crate::wire::{self, WireError};
+use crate::{check, landlock};
+use agentd_domain::fault::Report;
+use agentd_domain::ids::{AgentId, RunId};
+use agentd_domain::launcher::{EngineSpec, ExitCause, Listing, Request, Response};
+use agentd_domain::plan::SandboxPlan;
+use rustix::event::{Timespec, epoll};
+use rustix::fs::{Gid, Mode, Uid, chmod, chown};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with, sockopt,
+};
+use rustix::process::{Pid, WaitOptions, waitpid};
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// agentd opens a few at once; more are a mistake, and each holds a descriptor of ours.
+const CLIENTS_MAX: usize = 32;
+/// Thousands of agents on a large machine; each costs the launcher eight descriptors.
+const RUNS_MAX: usize = 4_096;
+const ENGINES_MAX: usize = 64;
+const GRACE_MAX_MS: u32 = 60_000;
+/// A listing's part stays well below one packet.
+const LISTING_BYTES: usize = agentd_domain::launcher::MAX_MESSAGE_BYTES / 2;
+/// Groups whose last process is still dying are tried again after this.
+const GRAVEYARD_MS: u64 = 20;
+
+const LISTENER: u64 = 0;
+const SIGNALS: u64 = 1;
+const FIRST_FREE: u64 = 2;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("{path}: {source}")]
+    Folder { path: PathBuf, source: std::io::Error },
+    #[error("the launcher's socket {path}: {source}")]
+    Socket { path: PathBuf, source: Errno },
+    #[error("waiting for events: {source}")]
+    Poll { source: Errno },
+    #[error(transparent)]
+    Confine(#[from] ConfineError),
+}
+
+struct Client {
+    socket: OwnedFd,
+    waits: Waits,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waits {
+    /// Nothing: its next request may be read.
+    No,
+    ForRun(RunId),
+    ForRemoval(AgentId),
+}
+
+enum Source {
+    Client,
+    Jail(RunId),
+}
+
+struct Server {
+    options: Options,
+    hierarchy: Hierarchy,
+    problems: Vec<Report>,
+    epoll: OwnedFd,
+    listener: OwnedFd,
+    signals: SignalFd,
+    next_token: u64,
+    sources: BTreeMap<u64, Source>,
+    clients: BTreeMap<u64, Client>,
+    runs: BTreeMap<RunId, Run>,
+    engines: BTreeMap<String, Engine>,
+    records: Records,
+    removals: VecDeque<Removal>,
+    buried_runs: Vec<RunGroup>,
+    buried_engines: Vec<PathBuf>,
+    stopping: bool,
+}
+
+/// Serves until SIGTERM, which ends every run and engine first.
+pub fn serve(options: Options) -> Result<(), ServeError> {
+    let mut server = Server::open(options)?;
+    confine()?;
+    loop {
+        server.round()?;
+        if server.stopping
+            && server.runs.is_empty()
+            && server.engines.values().all(|engine| engine.pid().is_none())
+        {
+            return Ok(());
+        }
+    }
+}
+
+impl Server {
+    fn open(options: Options) -> Result<Self, ServeError> {
+        let folder = |path: &Path, source| ServeError::Folder { path: path.to_owned(), source };
+        let records_folder = options.run_dir.join("runs");
+        // The empty folder for new roots belongs to root alone; the others may be entered by agentd.
+        let folders = [
+            (options.run_dir.clone(), 0o750),
+            (options.run_dir.join("engines"), 0o750),
+            (records_folder.clone(), 0o750),
+            (options.run_dir.join("newroot"), 0o700),
+        ];
+        for (path, mode) in folders {
+            make_folder(&path, mode, options.agentd_uid).map_err(|source| folder(&path, source))?;
+        }
+        let records =
+            Records::load(records_folder.clone()).map_err(|source| folder(&records_folder, source))?;
+        let (hierarchy, mut problems) = Hierarchy::prepare(&options);
+        problems.extend(missing_walls());
+        for problem in &problems {
+            eprintln!("agent-launcher: {problem}");
+        }
+        let path = options.run_dir.join("launcher.sock");
+        let socket = |source| ServeError::Socket { path: path.clone(), source };
+        let listener = listen_at(&path, options.agentd_uid).map_err(socket)?;
+        let poll = |source| ServeError::Poll { source };
+        let signals = SignalFd::new(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGINT]).map_err(poll)?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(poll)?;
+        watch(&epoll, listener.as_fd(), LISTENER).map_err(poll)?;
+        watch(&epoll, signals.as_fd(), SIGNALS).map_err(poll)?;
+        Ok(Self {
+            options,
+            hierarchy,
+            problems,
+            epoll,
+            listener,
+            signals,
+            next_token: FIRST_FREE,
+            sources: BTreeMap::new(),
+            clients: BTreeMap::new(),
+            runs: BTreeMap::new(),
+            engines: BTreeMap::new(),
+            records,
+            removals: VecDeque::new(),
+            buried_runs: Vec::new(),
+            buried_engines: Vec::new(),
+            stopping: false,
+        })
+    }
+
+    fn round(&mut self) -> Result<(), ServeError> {
+        let timeout = self.timeout();
+        let mut events = Vec::with_capacity(64);
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(()),
+            Err(source) => return Err(ServeError::Poll { source }),
+        }
+        for event in &events {
+            match event.data.u64() {
+                LISTENER => self.accept(),
+                SIGNALS => self.take_signals(),
+                token => self.ready(token),
+            }
+        }
+        self.pass_deadlines();
+        self.remove_a_little();
+        self.buried_runs.retain(|group| !group.remove());
+        self.buried_engines.retain(|group| !cgroups::remove_engine(group));
+        Ok(())
+    }
+
+    /// `None` waits for ever: nothing is due.
+    fn timeout(&self) -> Option<Timespec> {
+        if !self.removals.is_empty() {
+            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+        }
+        let now = boot_ms();
+        let buried = !self.buried_runs.is_empty() || !self.buried_engines.is_empty();
+        let runs = self.runs.values().filter_map(Run::next_deadline);
+        let engines = self.engines.values().filter_map(|engine| engine.due_boot_ms);
+        let due = runs.chain(engines).chain(buried.then_some(now + GRAVEYARD_MS)).min()?;
+        // One millisecond more, so that the deadline has passed when the wait ends.
+        let wait_ms = due.saturating_sub(now).saturating_add(1).min(3_600_000);
+        Some(Timespec { tv_sec: (wait_ms / 1_000) as i64, tv_nsec: (wait_ms % 1_000 * 1_000_000) as i64 })
+    }
+
+    fn accept(&mut self) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        while let Ok(socket) = accept_with(&self.listener, flags) {
+            let peer = sockopt::socket_peercred(&socket).map(|peer| peer.uid.as_raw());
+            if peer != Ok(self.options.agentd_uid) {
+                let report = refused(
+                    "forbidden",
+                    "the launcher takes messages from agentd alone",
+                    "ask agentd: `agentctl` or the console",
+                );
+                let _ = wire::send(socket.as_fd(), &Response::Refused(report), &[]);
+                continue;
+            }
+            let token = self.next_token;
+            if self.clients.len() >= CLIENTS_MAX || watch(&self.epoll, socket.as_fd(), token).is_err() {
+                continue;
+            }
+            self.next_token += 1;
+            self.sources.insert(token, Source::Client);
+            self.clients.insert(token, Client { socket, waits: Waits::No });
+        }
+    }
+
+    fn take_signals(&mut self) {
+        while let Some(signal) = self.signals.next() {
+            if matches!(i32::try_from(signal), Ok(libc::SIGTERM | libc::SIGINT)) {
+                self.stop_everything();
+            }
+        }
+        while let Ok(Some((pid, _))) = waitpid(None, WaitOptions::NOHANG) {
+            self.reaped(pid);
+        }
+    }
+
+    fn stop_everything(&mut self) {
+        self.stopping = true;
+        for run in self.runs.values_mut() {
+            run.stop(0);
+        }
+        for engine in self.engines.values_mut() {
+            engine.stop();
+        }
+    }
+
+    fn reaped(&mut self, pid: Pid) {
+        if let Some(run_id) = self.runs.values().find(|run| run.pid == pid).map(|run| run.run_id) {
+            self.finish_run(run_id);
+            return;
+        }
+        let stopping = self.stopping;
+        if let Some(engine) = self.engines.values_mut().find(|engine| engine.pid() == Some(pid)) {
+            engine.ended();
+            if stopping {
+                engine.due_boot_ms = None;
+            }
+        }
+    }
+
+    fn ready(&mut self, token: u64) {
+        match self.sources.get(&token) {
+            None => {}
+            Some(Source::Client) => self.serve_client(token),
+            Some(Source::Jail(run_id)) => {
+                let run_id = *run_id;
+                self.hear_jail(token, run_id);
+            }
+        }
+    }
+
+    fn hear_jail(&mut self, token: u64, run_id: RunId) {
+        let Some(run) = self.runs.get_mut(&run_id) else { return };
+        loop {
+            match run.listen() {
+                Progress::Nothing => {}
+                Progress::Started => break,
+                Progress::Silent => {
+                    // A closed socket stays readable for ever; the end of the process comes as a signal.
+                    if wire_closed(run.control.as_fd()) {
+                        let _ = epoll::delete(&self.epoll, &run.control);
+                        self.sources.remove(&token);
+                    }
+                    return;
+                }
+            }
+        }
+        self.answer_start(run_id);
+    }
+
+    /// The run is up: whoever waits for it gets its descriptors.
+    fn answer_start(&mut self, run_id: RunId) {
+        let Some(run) = self.runs.get(&run_id) else { return };
+        let Some(fds) = run.handover() else { return };
+        let response = Response::Started { pid: run.pid.as_raw_nonzero().get() };
+        let sent: Vec<(u64, bool)> = waiting_for(&self.clients, Waits::ForRun(run_id))
+            .into_iter()
+            .filter_map(|token| {
+                let client = self.clients.get(&token)?;
+                Some((token, wire::send(client.socket.as_fd(), &response, &fds).is_ok()))
+            })
+            .collect();
+        for (token, sent) in sent {
+            self.answered(token, sent);
+        }
+    }
+
+    fn finish_run(&mut self, run_id: RunId) {
+        let Some(mut run) = self.runs.remove(&run_id) else { return };
+        // What the jail said last may still be in its socket.
+        while !matches!(run.listen(), Progress::Silent) {}
+        let record = run.record();
+        if let Err(error) = self.records.add(record.clone()) {
+            eprintln!("agent-launcher: the exit record of run {run_id} could not be written: {error}");
+        }
+        let _ = epoll::delete(&self.epoll, &run.control);
+        self.sources.retain(|_, source| !matches!(source, Source::Jail(of) if *of == run_id));
+        let report = refused_start(&record.cause);
+        for token in waiting_for(&self.clients, Waits::ForRun(run_id)) {
+            self.respond(token, &Response::Refused(report.clone()));
+        }
+        self.buried_runs.push(run.group);
+    }
+
+    fn serve_client(&mut self, token: u64) {
+        let Some(client) = self.clients.get(&token) else { return };
+        if client.waits != Waits::No {
+            // Only an end of the connection wakes us now. What it waits for goes on; another agentd may adopt it.
+            self.drop_client(token);
+            return;
+        }
+        match wire::receive::<Request>(client.socket.as_fd()) {
+            Ok((request, _)) => self.obey(token, request),
+            Err(error) if error.would_block() => {}
+            Err(WireError::Closed | WireError::Socket { .. }) => self.drop_client(token),
+            Err(error) => {
+                let code = match error {
+                    WireError::TooLarge { .. } | WireError::Truncated => "too_large",
+                    _ => "message_malformed",
+                };
+                self.respond(
+                    token,
+                    &Response::Refused(refused(
+                        code,
+                        error,
+                        "agentd and the launcher must be of one version",
+                    )),
+                );
+                self.drop_client(token);
+            }
+        }
+    }
+
+    fn obey(&mut self, token: u64, request: Request) {
+        let response = match request {
+            Request::Start { run_id, plan } => return self.start(token, run_id, *plan),
+            Request::RemoveAgent { agent_id, uid } => return self.remove_agent(token, agent_id, uid),
+            Request::Handover { run_id } => return self.hand_over(token, run_id),
+            Request::StartEngine(spec) => self.start_engine(spec),
+            Request::List { after } => Ok(Response::Listing(self.listing(after))),
+            other => self.change(other).map(|()| Response::Done),
+        };
+        self.respond(token, &response.unwrap_or_else(Response::Refused));
+    }
+
+    /// Requests that are answered by `Done`.
+    fn change(&mut self, request: Request) -> Result<(), Report> {
+        match request {
+            Request::StopEngine { set } => self.stop_engine(&set),
+            Request::ChangeLimits { run_id, cgroup } => {
+                let run = self.runs.get(&run_id).ok_or_else(|| unknown(run_id))?;
+                check::check_within(&cgroup, &run.plan.cgroup)?;
+                self.hierarchy.set_limits(&run.group, &cgroup)
+            }
+            Request::Freeze { run_id } => self.freeze(run_id, true),
+            Request::Thaw { run_id } => self.freeze(run_id, false),
+            Request::Kill { run_id, grace_ms } => {
+                let run = self.runs.get_mut(&run_id).ok_or_else(|| unknown(run_id))?;
+                run.stop(u64::from(grace_ms.min(GRACE_MAX_MS)));
+                Ok(())
+            }
+            Request::PrepareAgent { agent_id, uid, quota } => {
+                check::check_uid(uid)?;
+                check::check_quota(quota)?;
+                volumes::prepare(&self.options, agent_id, uid, quota)
+            }
+            Request::ForgetExit { run_id } => self.records.forget(run_id).map_err(|error| {
+                broken("record_failed", format!("the record of run {run_id}: {error}"), "try again")
+            }),
+            Request::Start { .. }
+            | Request::RemoveAgent { .. }
+            | Request::Handover { .. }
+            | Request::StartEngine(_)
+            | Request::List { .. } => Err(Report::bug(
+                "launcher_dispatch",
+                "the launcher did not do it",
+                "a request took a wrong turn",
+                "report this",
+            )),
+        }
+    }
+
+    fn start(&mut self, token: u64, run_id: RunId, plan: SandboxPlan) {
+        match self.try_start(run_id, plan) {
+            Ok(()) => self.wait(token, Waits::ForRun(run_id)),
+            Err(report) => self.respond(token, &Response::Refused(report)),
+        }
+    }
+
+    fn try_start(&mut self, run_id: RunId, plan: SandboxPlan) -> Result<(), Report> {
+        check::check(&plan)?;
+        if let Some(problem) = self.problems.first() {
+            // Fail closed: not one run without all walls.
+            return Err(problem.clone());
+        }
+        if self.runs.contains_key(&run_id) || self.records.kept.contains_key(&run_id) {
+            return Err(refused(
+                "conflict",
+                format!("run {run_id} exists already"),
+                "every run has an id of its own",
+            ));
+        }
+        if self.stopping || self.runs.len() >= RUNS_MAX {
+            return Err(broken("launcher_full", "no more runs are taken", "stop an agent first"));
+        }
+        if self.removals.iter().any(|removal| removal.agent_id == plan.agent_id) {
+            return Err(refused("conflict", "this agent is being removed", "install it again"));
+        }
+        volumes::verify(&self.options, plan.agent_id, plan.uid)?;
+        let run = Run::start(&self.options, &self.hierarchy, run_id, plan)?;
+        let token = self.next_token;
+        self.next_token += 1;
+        let watched = watch(&self.epoll, run.control.as_fd(), token);
+        self.sources.insert(token, Source::Jail(run_id));
+        let run = self.runs.entry(run_id).or_insert(run);
+        if watched.is_err() {
+            run.kill_now();
+        }
+        Ok(())
+    }
+
+    fn hand_over(&mut self, token: u64, run_id: RunId) {
+        let Some((pid, fds)) = self.runs.get(&run_id).and_then(|run| Some((run.pid, run.handover()?))) else {
+            return self.respond(token, &Response::Refused(unknown(run_id)));
+        };
+        let response = Response::HandedOver { pid: pid.as_raw_nonzero().get() };
+        let sent = self.clients.get(&token).map(|client| wire::send(client.socket.as_fd(), &response, &fds));
+        self.answered(token, matches!(sent, Some(Ok(()))));
+    }
+
+    fn freeze(&mut self, run_id: RunId, frozen: bool) -> Result<(), Report> {
+        let run = self.runs.get_mut(&run_id).ok_or_else(|| unknown(run_id))?;
+        if let Phase::Raising { .. } = run.phase {
+            return Err(refused(
+                "conflict",
+                format!("run {run_id} has not started yet"),
+                "wait for its start",
+            ));
+        }
+        run.group.freeze(frozen)?;
+        run.frozen = frozen;
+        Ok(())
+    }
+
+    fn start_engine(&mut self, spec: EngineSpec) -> Result<Response, Report> {
+        check::check_engine_set(&spec.set)?;
+        if spec.memory_max_bytes < engines::MEMORY_MIN_BYTES {
+            let why = format!("{} bytes hold no engine", spec.memory_max_bytes);
+            return Err(refused("plan_refused", why, "give it at least 64 MiB"));
+        }
+        if let Some(problem) = self.problems.first() {
+            return Err(problem.clone());
+        }
+        if self.stopping {
+            return Err(broken("launcher_full", "no more engines are taken", "wait for the restart"));
+        }
+        let started = |engine: &Engine| Response::EngineStarted {
+            pid: engine.pid().map_or(0, |pid| pid.as_raw_nonzero().get()),
+        };
+        if let Some(engine) = self.engines.get_mut(&spec.set) {
+            engine.again(&self.hierarchy, spec)?;
+            return Ok(started(engine));
+        }
+        if self.engines.len() >= ENGINES_MAX {
+            return Err(broken("launcher_full", "there are too many engines", "stop one first"));
+        }
+        let set = spec.set.clone();
+        let engine = Engine::start(&self.options, &self.hierarchy, spec)?;
+        let response = started(&engine);
+        self.engines.insert(set, engine);
+        Ok(response)
+    }
+
+    fn stop_engine(&mut self, set: &str) -> Result<(), Report> {
+        let Some(mut engine) = self.engines.remove(set) else {
+            return Err(refused(
+                "not_found",
+                format!("there is no engine `{}`", set.escape_debug()),
+                "`agentctl status` lists engines",
+            ));
+        };
+        engine.stop();
+        self.buried_engines.extend(engine.into_group());
+        Ok(())
+    }
+
+    fn remove_agent(&mut self, token: u64, agent_id: AgentId, uid: u32) {
+        match self.try_remove_agent(agent_id, uid) {
+            Ok(Some(removal)) => {
+                self.removals.push_back(removal);
+                self.wait(token, Waits::ForRemoval(agent_id));
+            }
+            Ok(None) => self.respond(token, &Response::Done),
+            Err(report) => self.respond(token, &Response::Refused(report)),
+        }
+    }
+
+    fn try_remove_agent(&mut self, agent_id: AgentId, uid: u32) -> Result<Option<Removal>, Report> {
+        check::check_uid(uid)?;
+        if self.runs.values().any(|run| run.plan.agent_id == agent_id) {
+            return Err(refused("conflict", format!("agent {agent_id} is running"), "stop it first"));
+        }
+        if self.removals.iter().any(|removal| removal.agent_id == agent_id) {
+            return Err(refused("conflict", format!("agent {agent_id} is being removed"), "wait for it"));
+        }
+        Removal::begin(&self.options, agent_id, uid)
+    }
+
+    fn remove_a_little(&mut self) {
+        let Some(mut removal) = self.removals.pop_front() else { return };
+        let response = match removal.step() {
+            Ok(false) => {
+                self.removals.push_back(removal);
+                return;
+            }
+            Ok(true) => Response::Done,
+            Err(report) => Response::Refused(report),
+        };
+        for token in waiting_for(&self.clients, Waits::ForRemoval(removal.agent_id)) {
+            self.respond(token, &response);
+        }
+    }
+
+    fn listing(&self, after: Option<RunId>) -> Listing {
+        let mut listing = Listing::default();
+        if after.is_none() {
+            listing.engines = self.engines.values().map(Engine::info).collect();
+            listing.problems = self.problems.clone();
+        }
+        let size = |listing: &Listing| serde_json::to_vec(listing).map_or(0, |bytes| bytes.len());
+        let mut bytes = size(&listing);
+        let mut ids: Vec<RunId> = self.runs.keys().chain(self.records.kept.keys()).copied().collect();
+        ids.sort_unstable();
+        let mut last = after;
+        for id in ids.into_iter().filter(|id| after.is_none_or(|after| *id > after)) {
+            if bytes > LISTING_BYTES {
+                listing.next = last;
+                break;
+            }
+            let mut one = Listing::default();
+            one.runs.extend(self.runs.get(&id).map(Run::info));
+            one.exits.extend(self.records.kept.get(&id).cloned());
+            bytes += size(&one);
+            listing.runs.append(&mut one.runs);
+            listing.exits.append(&mut one.exits);
+            last = Some(id);
+        }
+        listing
+    }
+
+    fn pass_deadlines(&mut self) {
+        let now = boot_ms();
+        for run in self.runs.values_mut() {
+            if run.next_deadline().is_some_and(|due| due <= now) {
+                run.deadline_passed();
+            }
+        }
+        for engine in self.engines.values_mut() {
+            if engine.due_boot_ms.is_some_and(|due| due <= now) {
+                engine.restart(&self.options, &self.hierarchy);
+            }
+        }
+    }
+
+    fn wait(&mut self, token: u64, waits: Waits) {
+        if let Some(client) = self.clients.get_mut(&token) {
+            client.waits = waits;
+            // Only errors and the other side's end are reported for an empty set.
+            let _ = epoll::modify(
+                &self.epoll,
+                &client.socket,
+                epoll::EventData::new_u64(token),
+                epoll::EventFlags::empty(),
+            );
+        }
+    }
+
+    fn respond(&mut self, token: u64, response: &Response) {
+        let sent = self.clients.get(&token).map(|client| wire::send(client.socket.as_fd(), response, &[]));
+        self.answered(token, matches!(sent, Some(Ok(()))));
+    }
+
+    fn answered(&mut self, token: u64, sent: bool) {
+        let Some(client) = self.clients.get_mut(&token) else { return };
+        if !sent {
+            return self.drop_client(token);
+        }
+        if client.waits != Waits::No {
+            client.waits = Waits::No;
+            let _ = epoll::modify(
+                &self.epoll,
+                &client.socket,
+                epoll::EventData::new_u64(token),
+                epoll::EventFlags::IN,
+            );
+        }
+    }
+
+    fn drop_client(&mut self, token: u64) {
+        self.sources.remove(&token);
+        // Closing takes it out of epoll: the launcher holds no copy, and its children have closed theirs.
+        self.clients.remove(&token);
+    }
+}
+
+fn waiting_for(clients: &BTreeMap<u64, Client>, waits: Waits) -> Vec<u64> {
+    clients.iter().filter(|(_, client)| client.waits == waits).map(|(token, _)| *token).collect()
+}
+
+fn wire_closed(socket: BorrowedFd<'_>) -> bool {
+    let mut byte = [0_u8; 1];
+    let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
+    !matches!(rustix::net::recv(socket, &mut byte, flags), Err(Errno::AGAIN))
+}
+
+fn watch(epoll: &OwnedFd, fd: BorrowedFd<'_>, token: u64) -> Result<(), Errno> {
+    epoll::add(epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN)
+}
+
+fn unknown(run_id: RunId) -> Report {
+    refused("not_found", format!("no run {run_id} is alive here"), "`agentctl agent ls` lists runs")
+}
+
+/// What a start that came to nothing means to the one who asked for it.
+fn refused_start(cause: &ExitCause) -> Report {
+    let (why, fix) = match cause {
+        ExitCause::WallFailed { why } if why.starts_with("exec: ") => {
+            let fix = "check `agent.exec`: the program must be in the package, executable, and made for this machine";
+            return Report::caller("exec_failed", "the agent was not started", why.clone(), fix);
+        }
+        ExitCause::WallFailed { why } => {
+            (why.clone(), "no agent runs without all its walls: check the kernel and its command line")
+        }
+        ExitCause::OutOfMemory => {
+            let why = "its memory limit does not even hold the walls".to_owned();
+            return Report::caller(
+                "out_of_memory",
+                "the agent was not started",
+                why,
+                "raise `limits.memory_max`",
+            );
+        }
+        _ => ("it was stopped before it had started".to_owned(), "start it again"),
+    };
+    Report::environment("wall_failed", "the agent was not started", why, fix)
+}
+
+/// Walls that this kernel cannot raise at all.
+fn missing_walls() -> Vec<Report> {
+    let fix = "use the appliance's own kernel, and `lsm=` with `landlock` in it";
+    let mut problems = Vec::new();
+    if let Err(error) = landlock::require(landlock::ABI_MIN) {
+        problems.push(broken("wall_missing", error, fix));
+    }
+    if !crate::sys::seccomp_has_errno() {
+        problems.push(broken("wall_missing", "this kernel has no seccomp filters", fix));
+    }
+    for namespace in ["cgroup", "ipc", "mnt", "net", "pid", "uts"] {
+        if !Path::new("/proc/self/ns").join(namespace).exists() {
+            problems.push(broken("wall_missing", format!("this kernel has no {namespace} namespaces"), fix));
+        }
+    }
+    problems
+}
+
+fn make_folder(path: &Path, mode: u32, agentd_gid: u32) -> std::io::Result<()> {
+    std::fs::create_dir_all(path)?;
+    chown(path, Some(Uid::ROOT), Some(Gid::from_raw(agentd_gid)))?;
+    chmod(path, Mode::from_raw_mode(mode))?;
+    Ok(())
+}
+
+fn listen_at(path: &Path, agentd_gid: u32) -> Result<OwnedFd, Errno> {
+    match rustix::fs::unlink(path) {
+        Ok(()) | Err(Errno::NOENT) => {}
+        Err(error) => return Err(error),
+    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    chown(path, Some(Uid::ROOT), Some(Gid::from_raw(agentd_gid)))?;
+    chmod(path, Mode::from_raw_mode(0o660))?;
+    listen(&socket, i32::try_from(CLIENTS_MAX).unwrap_or(32))?;
+    Ok(socket)
+}
