@@ -2,10 +2,11 @@
 #![forbid(unsafe_code)]
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use image::build;
 use image::cache::Cache;
 use image::programs;
+use image::run::{self, Options};
 use image::source::Checkout;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -37,10 +38,36 @@ enum Stage {
     Disk,
     /// Everything; the same as `disk`.
     Build,
+    /// Everything, then the appliance in a virtual machine. Ctrl-C powers it down.
+    Run(RunArguments),
+}
+
+#[derive(Args)]
+struct RunArguments {
+    /// No window.
+    #[arg(long)]
+    headless: bool,
+    /// Boot from the disk through UEFI and systemd-boot, with slots.
+    #[arg(long)]
+    uefi: bool,
+    /// The disk; made from the image when it is not there.
+    #[arg(long)]
+    disk: Option<PathBuf>,
+    /// Memory in MiB.
+    #[arg(long, default_value_t = 2048)]
+    memory: u32,
+    #[arg(long, default_value_t = 2)]
+    cpus: u32,
+    /// Port of the console on this machine.
+    #[arg(long)]
+    port: Option<u16>,
+    /// A chat model in GGUF format, lent to the machine read-only.
+    #[arg(long)]
+    model: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse().stage) {
+    match stage(Arguments::parse().stage) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("\nerror: {error:#}");
@@ -49,7 +76,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(stage: Stage) -> Result<()> {
+fn stage(stage: Stage) -> Result<()> {
     let cache = Cache::from_env()?;
     match stage {
         Stage::Kernel { extra_fragment } => {
@@ -70,7 +97,20 @@ fn run(stage: Stage) -> Result<()> {
             println!("{} {}", root.about.root_hash.hex(), root.image.display());
         }
         Stage::Uki => println!("{}", build::everything(&cache)?.disk.boot_item.display()),
+        Stage::Run(arguments) => run::run(&cache, &options(arguments))?,
         Stage::Disk | Stage::Build => println!("{}", build::everything(&cache)?.disk.image.display()),
     }
     Ok(())
+}
+
+fn options(arguments: RunArguments) -> Options {
+    Options {
+        headless: arguments.headless,
+        uefi: arguments.uefi,
+        disk: arguments.disk,
+        memory_mib: arguments.memory,
+        cpus: arguments.cpus,
+        port: arguments.port,
+        model: arguments.model,
+    }
 }

@@ -24,7 +24,7 @@ const EXT4_TOOLS: [&str; 3] = ["/sbin/mke2fs", "/sbin/e2fsck", "/sbin/resize2fs"
 const AUTHORITIES: &str = "/usr/share/ca-certificates/mozilla";
 
 /// Mount points and folders that are empty in the image.
-const FOLDERS: [&str; 12] = [
+const FOLDERS: [&str; 13] = [
     "/proc",
     "/sys",
     "/dev",
@@ -33,6 +33,7 @@ const FOLDERS: [&str; 12] = [
     "/state",
     "/data",
     "/esp",
+    "/etc",
     "/usr/lib64",
     "/usr/lib/modules",
     "/usr/lib/firmware",

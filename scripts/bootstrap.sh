@@ -1,0 +1,116 @@
+# Sourced by the scripts: sees to it that what they need is on this machine.
+#
+# Debian 12 and 13: installs missing packages when it may (root, or sudo without a password), otherwise prints
+# the exact command and stops. Any other distribution: names what is missing and stops.
+# Sets PATH so that `rustc` is new enough, and AGENTD_SOURCE.
+
+agentd_rust_minimum=1.90
+
+# Compilers and libraries for kernel and programs; tools that make the image; the machine that runs it.
+agentd_packages=(
+    bc bison build-essential ca-certificates cmake cpio flex git libclang-dev libelf-dev libssl-dev
+    linux-source-6.12 openssl pkg-config python3 python3-numpy python3-pip python3-venv xz-utils zstd
+    cryptsetup-bin dosfstools e2fsprogs erofs-utils gdisk mtools systemd-boot-efi
+    ovmf qemu-system-x86 qemu-utils
+)
+
+# The same for a machine without apt: a program or file, and what it is for.
+agentd_needs=(
+    "bc|kernel" "bison|kernel" "flex|kernel" "gcc|kernel, engine" "g++|engine" "make|kernel" "cmake|engine"
+    "openssl|kernel" "xz|kernel" "zstd|kernel" "perl|kernel" "/usr/include/libelf.h|kernel (libelf headers)"
+    "/usr/include/openssl/opensslv.h|kernel (OpenSSL headers)" "git|version" "python3|models"
+    "readelf|image" "objcopy|image" "veritysetup|image" "mkfs.vfat|image" "mcopy|image" "mke2fs|image"
+    "mkfs.erofs|image" "/usr/lib/systemd/boot/efi/linuxx64.efi.stub|image (systemd's EFI stub)"
+    "/usr/share/ca-certificates/mozilla|image (certificate authorities, file by file)"
+    "/usr/share/OVMF/OVMF_CODE_4M.fd|--uefi" "qemu-system-x86_64|scripts/run"
+)
+
+agentd_stop() {
+    printf '%s\n' "$@" >&2
+    exit 1
+}
+
+agentd_rust_is_new_enough() {
+    local version
+    version=$("$1" --version 2>/dev/null | cut -d' ' -f2) || return 1
+    [ -n "$version" ] && printf '%s\n' "$agentd_rust_minimum" "$version" | sort -C -V
+}
+
+# Debian's rustc-web is the toolchain that Debian keeps new for web browsers; plain rustc is too old.
+agentd_find_rust() {
+    if agentd_rust_is_new_enough rustc && command -v cargo >/dev/null; then return; fi
+    if agentd_rust_is_new_enough /usr/bin/rustc && [ -x /usr/bin/cargo ]; then
+        PATH=/usr/bin:$PATH
+        return
+    fi
+    return 1
+}
+
+agentd_is_installed() {
+    [ "$(dpkg-query -W -f='${db:Status-Abbrev}' "$1" 2>/dev/null | cut -c1-2)" = ii ]
+}
+
+agentd_install() {
+    local sudo=()
+    if [ "$(id -u)" -ne 0 ]; then
+        if ! sudo -n true 2>/dev/null; then
+            agentd_stop "packages are missing; install them with" "    sudo apt-get install --no-install-recommends $*"
+        fi
+        sudo=(sudo)
+    fi
+    echo "installing  $*" >&2
+    "${sudo[@]}" apt-get update -qq >/dev/null
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null
+}
+
+agentd_bootstrap_debian() {
+    local package missing=()
+    for package in "${agentd_packages[@]}"; do
+        # A kernel source given by path stands in for Debian's.
+        if [ "$package" = linux-source-6.12 ] && [ -n "${AGENTD_KERNEL_SOURCE-}" ]; then continue; fi
+        agentd_is_installed "$package" || missing+=("$package")
+    done
+    agentd_find_rust || missing+=(rustc-web cargo-web)
+    if [ ${#missing[@]} -gt 0 ]; then agentd_install "${missing[@]}"; fi
+}
+
+agentd_bootstrap_other() {
+    local need thing missing=()
+    for need in "${agentd_needs[@]}"; do
+        thing=${need%%|*}
+        case $thing in
+            /*) [ -e "$thing" ] || missing+=("    $thing: ${need#*|}") ;;
+            *) command -v "$thing" >/dev/null || missing+=("    $thing: ${need#*|}") ;;
+        esac
+    done
+    agentd_find_rust || missing+=("    rustc and cargo, $agentd_rust_minimum or newer: programs")
+    [ -e "${AGENTD_KERNEL_SOURCE-}" ] ||
+        missing+=("    AGENTD_KERNEL_SOURCE: the path of a tarball of Linux 6.12")
+    if [ ${#missing[@]} -gt 0 ]; then
+        agentd_stop "this is not Debian 12 or 13, so nothing was installed; missing:" "${missing[@]}"
+    fi
+}
+
+agentd_bootstrap() {
+    AGENTD_SOURCE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    export AGENTD_SOURCE
+    # mkfs and veritysetup live where a user's PATH does not look on Debian.
+    PATH=$PATH:/usr/sbin:/sbin
+    export PATH
+    if (. /etc/os-release && [ "$ID" = debian ] && [ "${VERSION_ID-0}" -ge 12 ]) 2>/dev/null; then
+        agentd_bootstrap_debian
+    else
+        agentd_bootstrap_other
+    fi
+    agentd_find_rust || agentd_stop "no rustc $agentd_rust_minimum or newer in PATH"
+}
+
+# Compiles the image builder and leaves its path in agentd_image_tool.
+agentd_build_image_tool() {
+    local target=${AGENTD_CACHE:-$HOME/.cache/agentd-os}/tool-target
+    CARGO_TARGET_DIR=$target cargo build --quiet --release --locked -p image \
+        --manifest-path "$AGENTD_SOURCE/Cargo.toml"
+    agentd_image_tool=$target/release/image
+}
+
+agentd_bootstrap
