@@ -49,8 +49,8 @@ fn row(agent: &Agent) -> Markup {
                 span.numbers { (run.pids) " of " (agent.limits.pids) }
                 (bar(u64::from(run.pids), u64::from(agent.limits.pids)))
             })) }
-            td { (run.map_or_else(dash, |run| html! { (units::span_ms(run.cpu_ms)) })) }
-            td { (run.map_or_else(dash, |run| html! { (units::span_ms(run.uptime_ms)) })) }
+            td.short { (run.map_or_else(dash, |run| html! { (units::span_ms(run.cpu_ms)) })) }
+            td.short { (run.map_or_else(dash, |run| html! { (units::span_ms(run.uptime_ms)) })) }
         }
     }
 }

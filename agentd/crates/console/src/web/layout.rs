@@ -30,7 +30,7 @@ pub fn page(title: &str, section: Section, health: Health, main: &Markup) -> Mar
             }
             div.aside {
                 span #health data-live { (health_pill(health)) }
-                form method="post" action="/sign-out" { button.quiet type="submit" { "Sign out" } }
+                form method="post" action="/sign-out" { button.ghost type="submit" { "Sign out" } }
             }
         }
     };
@@ -70,8 +70,17 @@ pub fn error_page(report: &Report) -> Markup {
 
 /// What, why, and how to fix it.
 pub fn problem(report: &Report) -> Markup {
+    graded_problem(report, "problem")
+}
+
+/// A problem with which the machine goes on working.
+pub fn mild_problem(report: &Report) -> Markup {
+    graded_problem(report, "problem warn")
+}
+
+fn graded_problem(report: &Report, class: &str) -> Markup {
     html! {
-        div.problem role="alert" {
+        div class=(class) role="alert" {
             p.what { (sentence(&report.what)) }
             p.why { (sentence(&report.why)) "." }
             p.fix { span.label { "What to do " } (sentence(&report.fix)) "." }

@@ -28,7 +28,7 @@ pub fn list(models: &[Model], health: Health) -> Markup {
                     "A file in GGUF format. It is checked before it is used. From a terminal: "
                     code { "agentctl model add FILE.gguf" }
                 }
-                form #upload .stack hidden {
+                form #upload .stack .narrow hidden {
                     input #file type="file" accept=".gguf" required aria-label="Model file";
                     button.primary type="submit" { "Upload" }
                     progress #upload-progress max="100" value="0" hidden {}

@@ -1,10 +1,10 @@
 //! How is the machine?
 
-use super::layout::{Section, bar, fact, page, pill, problem};
+use super::layout::{Section, bar, fact, mild_problem, page, pill, problem};
 use super::units;
 use agentd_domain::api::{Agent, ApplianceStatus, EngineState};
 use agentd_domain::engine::{Device, LoadedModel, ModelKind};
-use agentd_domain::initctl::Clock;
+use agentd_domain::initctl::{Clock, Health};
 use maud::{Markup, html};
 
 pub fn overview(status: &ApplianceStatus, agents: &[Agent]) -> Markup {
@@ -15,7 +15,9 @@ pub fn overview(status: &ApplianceStatus, agents: &[Agent]) -> Markup {
         &html! {
             h1 { "Overview" }
             div #problems data-live {
-                @for report in &status.problems { (problem(report)) }
+                @for report in &status.problems {
+                    @if status.health == Health::Red { (problem(report)) } @else { (mild_problem(report)) }
+                }
             }
             div.grid {
                 (machine(status))

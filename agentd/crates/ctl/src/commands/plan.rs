@@ -1,0 +1,61 @@
+//! What will the kernel enforce?
+
+use super::{Failed, Outcome, Session};
+use crate::client;
+use crate::show;
+use agentd_capability::{Package, Subject, compile, parse_manifest};
+use agentd_domain::fault::Report;
+use agentd_domain::ids::AgentId;
+use agentd_domain::manifest::Manifest;
+use agentd_domain::paths::UID_AGENTS_FIRST;
+use agentd_domain::plan::SandboxPlan;
+use hyper::Method;
+use std::fs;
+use std::path::Path;
+
+const PLACEHOLDER_ID: AgentId = AgentId(uuid::Uuid::nil());
+
+/// Compiled here, by the code that the appliance uses. Id and user id are placeholders: the appliance gives an
+/// agent its own when it is installed.
+pub fn local(path: &Path, json: bool) -> Outcome {
+    let manifest = manifest(path)?;
+    let package = Package::Installed;
+    let subject = Subject { agent_id: PLACEHOLDER_ID, uid: UID_AGENTS_FIRST, package };
+    print(&compile(&manifest, &subject), json);
+    Ok(())
+}
+
+pub async fn remote(session: &Session, path: &Path) -> Result<(), Report> {
+    let text = read(path)?;
+    let client = session.client()?;
+    let answer = client.send(Method::POST, "/api/v1/plan", Some("text/plain"), client::full(text)).await?;
+    print(&client::parse(answer).await?, session.json);
+    Ok(())
+}
+
+/// The checked manifest, or all that is wrong with it.
+pub fn manifest(path: &Path) -> Result<Manifest, Failed> {
+    parse_manifest(&read(path)?).map_err(Failed)
+}
+
+fn read(path: &Path) -> Result<String, Report> {
+    fs::read_to_string(path).map_err(|error| {
+        Report::caller(
+            "manifest_unreadable",
+            format!("{} was not read", path.display()),
+            error.to_string(),
+            "name a readable agent.toml",
+        )
+    })
+}
+
+/// A plan is one value with names and numbers only; TOML shows it whole and readable.
+fn print(plan: &SandboxPlan, json: bool) {
+    if json {
+        return show::json(plan);
+    }
+    match toml::to_string_pretty(plan) {
+        Ok(text) => show::out(&text),
+        Err(_) => show::json(plan),
+    }
+}

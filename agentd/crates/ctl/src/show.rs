@@ -1,0 +1,216 @@
+//! How does an answer look in a terminal?
+//!
+//! Tables are aligned, without lines, so that `grep` and `awk` work on them; `--json` is for programs.
+
+use agentd_domain::api::{Agent, AgentState, ApplianceStatus, EngineState, LogLine, Model};
+use agentd_domain::engine::ModelKind;
+use agentd_domain::fault::Report;
+use agentd_domain::human;
+use agentd_domain::initctl::{Clock, Health};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::io::{self, Write};
+
+/// Writes to standard output. A reader that has gone (`| head`) ends the program quietly, as `cat` would.
+pub fn out(text: &str) {
+    let mut stdout = io::stdout().lock();
+    if stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).is_err() {
+        std::process::exit(0);
+    }
+}
+
+pub fn json(value: &impl Serialize) {
+    // The API's types hold no maps with keys that are not text.
+    out(&format!("{}\n", serde_json::to_string_pretty(value).unwrap_or_default()));
+}
+
+/// To standard error: what, why, and how to fix it.
+pub fn report(report: &Report, json: bool) {
+    if json {
+        eprintln!("{}", serde_json::to_string(report).unwrap_or_default());
+    } else {
+        eprintln!("agentctl: {}", report.what);
+        eprintln!("  why: {}", report.why);
+        eprintln!("  fix: {}", report.fix);
+    }
+}
+
+pub fn status(status: &ApplianceStatus) -> String {
+    let used = |total: u64, free: u64| {
+        format!("{} of {}", human::bytes(total.saturating_sub(free)), human::bytes(total))
+    };
+    let mut text = pairs(&[
+        ("version", status.version.clone()),
+        ("slot", status.slot.clone()),
+        ("health", health(status.health).to_owned()),
+        ("up for", human::span_ms(status.uptime_ms)),
+        ("clock", format!("{} UTC, {}", moment(status.now_unix_ms), clock(status.clock))),
+        ("memory", used(status.memory_total_bytes, status.memory_available_bytes)),
+        ("data", used(status.data_total_bytes, status.data_available_bytes)),
+        (
+            "addresses",
+            if status.addresses.is_empty() { "none".to_owned() } else { status.addresses.join(" ") },
+        ),
+        ("engine", engine(&status.engine)),
+    ]);
+    for device in &status.devices {
+        let free = human::bytes(device.memory_free_bytes);
+        let _ = writeln!(text, "device     {} {}, {free} free", device.name, device.description);
+    }
+    if let EngineState::Ready { models, .. } = &status.engine {
+        for model in models {
+            let parameters = human::count(model.parameters);
+            let _ =
+                writeln!(text, "model      {} ({}, {parameters} parameters)", model.model, kind(model.kind));
+        }
+    }
+    for problem in &status.problems {
+        let _ = writeln!(text, "\nproblem: {}\n  why: {}\n  fix: {}", problem.what, problem.why, problem.fix);
+    }
+    text
+}
+
+pub fn agents(agents: &[Agent]) -> String {
+    let rows = agents.iter().map(|agent| {
+        let run = agent.run.as_ref();
+        let of = |used: Option<String>, most: String| {
+            used.map_or_else(|| format!("- of {most}"), |u| format!("{u} of {most}"))
+        };
+        vec![
+            agent.name.to_string(),
+            state(agent.state).to_owned(),
+            of(run.map(|r| human::bytes(r.memory_bytes)), human::bytes(agent.limits.memory_max_bytes)),
+            of(run.map(|r| r.pids.to_string()), agent.limits.pids.to_string()),
+            run.map_or_else(|| "-".to_owned(), |r| human::span_ms(r.cpu_ms)),
+            run.map_or_else(|| "-".to_owned(), |r| human::span_ms(r.uptime_ms)),
+            agent.restarts.to_string(),
+        ]
+    });
+    table(&["NAME", "STATE", "MEMORY", "PROCESSES", "CPU TIME", "UP FOR", "RESTARTS"], rows)
+}
+
+pub fn agent(agent: &Agent) -> String {
+    let mut text = agents(std::slice::from_ref(agent));
+    if let Some(problem) = &agent.problem {
+        let _ = writeln!(text, "\nproblem: {}\n  why: {}\n  fix: {}", problem.what, problem.why, problem.fix);
+    }
+    text
+}
+
+pub fn models(models: &[Model]) -> String {
+    let rows = models.iter().map(|model| {
+        let state = match (&model.problem, model.loaded) {
+            (Some(problem), _) => problem.why.clone(),
+            (None, true) => "loaded".to_owned(),
+            (None, false) => "not loaded".to_owned(),
+        };
+        let name = if model.default { format!("{} (default)", model.name) } else { model.name.clone() };
+        vec![
+            name,
+            kind(model.kind).to_owned(),
+            model.architecture.clone(),
+            human::bytes(model.bytes),
+            model.origin.clone(),
+            state,
+        ]
+    });
+    table(&["NAME", "KIND", "ARCHITECTURE", "SIZE", "FROM", "STATE"], rows)
+}
+
+pub fn log_line(line: &LogLine) -> String {
+    format!("{} {:<6} {}\n", moment(line.unix_ms), line.stream, harmless(&line.text))
+}
+
+/// What an agent wrote, without the control characters by which it could steer the terminal.
+pub fn harmless(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
+}
+
+fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let head: Vec<String> = head.iter().map(|&name| name.to_owned()).collect();
+    let rows: Vec<Vec<String>> = std::iter::once(head).chain(rows).collect();
+    let columns = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in &rows {
+        let cells = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}"));
+        let line = cells.collect::<Vec<_>>().join("  ");
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+    text
+}
+
+fn pairs(pairs: &[(&str, String)]) -> String {
+    pairs.iter().map(|(name, value)| format!("{name:<10} {value}\n")).collect()
+}
+
+fn engine(state: &EngineState) -> String {
+    match state {
+        EngineState::Ready { backend, rss_bytes, .. } => {
+            format!("ready, {backend}, {}", human::bytes(*rss_bytes))
+        }
+        EngineState::Starting => "starting".to_owned(),
+        EngineState::Down { report } => format!("down: {}", report.why),
+    }
+}
+
+fn moment(unix_ms: i64) -> String {
+    match jiff::Timestamp::from_millisecond(unix_ms) {
+        Ok(moment) => moment.strftime("%Y-%m-%d %H:%M:%S").to_string(),
+        Err(_) => format!("{unix_ms} ms"),
+    }
+}
+
+fn health(health: Health) -> &'static str {
+    match health {
+        Health::Green => "green",
+        Health::Yellow => "yellow",
+        Health::Red => "red",
+    }
+}
+
+fn clock(clock: Clock) -> &'static str {
+    match clock {
+        Clock::Unconfirmed => "not confirmed",
+        Clock::Sntp => "from the network",
+        Clock::Owner => "set by the owner",
+    }
+}
+
+fn kind(kind: ModelKind) -> &'static str {
+    match kind {
+        ModelKind::Chat => "chat",
+        ModelKind::Embedding => "embedding",
+    }
+}
+
+/// As in the API, so that what is read here can be searched for there.
+fn state(state: AgentState) -> &'static str {
+    match state {
+        AgentState::Stopped => "stopped",
+        AgentState::Starting => "starting",
+        AgentState::Running => "running",
+        AgentState::BackingOff => "backing_off",
+        AgentState::Quarantined => "quarantined",
+        AgentState::Refused => "refused",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned_and_lines_end_cleanly() {
+        let rows = [vec!["a".to_owned(), "1".to_owned()], vec!["längst".to_owned(), String::new()]];
+        assert_eq!(table(&["NAME", "N"], rows.into_iter()), "NAME    N\na       1\nlängst\n");
+    }
+
+    #[test]
+    fn an_agent_cannot_steer_the_terminal() {
+        assert_eq!(harmless("a\u{1b}[2Jb\rc\td\u{7}\u{9b}"), "a\u{fffd}[2Jb\u{fffd}c\td\u{fffd}\u{fffd}");
+    }
+}
