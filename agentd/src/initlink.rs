@@ -98,7 +98,8 @@ fn ask(path: &Path, request: &Request) -> Result<Response, InitError> {
     let unreachable = |source| InitError::Unreachable { path: path.to_owned(), source };
     let message = serde_json::to_vec(request).map_err(InitError::Malformed)?;
     let socket = packet::connect_to(path).map_err(unreachable)?;
-    let answer = packet::ask(socket.as_fd(), &message, MAX_MESSAGE_BYTES, ANSWER_LIMIT).map_err(unreachable)?;
+    let answer =
+        packet::ask(socket.as_fd(), &message, MAX_MESSAGE_BYTES, ANSWER_LIMIT).map_err(unreachable)?;
     serde_json::from_slice(&answer).map_err(InitError::Malformed)
 }
 

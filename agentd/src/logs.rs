@@ -59,7 +59,10 @@ impl Logs {
     pub fn start(folder: PathBuf) -> io::Result<Self> {
         let (queue, orders) = mpsc::channel(QUEUE);
         let written = folder.clone();
-        std::thread::Builder::new().name("log-writer".to_owned()).stack_size(256 * 1024).spawn(move || write(&written, orders))?;
+        std::thread::Builder::new()
+            .name("log-writer".to_owned())
+            .stack_size(256 * 1024)
+            .spawn(move || write(&written, orders))?;
         Ok(Self(Arc::new(Inner { folder, rings: Mutex::default(), queue })))
     }
 
@@ -98,7 +101,8 @@ impl Logs {
         loop {
             let Ok(count) = pipe.read(&mut chunk).await else { break };
             let ended = count == 0;
-            let texts = if ended { splitter.finish().into_iter().collect() } else { splitter.feed(&chunk[..count]) };
+            let texts =
+                if ended { splitter.finish().into_iter().collect() } else { splitter.feed(&chunk[..count]) };
             for text in texts {
                 let line = LogLine { unix_ms: clock::unix_ms(), stream: stream.to_owned(), text };
                 self.show(agent, &line);
@@ -210,7 +214,9 @@ fn write(folder: &Path, mut orders: mpsc::Receiver<Order>) {
         };
         // Said once, not once per line: a full disk would otherwise flood the other log.
         match (&result, failing) {
-            (Err(error), false) => tracing::warn!(folder = %folder.display(), %error, "agents' logs are not written"),
+            (Err(error), false) => {
+                tracing::warn!(folder = %folder.display(), %error, "agents' logs are not written")
+            }
             (Ok(()), true) => tracing::info!("agents' logs are written again"),
             _ => {}
         }
@@ -218,7 +224,12 @@ fn write(folder: &Path, mut orders: mpsc::Receiver<Order>) {
     }
 }
 
-fn append(folder: &Path, open: &mut HashMap<AgentId, (File, u64)>, agent: AgentId, line: &LogLine) -> io::Result<()> {
+fn append(
+    folder: &Path,
+    open: &mut HashMap<AgentId, (File, u64)>,
+    agent: AgentId,
+    line: &LogLine,
+) -> io::Result<()> {
     let folder = folder.join(agent.to_string());
     let current = folder.join("current.jsonl");
     if open.get(&agent).is_some_and(|(_, bytes)| *bytes >= FILE_MOST_BYTES) {
@@ -262,9 +273,8 @@ mod tests {
             append(folder.path(), &mut open, agent, &line(&long)).expect("written");
         }
         append(folder.path(), &mut open, agent, &line("newest")).expect("written");
-        let size = |name: &str| {
-            fs::metadata(folder.path().join(agent.to_string()).join(name)).expect("there").len()
-        };
+        let size =
+            |name: &str| fs::metadata(folder.path().join(agent.to_string()).join(name)).expect("there").len();
         assert!(size("current.jsonl") <= FILE_MOST_BYTES + 5000);
         assert!(size("previous.jsonl") <= FILE_MOST_BYTES + 5000);
         let ring = Ring::load(&folder.path().join(agent.to_string()));

@@ -57,13 +57,28 @@ pub struct Entry {
 pub enum Phase {
     Stopped,
     /// The launcher has been asked. `Unsure`: its answer was lost, its list will tell.
-    Starting { run: RunId, answer: Answer },
-    Running { run: RunId, since_ms: u64 },
+    Starting {
+        run: RunId,
+        answer: Answer,
+    },
+    Running {
+        run: RunId,
+        since_ms: u64,
+    },
     /// A kill was asked for.
-    Stopping { run: RunId, since_ms: u64 },
-    Waiting { until_ms: u64 },
-    Quarantined { until_ms: u64 },
-    Refused { until_ms: u64 },
+    Stopping {
+        run: RunId,
+        since_ms: u64,
+    },
+    Waiting {
+        until_ms: u64,
+    },
+    Quarantined {
+        until_ms: u64,
+    },
+    Refused {
+        until_ms: u64,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,15 +104,38 @@ pub enum Sight {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// From the store at start, or just installed.
-    Known { agent: AgentId, wanted: bool, restart: Restart, restarts: u32 },
-    Want { agent: AgentId, wanted: bool },
-    Remove { agent: AgentId },
+    Known {
+        agent: AgentId,
+        wanted: bool,
+        restart: Restart,
+        restarts: u32,
+    },
+    Want {
+        agent: AgentId,
+        wanted: bool,
+    },
+    Remove {
+        agent: AgentId,
+    },
     /// A start or an adoption succeeded.
-    Started { agent: AgentId, run: RunId },
-    NotStarted { agent: AgentId, run: RunId, why: NotStarted },
-    Ended { agent: AgentId, run: RunId, cause: ExitCause },
+    Started {
+        agent: AgentId,
+        run: RunId,
+    },
+    NotStarted {
+        agent: AgentId,
+        run: RunId,
+        why: NotStarted,
+    },
+    Ended {
+        agent: AgentId,
+        run: RunId,
+        cause: ExitCause,
+    },
     /// All runs that live, as the launcher says; the ends it reported have been told before.
-    Listed { runs: Vec<(RunId, AgentId)> },
+    Listed {
+        runs: Vec<(RunId, AgentId)>,
+    },
     LauncherLost,
     Tick,
 }
@@ -114,12 +152,23 @@ pub enum NotStarted {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
-    Start { agent: AgentId, run: RunId },
+    Start {
+        agent: AgentId,
+        run: RunId,
+    },
     /// Ask for the sockets of a living run.
-    Adopt { agent: AgentId, run: RunId },
-    Kill { run: RunId, grace_ms: u32 },
+    Adopt {
+        agent: AgentId,
+        run: RunId,
+    },
+    Kill {
+        run: RunId,
+        grace_ms: u32,
+    },
     /// The agent has no run any more: remove its files and forget it.
-    Remove { agent: AgentId },
+    Remove {
+        agent: AgentId,
+    },
     /// Ask the launcher what lives.
     List,
 }
@@ -152,7 +201,9 @@ impl Phase {
 
     fn until_ms(&self) -> Option<u64> {
         match *self {
-            Self::Waiting { until_ms } | Self::Quarantined { until_ms } | Self::Refused { until_ms } => Some(until_ms),
+            Self::Waiting { until_ms } | Self::Quarantined { until_ms } | Self::Refused { until_ms } => {
+                Some(until_ms)
+            }
             _ => None,
         }
     }

@@ -83,10 +83,19 @@ pub struct Engine {
 
 enum Command {
     /// A request with one answer.
-    One { request: Request, answer: oneshot::Sender<Result<Event, Report>> },
-    Generate { generate: Generate, pieces: mpsc::UnboundedSender<Result<Piece, Report>>, ticket: u64 },
+    One {
+        request: Request,
+        answer: oneshot::Sender<Result<Event, Report>>,
+    },
+    Generate {
+        generate: Generate,
+        pieces: mpsc::UnboundedSender<Result<Piece, Report>>,
+        ticket: u64,
+    },
     /// The reader of this generation is gone.
-    GiveUp { ticket: u64 },
+    GiveUp {
+        ticket: u64,
+    },
 }
 
 impl Engine {
@@ -119,7 +128,9 @@ impl Engine {
     pub async fn embed_with(&self, model: String, inputs: Vec<String>) -> Result<Embeddings, Report> {
         let count = inputs.len();
         match self.one(Request::Embed { model, inputs }, EMBED_LIMIT).await? {
-            Event::Embeddings { vectors, tokens } if vectors.len() == count => Ok(Embeddings { vectors, tokens }),
+            Event::Embeddings { vectors, tokens, .. } if vectors.len() == count => {
+                Ok(Embeddings { vectors, tokens })
+            }
             other => Err(out_of_order("embed", &other)),
         }
     }
@@ -145,13 +156,14 @@ impl Engine {
             Some(Err(report)) => return Err(report),
             None => return Err(gone()),
         };
-        let rest = stream::unfold((received, guard, Some(first)), |(mut received, guard, first)| async move {
-            let item = match first {
-                Some(piece) => Ok(piece),
-                None => received.recv().await?,
-            };
-            Some((item, (received, guard, None)))
-        });
+        let rest =
+            stream::unfold((received, guard, Some(first)), |(mut received, guard, first)| async move {
+                let item = match first {
+                    Some(piece) => Ok(piece),
+                    None => received.recv().await?,
+                };
+                Some((item, (received, guard, None)))
+            });
         Ok(Box::pin(rest))
     }
 }

@@ -31,8 +31,12 @@ pub enum Next {
 
 /// `failed` holds the names that the engine refused; it is emptied when the wish changes.
 pub fn next<T>(wanted: &Wanted, loaded: &[LoadedModel], failed: &BTreeMap<String, T>) -> Next {
-    let keep: Vec<&Choice> =
-        wanted.embedder.iter().filter(|choice| !failed.contains_key(&choice.name)).chain(chat(wanted, failed)).collect();
+    let keep: Vec<&Choice> = wanted
+        .embedder
+        .iter()
+        .filter(|choice| !failed.contains_key(&choice.name))
+        .chain(chat(wanted, failed))
+        .collect();
     // What is not wanted goes first: its memory may be what the wanted one needs. The same name at another path
     // is another file.
     let surplus = loaded.iter().find(|model| !keep.iter().any(|choice| is(choice, model)));

@@ -6,7 +6,9 @@
 use super::plan::{self, Next};
 use super::wire::{self, Reader, WireError, Writer};
 use super::{Command, Engine, QUEUE, Stage, View, Wanted, out_of_order};
-use agentd_domain::engine::{ClientFrame, Event, LoadedModel, ModelKind, PROTOCOL_VERSION, Request, ServerFrame};
+use agentd_domain::engine::{
+    ClientFrame, Event, LoadedModel, ModelKind, PROTOCOL_VERSION, Request, ServerFrame,
+};
 use agentd_domain::fault::Report;
 use agentd_domain::launcher::EngineSpec;
 use agentd_sandbox::client::Launcher;
@@ -99,9 +101,16 @@ impl Task {
         self.show(Stage::Down(report.clone()), Vec::new(), None);
     }
 
-    fn show(&self, stage: Stage, models: Vec<LoadedModel>, devices: Option<Vec<agentd_domain::engine::Device>>) {
+    fn show(
+        &self,
+        stage: Stage,
+        models: Vec<LoadedModel>,
+        devices: Option<Vec<agentd_domain::engine::Device>>,
+    ) {
         let default_chat = plan::chat(&self.wish.borrow(), &self.failed)
-            .filter(|choice| models.iter().any(|model| model.kind == ModelKind::Chat && model.model == choice.name))
+            .filter(|choice| {
+                models.iter().any(|model| model.kind == ModelKind::Chat && model.model == choice.name)
+            })
             .map(|choice| choice.name.clone());
         self.shown.send_modify(|view| {
             let devices = devices.unwrap_or_else(|| view.devices.clone());
@@ -294,7 +303,9 @@ impl Task {
                 self.failed.insert(name, report);
             }
             // It was not there: then it is gone as well.
-            (Event::Error(_), Some(Busy::Unloading(name))) => session.loaded.retain(|other| other.model != name),
+            (Event::Error(_), Some(Busy::Unloading(name))) => {
+                session.loaded.retain(|other| other.model != name)
+            }
             (other, _) => {
                 let report = out_of_order("load", &other);
                 tracing::error!(problem = %report, "the engine answered a load with something else");
@@ -362,7 +373,10 @@ impl Session {
         });
         let Some((id, key)) = found else { return Ok(()) };
         self.open.remove(&id);
-        let shared = self.open.values().any(|open| matches!(open, Open::Generation { key: other, .. } if *other == key));
+        let shared = self
+            .open
+            .values()
+            .any(|open| matches!(open, Open::Generation { key: other, .. } if *other == key));
         if shared {
             return Ok(());
         }
@@ -392,6 +406,8 @@ fn killed_report(name: &str) -> Report {
         "model_ended_engine",
         format!("the model {name} was not loaded"),
         "the engine ended while it was loading the file",
-        format!("the file may be too large for this machine's memory, or damaged: `agentctl model rm {name}` removes it"),
+        format!(
+            "the file may be too large for this machine's memory, or damaged: `agentctl model rm {name}` removes it"
+        ),
     )
 }

@@ -124,7 +124,9 @@ impl Inbox {
             let woken = wake.notified();
             tokio::pin!(woken);
             woken.as_mut().enable();
-            if let Some(message) = self.take(agent, run).await.map_err(|error| error.report("no message was given"))? {
+            if let Some(message) =
+                self.take(agent, run).await.map_err(|error| error.report("no message was given"))?
+            {
                 return Ok(Some(message));
             }
             if tokio::time::timeout_at(deadline, woken).await.is_err() {
@@ -162,7 +164,9 @@ impl Inbox {
                     };
                     let talk = self.talk(agent, seq);
                     if talk.begun() {
-                        talk.push(ReplyPart::Note { text: "the agent was restarted and begins again".to_owned() });
+                        talk.push(ReplyPart::Note {
+                            text: "the agent was restarted and begins again".to_owned(),
+                        });
                     }
                     return Ok(Some(Message {
                         id: seq.to_string(),
@@ -228,7 +232,8 @@ impl Inbox {
 
     async fn may_reply(&self, agent: AgentId, run: RunId, seq: u64) -> Result<(), Report> {
         let what = "the reply was not taken";
-        let row = self.db.call(move |store| store.message(agent, seq)).await.map_err(|error| error.report(what))?;
+        let row =
+            self.db.call(move |store| store.message(agent, seq)).await.map_err(|error| error.report(what))?;
         let row = row.ok_or_else(|| StoreError::NoMessage(seq.to_string()).report(what))?;
         let leased = self.with_box(agent, |agent_box| agent_box.leases.get(&seq).copied());
         // Without a lease agentd was restarted while the agent was thinking: its answer is as good as before.

@@ -142,7 +142,10 @@ async fn nonsense_is_refused() {
     let scene = Scene::new();
     let send = |text: String| scene.inbox.send(AGENT, text, None, pending());
     assert_eq!(send(" \n".to_owned()).await.err().map(|r| r.code).as_deref(), Some("message_empty"));
-    assert_eq!(send("x".repeat(TEXT_MOST_BYTES + 1)).await.err().map(|r| r.code).as_deref(), Some("too_large"));
+    assert_eq!(
+        send("x".repeat(TEXT_MOST_BYTES + 1)).await.err().map(|r| r.code).as_deref(),
+        Some("too_large")
+    );
     let error = scene.reply(1, "no number", vec![]).await.expect_err("unknown");
     assert_eq!(error.code, "not_found");
 }

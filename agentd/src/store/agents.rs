@@ -1,7 +1,7 @@
 //! Rows of agents and of their runs.
 
 use super::{META, Store, StoreError, encode};
-use agentd_domain::ids::{AgentId, AgentName, OwnerId, RunId};
+use agentd_domain::ids::{AgentId, AgentName, OwnerId};
 use agentd_domain::launcher::ExitRecord;
 use agentd_domain::paths;
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
@@ -140,7 +140,11 @@ impl Store {
             runs.insert((agent, exit.run_id.0.as_u128()), row.as_slice())?;
             let kept = runs.range((agent, 0)..=(agent, u128::MAX))?.count();
             if kept > RUNS_KEPT {
-                let oldest = runs.range((agent, 0)..=(agent, u128::MAX))?.next().transpose()?.map(|(key, _)| key.value());
+                let oldest = runs
+                    .range((agent, 0)..=(agent, u128::MAX))?
+                    .next()
+                    .transpose()?
+                    .map(|(key, _)| key.value());
                 if let Some(oldest) = oldest {
                     runs.remove(oldest)?;
                 }
@@ -159,11 +163,6 @@ impl Store {
             let row: Result<RunRow, _> = self.decode(&format!("run {:?}", run.value()), bytes.value());
             Ok(row.map(|row| Some(row.exit)))
         })
-    }
-
-    /// Whether the end of this run has been entered.
-    pub fn has_run(&self, agent: AgentId, run: RunId) -> Result<bool, StoreError> {
-        self.read(|txn| Ok(Ok(txn.open_table(RUN)?.get((agent.0.as_u128(), run.0.as_u128()))?.is_some())))
     }
 }
 

@@ -18,7 +18,9 @@ pub use once::Kept;
 
 use agentd_domain::fault::Report;
 use agentd_domain::ids::OwnerId;
-use redb::{Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use redb::{
+    Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fs::File;

@@ -58,7 +58,8 @@ impl Store {
             let mut dead = Vec::new();
             for entry in table.range(first.as_str()..last.as_str())? {
                 let (key, bytes) = entry?;
-                let unix_ms = serde_json::from_slice::<Kept>(bytes.value()).map_or(i64::MIN, |old| old.unix_ms);
+                let unix_ms =
+                    serde_json::from_slice::<Kept>(bytes.value()).map_or(i64::MIN, |old| old.unix_ms);
                 if unix_ms == i64::MIN || (kept.unix_ms - unix_ms).abs() > KEPT_MS {
                     dead.push(key.value().to_owned());
                 } else {

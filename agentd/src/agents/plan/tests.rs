@@ -106,7 +106,11 @@ fn an_agent_that_exits_at_once_over_and_over_is_quarantined_and_tried_again() {
     run = driver.start_again();
     driver.now_ms += HEALTHY_MS;
     driver.fail(run);
-    assert_eq!(driver.phase(), Phase::Waiting { until_ms: driver.now_ms + BACKOFF_FIRST_MS }, "healthy forgives");
+    assert_eq!(
+        driver.phase(),
+        Phase::Waiting { until_ms: driver.now_ms + BACKOFF_FIRST_MS },
+        "healthy forgives"
+    );
 }
 
 #[test]
@@ -197,7 +201,11 @@ fn an_agent_that_is_not_to_be_restarted_rests() {
 fn removal_waits_for_the_end_of_the_run() {
     let (mut driver, run) = Driver::running();
     assert_eq!(driver.step(Event::Remove { agent: id(1) }), [Effect::Kill { run, grace_ms: GRACE_MS }]);
-    assert_eq!(driver.step(Event::Want { agent: id(1), wanted: true }), [], "what is being removed stays away");
+    assert_eq!(
+        driver.step(Event::Want { agent: id(1), wanted: true }),
+        [],
+        "what is being removed stays away"
+    );
     let effects = driver.step(Event::Ended { agent: id(1), run, cause: ExitCause::Stopped });
     assert_eq!(effects, [Effect::Remove { agent: id(1) }]);
     assert!(driver.state.agents.is_empty());
@@ -208,7 +216,10 @@ fn removal_waits_for_the_end_of_the_run() {
 enum Move {
     Want(bool),
     /// The launcher works off its oldest order: it succeeds, is refused, or its answer is lost.
-    Serve { refused: bool, answer_lost: bool },
+    Serve {
+        refused: bool,
+        answer_lost: bool,
+    },
     /// A living run ends by itself.
     Exit(usize),
     List,
@@ -319,7 +330,12 @@ impl World {
                 self.orders.clear();
                 let runs = self.driver.runs;
                 self.driver = Driver { now_ms: self.driver.now_ms, runs, ..Driver::default() };
-                self.tell(Event::Known { agent: id(1), wanted: self.wanted, restart: Restart::Always, restarts: 0 });
+                self.tell(Event::Known {
+                    agent: id(1),
+                    wanted: self.wanted,
+                    restart: Restart::Always,
+                    restarts: 0,
+                });
             }
             Move::Pass(ms) => {
                 self.driver.now_ms += ms;

@@ -1,0 +1,304 @@
+//! What may a run ask of agentd on its own socket?
+//!
+//! In:    requests of exactly one run: who it is was decided when the launcher handed its listeners over.
+//! Out:   answers; errors as [`Report`] with the status that belongs to them, below `/v1/` as OpenAI's.
+//! Always: each route names the right it needs, and the right is looked up in the plan that the run was started
+//!         with. Bodies are bounded. An answer to a `POST` with `Idempotency-Key` is kept for 24 hours.
+//! Never:  a field of a request that says who is asking.
+//! Threads: tasks of the data plane.
+
+mod once;
+mod serve;
+
+pub use serve::serve;
+
+use crate::engine::Engine;
+use crate::inbox::Inbox;
+use crate::memory::Memories;
+use crate::store::Db;
+use agentd_domain::agent_api::{Message, Recall, Recalled, Remember, Remembered, ReplyPart, SelfInfo, Tier};
+use agentd_domain::fault::Report;
+use agentd_domain::ids::{AgentId, AgentName, RunId};
+use agentd_serving::{ApiError, Front};
+use axum::body::{Body, Bytes};
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use futures::{Stream, StreamExt, stream};
+use http_body_util::BodyExt;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A memory's text has at most 32 KiB; escaped as JSON a few times that.
+const BODY_MOST_BYTES: usize = 256 * 1024;
+/// One part of a reply.
+const LINE_MOST_BYTES: usize = 64 * 1024;
+/// Proxies and clients give up after 30 s by custom.
+const WAIT_MOST_S: u64 = 25;
+
+/// What agentd offers to every run.
+#[derive(Clone)]
+pub struct Services {
+    pub db: Db,
+    pub inbox: Inbox,
+    pub memories: Memories,
+    pub engine: Engine,
+}
+
+/// One run, as its own requests see it.
+#[derive(Clone)]
+pub struct Caller {
+    pub agent: AgentId,
+    pub name: AgentName,
+    pub run: RunId,
+    pub rights: Arc<BTreeSet<String>>,
+    pub services: Services,
+}
+
+pub fn router(caller: Caller) -> Router {
+    let front = Front { engine: Arc::new(caller.services.engine.clone()), caller: caller.agent.to_string() };
+    // The right is checked first: an answer that is kept is an answer of a model too.
+    let models = agentd_serving::router(front)
+        .route_layer(from_fn_with_state(caller.clone(), once::kept))
+        .route_layer(from_fn_with_state(caller.clone(), models_only));
+    // Replies are streams and have their own end; everything else is answered once.
+    let replies = Router::new()
+        .route("/agent/v1/messages/{id}/reply", post(reply))
+        .layer(DefaultBodyLimit::disable())
+        .with_state(caller.clone());
+    let own = Router::new()
+        .route("/agent/v1/self", get(self_info))
+        .route("/agent/v1/memory/remember", post(remember))
+        .route("/agent/v1/memory/recall", post(recall))
+        .route("/agent/v1/messages/next", get(next_message))
+        .layer(DefaultBodyLimit::max(BODY_MOST_BYTES))
+        .with_state(caller);
+    models.merge(own).merge(replies).fallback(nowhere)
+}
+
+/// An error as an agent reads it.
+struct Refused(Report);
+
+impl From<Report> for Refused {
+    fn from(report: Report) -> Self {
+        Self(report)
+    }
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.0.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, Json(self.0)).into_response()
+    }
+}
+
+async fn self_info(State(caller): State<Caller>) -> Json<SelfInfo> {
+    Json(SelfInfo {
+        agent_id: caller.agent,
+        name: caller.name.clone(),
+        run_id: caller.run,
+        rights: caller.rights.iter().cloned().collect(),
+        model: caller.services.engine.view().default_chat.clone().unwrap_or_default(),
+        appliance_version: crate::VERSION.to_owned(),
+    })
+}
+
+async fn remember(
+    State(caller): State<Caller>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<Remembered>, Refused> {
+    let request: Remember = parse(body)?;
+    caller.may(&format!("memory.remember.{}", tier_name(request.tier)))?;
+    let key = idempotency_key(&headers)?;
+    Ok(Json(caller.services.memories.remember(caller.agent, request, key).await?))
+}
+
+async fn recall(
+    State(caller): State<Caller>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<Recalled>, Refused> {
+    let mut request: Recall = parse(body)?;
+    if request.tiers.is_empty() {
+        request.tiers.push(Tier::Spirit);
+    }
+    for &tier in &request.tiers {
+        caller.may(&format!("memory.recall.{}", tier_name(tier)))?;
+    }
+    Ok(Json(caller.services.memories.recall(caller.agent, request).await?))
+}
+
+#[derive(Deserialize)]
+struct NextQuery {
+    wait_s: Option<u64>,
+}
+
+async fn next_message(
+    State(caller): State<Caller>,
+    Query(query): Query<NextQuery>,
+) -> Result<Response, Refused> {
+    caller.may("messages")?;
+    let wait = Duration::from_secs(query.wait_s.unwrap_or(0).min(WAIT_MOST_S));
+    let message: Option<Message> = caller.services.inbox.next(caller.agent, caller.run, wait).await?;
+    Ok(match message {
+        Some(message) => Json(message).into_response(),
+        None => StatusCode::NO_CONTENT.into_response(),
+    })
+}
+
+async fn reply(
+    State(caller): State<Caller>,
+    Path(id): Path<String>,
+    request: Request,
+) -> Result<StatusCode, Refused> {
+    caller.may("messages")?;
+    let parts = Box::pin(parts_of(request.into_body()));
+    caller.services.inbox.reply(caller.agent, caller.run, &id, parts).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The lines of a body as parts of a reply. Ends after the first line that is none.
+fn parts_of(body: Body) -> impl Stream<Item = Result<ReplyPart, Report>> + Send {
+    struct Lines {
+        body: Body,
+        rest: Vec<u8>,
+        over: bool,
+    }
+    let lines = Lines { body, rest: Vec::new(), over: false };
+    stream::unfold(lines, |mut lines| async move {
+        loop {
+            if let Some(end) = lines.rest.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = lines.rest.drain(..=end).collect();
+                if line.trim_ascii().is_empty() {
+                    continue;
+                }
+                return Some((part_of(&line), lines));
+            }
+            if lines.over {
+                let line = std::mem::take(&mut lines.rest);
+                return (!line.trim_ascii().is_empty()).then(|| (part_of(&line), lines));
+            }
+            match lines.body.frame().await {
+                Some(Ok(frame)) => {
+                    lines.rest.extend_from_slice(frame.data_ref().map_or(&[], |data| data.as_ref()))
+                }
+                // A connection that broke is a reply without its end.
+                Some(Err(_)) | None => lines.over = true,
+            }
+            if lines.rest.len() > LINE_MOST_BYTES && !lines.rest.contains(&b'\n') {
+                lines.over = true;
+                lines.rest.clear();
+                return Some((Err(line_too_long()), lines));
+            }
+        }
+    })
+    .scan(false, |failed, part: Result<ReplyPart, Report>| {
+        let item = (!*failed).then(|| part.clone());
+        *failed |= part.is_err();
+        std::future::ready(item)
+    })
+}
+
+fn part_of(line: &[u8]) -> Result<ReplyPart, Report> {
+    serde_json::from_slice(line).map_err(|error| {
+        Report::caller(
+            "reply_malformed",
+            "the reply was not taken",
+            format!("a line is no part of a reply: {error}"),
+            "send one JSON object per line, such as {\"type\":\"text\",\"text\":\"...\"}",
+        )
+    })
+}
+
+fn line_too_long() -> Report {
+    Report::caller(
+        "too_large",
+        "the reply was not taken",
+        format!("a line has more than {LINE_MOST_BYTES} bytes"),
+        "send the text in several parts",
+    )
+}
+
+async fn models_only(State(caller): State<Caller>, request: Request, next: Next) -> Response {
+    match caller.may("models") {
+        Ok(()) => next.run(request).await,
+        Err(report) => ApiError::from(report).into_response(),
+    }
+}
+
+async fn nowhere() -> Refused {
+    Refused(Report::caller(
+        "not_found",
+        "nothing was done",
+        "agentd has nothing at this path",
+        "see the agent API's table: /agent/v1/self, /agent/v1/memory/*, /agent/v1/messages/*, /v1/*",
+    ))
+}
+
+impl Caller {
+    fn may(&self, right: &str) -> Result<(), Report> {
+        if self.rights.contains(right) {
+            return Ok(());
+        }
+        Err(Report::caller(
+            "forbidden",
+            "the request was refused",
+            format!("the agent {} does not have the right `{right}`", self.name),
+            "ask for it in `agent.toml` and install the agent again; `agentctl plan agent.toml` shows its rights",
+        ))
+    }
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Report> {
+    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
+    match value.to_str() {
+        Ok(key) if !key.is_empty() && key.len() <= 128 => Ok(Some(key.to_owned())),
+        _ => Err(Report::caller(
+            "idempotency_key_invalid",
+            "the request was refused",
+            "`Idempotency-Key` is empty, longer than 128 bytes or not plain text",
+            "send a fresh UUID as the key",
+        )),
+    }
+}
+
+fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, Report> {
+    let what = "the request was refused";
+    let bytes = body.map_err(|rejection| match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => Report::caller(
+            "too_large",
+            what,
+            rejection.body_text(),
+            format!("keep the body within {BODY_MOST_BYTES} bytes"),
+        ),
+        _ => Report::caller("body_unreadable", what, rejection.body_text(), "send the request again"),
+    })?;
+    serde_json::from_slice(&bytes).map_err(|error| {
+        Report::caller(
+            "body_invalid",
+            what,
+            error.to_string(),
+            "see the agent API's table for the body's shape",
+        )
+    })
+}
+
+fn tier_name(tier: Tier) -> &'static str {
+    match tier {
+        Tier::Working => "working",
+        Tier::Active => "active",
+        Tier::Spirit => "spirit",
+        Tier::Codegraph => "codegraph",
+        Tier::Knowledge => "knowledge",
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,527 @@
+//! The loop that owns every agent's state.
+//!
+//! It takes wishes and the launcher's answers in turn, asks `plan::step` what to do, does it, and shows the
+//! result. What takes long is not done here: the launcher has a thread of its own, a run's API runs on the data
+//! plane.
+
+use super::plan::{self, Effect, Event, NotStarted, Now, Phase, State};
+use super::{Agents, LivingRun, QUEUE, View, Views};
+use crate::clock;
+use crate::health::{Board, Weight};
+use crate::inbox::Inbox;
+use crate::launcher::{self, Answer, FailureKind, Order};
+use crate::logs::Logs;
+use crate::memory::Memories;
+use crate::store::{AgentRow, Db};
+use agentd_capability::{Package, Subject, compile, parse_manifest, quota};
+use agentd_domain::api::AgentState;
+use agentd_domain::fault::Report;
+use agentd_domain::ids::{AgentId, RunId};
+use agentd_domain::launcher::{ExitCause, ExitRecord, Listing};
+use agentd_domain::manifest::Manifest;
+use agentd_domain::plan::SandboxPlan;
+use agentd_sandbox::client::{Launcher, RunHandles};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+/// How often the launcher's list is compared with what we believe, when nothing happens.
+const LIST_EVERY: Duration = Duration::from_secs(30);
+/// While the launcher is away, or a run has ended and its record is not written yet.
+const LIST_SOON: Duration = Duration::from_millis(200);
+
+/// A living run, given to the data plane.
+pub struct Serve {
+    pub agent: AgentId,
+    pub run: RunId,
+    pub manifest: Arc<Manifest>,
+    /// The rights of the plan the run was started with.
+    pub rights: Arc<BTreeSet<String>>,
+    pub handles: RunHandles,
+    pub over: CancellationToken,
+    /// Called once when the run's process has ended.
+    pub ended: Box<dyn FnOnce() + Send>,
+}
+
+/// What the loop needs of the world.
+pub struct Links {
+    pub db: Db,
+    pub logs: Logs,
+    pub inbox: Inbox,
+    pub memories: Memories,
+    pub board: Arc<Board>,
+    pub launcher: Launcher,
+    /// Serves a run's API and watches its process, on the data plane.
+    pub serve: Box<dyn Fn(Serve) + Send>,
+}
+
+pub(super) enum Input {
+    Want { agent: AgentId, wanted: bool, answer: Done },
+    Installed { row: Box<AgentRow>, answer: Done },
+    Remove { agent: AgentId, answer: Done },
+    Answer(Answer),
+    ProcessEnded { run: RunId },
+}
+
+type Done = oneshot::Sender<Result<(), Report>>;
+
+/// Starts the loop on the current runtime with the agents that the store knows.
+pub async fn start(links: Links) -> Result<Agents, Report> {
+    let what = "the agents were not loaded";
+    let rows = links.db.call(|store| {
+        let rows = store.agents()?;
+        let exits = rows.iter().map(|row| store.last_exit(row.agent_id)).collect::<Result<Vec<_>, _>>()?;
+        Ok(rows.into_iter().zip(exits).collect::<Vec<_>>())
+    });
+    let rows = rows.await.map_err(|error| error.report(what))?;
+    let (wishes, inputs) = mpsc::channel(QUEUE);
+    let to_loop = wishes.clone();
+    let orders = launcher::start(links.launcher.clone(), move |answer| {
+        to_loop.blocking_send(Input::Answer(answer)).is_ok()
+    });
+    let orders = orders.map_err(|error: io::Error| {
+        Report::environment("threads_spent", what, error.to_string(), "reboot the appliance")
+    })?;
+    let (shown, views) = watch::channel(Views::default());
+    let mut agents = Loop {
+        links,
+        state: State::default(),
+        known: BTreeMap::new(),
+        runs: HashMap::new(),
+        listed_rights: HashMap::new(),
+        orders,
+        to_self: wishes.downgrade(),
+        shown,
+        removals: HashMap::new(),
+        ending: BTreeSet::new(),
+    };
+    for (row, last_exit) in rows {
+        agents.learn(row, last_exit);
+    }
+    agents.order(Order::List);
+    agents.show();
+    tokio::spawn(agents.run(inputs));
+    Ok(Agents { wishes, views })
+}
+
+struct Loop {
+    links: Links,
+    state: State,
+    known: BTreeMap<AgentId, Known>,
+    runs: HashMap<RunId, Attached>,
+    /// Of runs that live and are not served yet, from the launcher's last list.
+    listed_rights: HashMap<RunId, Vec<String>>,
+    orders: std::sync::mpsc::Sender<Order>,
+    to_self: mpsc::WeakSender<Input>,
+    shown: watch::Sender<Views>,
+    removals: HashMap<AgentId, Done>,
+    /// Runs whose process is gone and whose exit record is awaited.
+    ending: BTreeSet<RunId>,
+}
+
+/// What the loop knows of an agent besides its phase.
+struct Known {
+    row: AgentRow,
+    manifest: Option<Arc<Manifest>>,
+    last_exit: Option<ExitRecord>,
+    problem: Option<Report>,
+}
+
+/// A run whose API is served.
+struct Attached {
+    agent: AgentId,
+    pid: i32,
+    started_boot_ms: u64,
+    over: CancellationToken,
+}
+
+impl Loop {
+    async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
+        let mut next_list = tokio::time::Instant::now() + LIST_EVERY;
+        loop {
+            let tick = plan::next_tick_ms(&self.state)
+                .map(|at_ms| Duration::from_millis(at_ms.saturating_sub(clock::boot_ms())));
+            let tick = tick.unwrap_or(LIST_EVERY).min(LIST_EVERY);
+            tokio::select! {
+                input = inputs.recv() => match input {
+                    None => return,
+                    Some(input) => {
+                        let soon = self.take(input).await;
+                        if soon {
+                            next_list = tokio::time::Instant::now() + LIST_SOON;
+                        }
+                    }
+                },
+                () = tokio::time::sleep(tick) => self.step(Event::Tick).await,
+                () = tokio::time::sleep_until(next_list) => {
+                    self.order(Order::List);
+                    next_list = tokio::time::Instant::now() + LIST_EVERY;
+                }
+            }
+            self.show();
+        }
+    }
+
+    /// True when the launcher's list is wanted soon.
+    async fn take(&mut self, input: Input) -> bool {
+        match input {
+            Input::Want { agent, wanted, answer } => {
+                let result = self.want(agent, wanted).await;
+                self.show();
+                let _ = answer.send(result);
+            }
+            Input::Installed { row, answer } => {
+                self.learn(*row, None);
+                self.step(Event::Tick).await;
+                self.show();
+                let _ = answer.send(Ok(()));
+            }
+            Input::Remove { agent, answer } => self.begin_removal(agent, answer).await,
+            Input::ProcessEnded { run } => {
+                self.ending.insert(run);
+                self.order(Order::List);
+            }
+            Input::Answer(Answer::Started { agent, run, result }) => self.started(agent, run, result).await,
+            Input::Answer(Answer::Removed { agent, result }) => self.removed(agent, result).await,
+            Input::Answer(Answer::Listed(Ok(listing))) => {
+                self.links.board.clear("launcher");
+                self.listed(listing).await;
+                return !self.ending.is_empty();
+            }
+            Input::Answer(Answer::Listed(Err(report))) => {
+                self.links.board.set("launcher", Weight::Broken, report);
+                self.step(Event::LauncherLost).await;
+                return true;
+            }
+        }
+        false
+    }
+
+    fn learn(&mut self, row: AgentRow, last_exit: Option<ExitRecord>) {
+        let agent = row.agent_id;
+        let (manifest, problem) = match parse_manifest(&row.manifest) {
+            Ok(manifest) => (Some(Arc::new(manifest)), None),
+            // An agent that this version cannot read is shown and not started.
+            Err(reports) => (None, reports.into_iter().next()),
+        };
+        if let Some(manifest) = &manifest {
+            let (wanted, restart, restarts) = (row.wanted, manifest.restart, row.restarts);
+            self.decide(Event::Known { agent, wanted, restart, restarts });
+        }
+        self.known.insert(agent, Known { row, manifest, last_exit, problem });
+    }
+
+    async fn want(&mut self, agent: AgentId, wanted: bool) -> Result<(), Report> {
+        let what = if wanted { "the agent was not started" } else { "the agent was not stopped" };
+        let row = self.links.db.call(move |store| store.change_agent(agent, |row| row.wanted = wanted)).await;
+        let row = row.map_err(|error| error.report(what))?;
+        if let Some(known) = self.known.get_mut(&agent) {
+            known.row = row;
+            if known.manifest.is_none() {
+                return Err(known.problem.clone().unwrap_or_else(|| unknown_agent(what)));
+            }
+            known.problem = None;
+        }
+        self.step(Event::Want { agent, wanted }).await;
+        Ok(())
+    }
+
+    async fn begin_removal(&mut self, agent: AgentId, answer: Done) {
+        let stopped =
+            self.links.db.call(move |store| store.change_agent(agent, |row| row.wanted = false)).await;
+        if let Err(error) = stopped {
+            let _ = answer.send(Err(error.report("the agent was not removed")));
+            return;
+        }
+        self.removals.insert(agent, answer);
+        if self.state.agents.contains_key(&agent) {
+            self.step(Event::Remove { agent }).await;
+        } else {
+            self.remove_files(agent).await;
+        }
+    }
+
+    async fn remove_files(&mut self, agent: AgentId) {
+        let Some(known) = self.known.get(&agent) else { return };
+        let uid = known.row.uid;
+        self.links.memories.close(agent).await;
+        self.order(Order::RemoveAgent { agent, uid });
+    }
+
+    async fn removed(&mut self, agent: AgentId, result: Result<(), Report>) {
+        let result = match result {
+            Ok(()) => self.forget(agent).await,
+            Err(report) => {
+                // It stays, stopped, so that its owner can try again.
+                if let Some(known) = self.known.get_mut(&agent) {
+                    known.row.wanted = false;
+                    known.problem = Some(report.clone());
+                    if let Some(manifest) = &known.manifest {
+                        let (restart, restarts) = (manifest.restart, known.row.restarts);
+                        self.decide(Event::Known { agent, wanted: false, restart, restarts });
+                    }
+                }
+                Err(report)
+            }
+        };
+        self.show();
+        if let Some(answer) = self.removals.remove(&agent) {
+            let _ = answer.send(result);
+        }
+    }
+
+    async fn forget(&mut self, agent: AgentId) -> Result<(), Report> {
+        let Some(known) = self.known.remove(&agent) else { return Ok(()) };
+        self.links.inbox.forget(agent);
+        self.links.logs.forget(agent).await;
+        let row = known.row;
+        let forgotten = self.links.db.call(move |store| store.remove_agent(&row)).await;
+        tracing::info!(agent_id = %agent, "an agent is removed");
+        forgotten.map_err(|error| error.report("the agent was not forgotten"))
+    }
+
+    async fn started(&mut self, agent: AgentId, run: RunId, result: Result<RunHandles, launcher::Failure>) {
+        match result {
+            Ok(handles) => {
+                self.attach(agent, run, handles);
+                if let Some(known) = self.known.get_mut(&agent) {
+                    known.problem = None;
+                }
+                self.links.board.clear(&wall_place(agent));
+                self.step(Event::Started { agent, run }).await;
+            }
+            Err(failure) => {
+                tracing::warn!(agent_id = %agent, run_id = %run, problem = %failure.report, "a run was not started");
+                self.links.logs.say(agent, format!("not started: {}", failure.report));
+                if let Some(known) = self.known.get_mut(&agent) {
+                    known.problem = Some(failure.report.clone());
+                }
+                let why = match failure.kind {
+                    FailureKind::NotAsked => NotStarted::NotAsked,
+                    FailureKind::Unsure => NotStarted::Unsure,
+                    FailureKind::Refused => {
+                        // The launcher found no honest way to start it: no agent of this kind can run.
+                        self.links.board.set(&wall_place(agent), Weight::Broken, failure.report);
+                        NotStarted::Refused
+                    }
+                };
+                self.step(Event::NotStarted { agent, run, why }).await;
+            }
+        }
+    }
+
+    /// Serves a run's API. Also for a run that is to be killed: its end must be seen.
+    fn attach(&mut self, agent: AgentId, run: RunId, handles: RunHandles) {
+        let Some(manifest) = self.known.get(&agent).and_then(|known| known.manifest.clone()) else { return };
+        let over = CancellationToken::new();
+        let started_boot_ms = clock::boot_ms();
+        let attached = Attached { agent, pid: handles.pid, started_boot_ms, over: over.clone() };
+        self.runs.insert(run, attached);
+        tracing::info!(agent_id = %agent, run_id = %run, pid = handles.pid, "a run is served");
+        self.links.logs.say(agent, format!("run {run} is served, process {}", handles.pid));
+        let to_self = self.to_self.clone();
+        // A run that was started under another manifest keeps the rights it was started with.
+        let rights = self.listed_rights.remove(&run).unwrap_or_else(|| self.plan_of(agent, &manifest).api);
+        let rights = Arc::new(rights.into_iter().collect());
+        let ended = Box::new(move || {
+            // The loop may be busy or gone; a list will show the end as well.
+            if let Some(to_self) = to_self.upgrade() {
+                tokio::spawn(async move { to_self.send(Input::ProcessEnded { run }).await });
+            }
+        });
+        (self.links.serve)(Serve { agent, run, manifest, rights, handles, over, ended });
+    }
+
+    fn plan_of(&self, agent: AgentId, manifest: &Manifest) -> SandboxPlan {
+        let (uid, bundled) =
+            self.known.get(&agent).map_or((0, false), |known| (known.row.uid, known.row.bundled));
+        let package =
+            if bundled { Package::Builtin { folder: manifest.name.to_string() } } else { Package::Installed };
+        compile(manifest, &Subject { agent_id: agent, uid, package })
+    }
+
+    async fn listed(&mut self, listing: Listing) {
+        match listing.problems.into_iter().next() {
+            Some(report) => self.links.board.set("walls", Weight::Broken, report),
+            None => self.links.board.clear("walls"),
+        }
+        for exit in listing.exits {
+            self.enter_exit(exit).await;
+        }
+        self.listed_rights.clear();
+        for info in &listing.runs {
+            match self.runs.get_mut(&info.run_id) {
+                Some(attached) => attached.started_boot_ms = info.started_boot_ms,
+                None => drop(self.listed_rights.insert(info.run_id, info.api.clone())),
+            }
+        }
+        let living: BTreeSet<RunId> = listing.runs.iter().map(|info| info.run_id).collect();
+        self.ending.retain(|run| living.contains(run));
+        let gone: Vec<RunId> = self.runs.keys().filter(|run| !living.contains(run)).copied().collect();
+        for run in gone {
+            self.detach(run);
+        }
+        let runs = listing.runs.iter().map(|info| (info.run_id, info.agent_id)).collect();
+        self.step(Event::Listed { runs }).await;
+    }
+
+    /// Stores how a run ended, and only then lets the launcher forget it.
+    async fn enter_exit(&mut self, exit: ExitRecord) {
+        let (agent, run) = (exit.agent_id, exit.run_id);
+        let stored = exit.clone();
+        let entered = self.links.db.call(move |store| store.end_run(&stored, clock::unix_ms())).await;
+        if let Err(error) = entered {
+            self.links.board.set("store", Weight::Broken, error.report("how a run ended was not stored"));
+            return;
+        }
+        self.links.board.clear("store");
+        self.order(Order::Forget { run });
+        self.detach(run);
+        let told = told(&exit);
+        tracing::info!(agent_id = %agent, run_id = %run, cause = %told, "a run ended");
+        if let Some(known) = self.known.get_mut(&agent) {
+            self.links.logs.say(agent, format!("run {run} ended: {told}"));
+            if let ExitCause::WallFailed { why } = &exit.cause {
+                let report = wall_failed(&known.row, why);
+                self.links.board.set(&wall_place(agent), Weight::Broken, report.clone());
+                known.problem = Some(report);
+            }
+            known.last_exit = Some(exit.clone());
+        }
+        self.step(Event::Ended { agent, run, cause: exit.cause }).await;
+        self.after_end(agent).await;
+    }
+
+    /// Says so when the end led into quarantine, and keeps the count of restarts.
+    async fn after_end(&mut self, agent: AgentId) {
+        let Some(entry) = self.state.agents.get(&agent) else { return };
+        let (restarts, phase) = (entry.restarts, entry.phase);
+        let Some(known) = self.known.get_mut(&agent) else { return };
+        if matches!(phase, Phase::Quarantined { .. }) {
+            let report = quarantined(&known.row, known.last_exit.as_ref());
+            self.links.logs.say(agent, report.to_string());
+            known.problem = Some(report);
+        }
+        if known.row.restarts != restarts {
+            known.row.restarts = restarts;
+            let counted =
+                self.links.db.call(move |store| store.change_agent(agent, |row| row.restarts = restarts));
+            if let Err(error) = counted.await {
+                self.links.board.set("store", Weight::Broken, error.report("a restart was not counted"));
+            }
+        }
+    }
+
+    fn detach(&mut self, run: RunId) {
+        self.ending.remove(&run);
+        if let Some(attached) = self.runs.remove(&run) {
+            tracing::info!(agent_id = %attached.agent, run_id = %run, "a run is no longer served");
+            attached.over.cancel();
+        }
+    }
+
+    fn decide(&mut self, event: Event) -> Vec<Effect> {
+        let mut fresh_run = || RunId(clock::fresh_id());
+        plan::step(&mut self.state, event, &mut Now { boot_ms: clock::boot_ms(), fresh_run: &mut fresh_run })
+    }
+
+    async fn step(&mut self, event: Event) {
+        for effect in self.decide(event) {
+            match effect {
+                Effect::Start { agent, run } => {
+                    let Some(manifest) = self.known.get(&agent).and_then(|known| known.manifest.clone())
+                    else {
+                        continue;
+                    };
+                    let plan = Box::new(self.plan_of(agent, &manifest));
+                    self.order(Order::Start { agent, run, plan, quota: quota(&manifest) });
+                }
+                Effect::Adopt { agent, run } => self.order(Order::Adopt { agent, run }),
+                Effect::Kill { run, grace_ms } => self.order(Order::Kill { run, grace_ms }),
+                Effect::List => self.order(Order::List),
+                Effect::Remove { agent } => self.remove_files(agent).await,
+            }
+        }
+    }
+
+    fn order(&self, order: Order) {
+        // The thread ends only with the loop itself.
+        let _ = self.orders.send(order);
+    }
+
+    fn show(&self) {
+        let view = |(agent, known): (&AgentId, &Known)| {
+            let entry = self.state.agents.get(agent);
+            let run = entry.and_then(|entry| entry.phase.run()).and_then(|run_id| {
+                let attached = self.runs.get(&run_id)?;
+                Some(LivingRun { run_id, pid: attached.pid, started_boot_ms: attached.started_boot_ms })
+            });
+            let state = match (entry, &known.manifest) {
+                (Some(entry), _) => entry.phase.shown(),
+                (None, None) => AgentState::Refused,
+                (None, Some(_)) => AgentState::Stopped,
+            };
+            let view = View {
+                row: known.row.clone(),
+                manifest: known.manifest.clone(),
+                state,
+                run,
+                restarts: entry.map_or(known.row.restarts, |entry| entry.restarts),
+                last_exit: known.last_exit.clone(),
+                problem: known.problem.clone(),
+            };
+            (*agent, view)
+        };
+        self.shown.send_replace(Arc::new(self.known.iter().map(view).collect()));
+    }
+}
+
+fn wall_place(agent: AgentId) -> String {
+    format!("agent {agent} refused")
+}
+
+/// How a run ended, for people.
+pub fn told(exit: &ExitRecord) -> String {
+    match &exit.cause {
+        ExitCause::Exited { code } => format!("exit code {code}"),
+        ExitCause::Signalled { signal } => format!("signal {signal}"),
+        ExitCause::OutOfMemory => {
+            format!("over its memory limit, with {} MiB at its peak", exit.memory_peak_bytes / (1024 * 1024))
+        }
+        ExitCause::Seccomp => "a system call that is forbidden".to_owned(),
+        ExitCause::WallFailed { why } => format!("a wall could not be raised: {why}"),
+        ExitCause::Stopped => "stopped".to_owned(),
+    }
+}
+
+fn unknown_agent(what: &str) -> Report {
+    Report::caller("not_found", what, "there is no such agent", "`agentctl agent ls` shows the agents")
+}
+
+fn wall_failed(row: &AgentRow, why: &str) -> Report {
+    Report::environment(
+        "wall_failed",
+        format!("the agent {} was not started", row.name),
+        why.to_owned(),
+        "start the appliance with its own kernel and command line; no agent runs without all its walls",
+    )
+}
+
+fn quarantined(row: &AgentRow, last_exit: Option<&ExitRecord>) -> Report {
+    Report::environment(
+        "quarantined",
+        format!("the agent {} is in quarantine", row.name),
+        format!(
+            "it keeps ending by itself, last with: {}",
+            last_exit.map_or_else(|| "nothing known".to_owned(), told)
+        ),
+        format!(
+            "`agentctl agent logs {name}` shows why; `agentctl agent start {name}` tries at once, a timer in {} minutes",
+            plan::QUARANTINE_MS / 60_000,
+            name = row.name
+        ),
+    )
+}

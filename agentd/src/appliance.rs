@@ -1,0 +1,559 @@
+//! What does the console see and steer?
+//!
+//! The one implementation of [`Appliance`]: it asks the parts of agentd and puts their answers together.
+//! Always: a part that is missing (no data partition, no launcher, no init) costs what needs it and nothing else.
+
+use crate::agents::{Agents, View, Views, package};
+use crate::clock;
+use crate::engine::{Engine, Stage};
+use crate::health::Board;
+use crate::inbox::Inbox;
+use crate::initlink::Init;
+use crate::logs::Logs;
+use crate::models::Models;
+use crate::places::Places;
+use crate::readings;
+use crate::store::{AgentRow, Db};
+use agentd_capability::{Package, Subject, compile, parse_manifest, quota};
+use agentd_console::{Appliance, Flow, Follow, LogQuery, Pending, Upload};
+use agentd_domain::agent_api::ReplyPart;
+use agentd_domain::api::{
+    Agent, AgentKey, AgentState, ApplianceStatus, ChatRequest, EngineState, LogLine, Model, ModelName, Run,
+};
+use agentd_domain::fault::Report;
+use agentd_domain::ids::AgentId;
+use agentd_domain::initctl::Health;
+use agentd_domain::manifest::{Limits, Manifest};
+use agentd_domain::paths;
+use agentd_domain::plan::SandboxPlan;
+use agentd_sandbox::client::Launcher;
+use futures::{StreamExt, stream};
+use std::fs::File;
+use std::future::Future;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::broadcast;
+use tokio::time::timeout;
+
+/// A start raises walls for up to ten seconds, under plain emulation too.
+const START_PATIENCE: Duration = Duration::from_secs(25);
+/// The grace of a stop, and the time to see its end.
+const STOP_PATIENCE: Duration = Duration::from_secs(15);
+/// init answers at once or not at all.
+const INIT_PATIENCE: Duration = Duration::from_secs(3);
+
+/// What only works with a data partition.
+#[derive(Clone)]
+pub struct Parts {
+    pub db: Db,
+    pub agents: Agents,
+    pub inbox: Inbox,
+    pub logs: Logs,
+}
+
+pub struct Machine {
+    pub places: Places,
+    pub board: Arc<Board>,
+    pub init: Init,
+    pub engine: Engine,
+    pub models: Models,
+    pub launcher: Launcher,
+    /// Or why there are no agents.
+    pub parts: Result<Parts, Report>,
+}
+
+impl Machine {
+    fn parts(&self) -> Result<&Parts, Report> {
+        self.parts.as_ref().map_err(Clone::clone)
+    }
+
+    fn find(&self, key: &AgentKey) -> Result<(AgentId, View), Report> {
+        let views = self.parts()?.agents.views();
+        let found = views.iter().find(|(id, view)| match key {
+            AgentKey::Name(name) => view.row.name == *name,
+            AgentKey::Id(wanted) => *id == wanted,
+        });
+        found.map(|(id, view)| (*id, view.clone())).ok_or_else(|| {
+            Report::caller(
+                "not_found",
+                "nothing was done",
+                format!("there is no agent `{key}`"),
+                "`agentctl agent ls` shows the agents",
+            )
+        })
+    }
+
+    fn show(&self, agent: AgentId, view: &View) -> Agent {
+        let run = view.run.map(|run| {
+            let used = readings::run_use(&self.places.cgroup_root, agent, &run);
+            Run {
+                run_id: run.run_id,
+                pid: run.pid,
+                uptime_ms: clock::boot_ms().saturating_sub(run.started_boot_ms),
+                memory_bytes: used.memory_bytes,
+                cpu_ms: used.cpu_ms,
+                pids: used.pids,
+            }
+        });
+        let manifest = view.manifest.as_deref();
+        Agent {
+            agent_id: agent,
+            owner_id: view.row.owner_id,
+            name: view.row.name.clone(),
+            version: view.row.version.clone(),
+            description: manifest.map(|manifest| manifest.description.clone()).unwrap_or_default(),
+            state: view.state,
+            wanted: view.row.wanted,
+            run,
+            limits: manifest.map_or_else(Limits::default, |manifest| manifest.limits.clone()),
+            restarts: view.restarts,
+            last_exit: view.last_exit.clone(),
+            digest: view.row.digest.clone(),
+            bundled: view.row.bundled,
+            messages: manifest.is_some_and(|manifest| manifest.messages),
+            problem: view.problem.clone(),
+        }
+    }
+
+    fn shown(&self, agent: AgentId) -> Result<Agent, Report> {
+        let (agent, view) = self.find(&AgentKey::Id(agent))?;
+        Ok(self.show(agent, &view))
+    }
+
+    /// Waits until an agent's state is what is waited for, at most so long; then shows what it is.
+    async fn when(
+        &self,
+        agent: AgentId,
+        patience: Duration,
+        settled: impl Fn(AgentState) -> bool,
+    ) -> Result<Agent, Report> {
+        let mut views = self.parts()?.agents.watch();
+        let waited = views.wait_for(|views| views.get(&agent).is_none_or(|view| settled(view.state)));
+        let _ = timeout(patience, waited).await;
+        self.shown(agent)
+    }
+
+    async fn status_of_all(&self) -> ApplianceStatus {
+        let system = match timeout(INIT_PATIENCE, self.init.status()).await {
+            Ok(Ok(system)) => Some(system),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "init did not say how the system is");
+                None
+            }
+            Err(_) => None,
+        };
+        let memory = readings::memory();
+        let disk = readings::disk(&self.places.data);
+        let mut problems = self.board.problems();
+        let mut status = ApplianceStatus {
+            version: crate::VERSION.to_owned(),
+            slot: "unknown".to_owned(),
+            uptime_ms: clock::boot_ms(),
+            health: self.board.health(),
+            problems: Vec::new(),
+            memory_total_bytes: memory.total_bytes,
+            memory_available_bytes: memory.available_bytes,
+            data_total_bytes: disk.total_bytes,
+            data_available_bytes: disk.available_bytes,
+            devices: self.engine.view().devices.clone(),
+            clock: Default::default(),
+            now_unix_ms: clock::unix_ms(),
+            addresses: Vec::new(),
+            engine: self.engine_state().await,
+            milestones: Vec::new(),
+        };
+        if let Some(system) = system {
+            status.version = system.version;
+            status.slot = system.slot;
+            status.health = worse(status.health, system.health);
+            for problem in system.problems {
+                if !problems.contains(&problem) {
+                    problems.push(problem);
+                }
+            }
+            status.addresses = system.addresses;
+            status.clock = system.clock;
+            status.milestones = system.milestones;
+        }
+        status.problems = problems;
+        status
+    }
+
+    async fn engine_state(&self) -> EngineState {
+        let view = self.engine.view();
+        match &view.stage {
+            Stage::Starting => EngineState::Starting,
+            Stage::Down(report) => EngineState::Down { report: report.clone() },
+            Stage::Loading | Stage::Ready => match self.engine.status().await {
+                Ok(status) => EngineState::Ready {
+                    backend: status.backend,
+                    models: status.models,
+                    rss_bytes: status.rss_bytes,
+                },
+                Err(report) => EngineState::Down { report },
+            },
+        }
+    }
+
+    async fn install_package(&self, package: Upload) -> Result<Agent, Report> {
+        let parts = self.parts()?.clone();
+        let folder = self.places.data.join("incoming");
+        let tar = folder.join(format!("{}.tar", clock::fresh_id()));
+        let received = receive(&folder, &tar, package).await;
+        let installed = match received {
+            Ok(()) => self.install_tar(&parts, tar.clone()).await,
+            Err(report) => Err(report),
+        };
+        let _ = tokio::fs::remove_file(&tar).await;
+        self.shown(installed?)
+    }
+
+    async fn install_tar(&self, parts: &Parts, tar: PathBuf) -> Result<AgentId, Report> {
+        let what = "the agent was not installed";
+        let for_manifest = tar.clone();
+        let text = blocking(move || {
+            let file = File::open(&for_manifest).map_err(|error| not_received(&error))?;
+            package::manifest_of_tar(io::BufReader::new(file)).map_err(|error| error.report())
+        });
+        let manifest = checked(&text.await?)?;
+        let name = manifest.name.clone();
+        let taken =
+            parts.agents.views().values().find(|view| view.row.name == name).map(|view| view.row.clone());
+        let agent = AgentId(clock::fresh_id());
+        let uid = parts.db.call(|store| store.next_uid()).await.map_err(|error| error.report(what))?;
+        let (launcher, quota) = (self.launcher.clone(), quota(&manifest));
+        blocking(move || launcher.prepare_agent(agent, uid, quota).map_err(Report::from)).await?;
+        let target = self.places.agents().join(agent.to_string()).join("package");
+        let unpacked = blocking(move || {
+            let file = File::open(&tar).map_err(|error| not_received(&error))?;
+            package::unpack(io::BufReader::new(file), &target).map_err(|error| error.report())
+        });
+        let stored = match unpacked.await {
+            Ok(unpacked) => {
+                if let Some(taken) = taken {
+                    self.drop_folder(agent, uid).await;
+                    // Installing the same package again is no mistake.
+                    let same = taken.digest == unpacked.digest;
+                    return if same { Ok(taken.agent_id) } else { Err(name_taken(&taken)) };
+                }
+                self.enter(parts, &manifest, unpacked, agent, uid).await
+            }
+            Err(report) => Err(report),
+        };
+        match stored {
+            Ok(row) => {
+                parts.agents.installed(row).await?;
+                Ok(agent)
+            }
+            Err(report) => {
+                self.drop_folder(agent, uid).await;
+                Err(report)
+            }
+        }
+    }
+
+    async fn enter(
+        &self,
+        parts: &Parts,
+        manifest: &Manifest,
+        unpacked: package::Unpacked,
+        agent: AgentId,
+        uid: u32,
+    ) -> Result<AgentRow, Report> {
+        let row = AgentRow {
+            v: 1,
+            agent_id: agent,
+            owner_id: parts.db.owner(),
+            name: manifest.name.clone(),
+            version: manifest.version.clone(),
+            digest: unpacked.digest,
+            manifest: unpacked.manifest,
+            uid,
+            // Its owner has looked at the plan or not: starting is a wish of its own.
+            wanted: false,
+            bundled: false,
+            restarts: 0,
+            installed_unix_ms: clock::unix_ms(),
+        };
+        let stored = row.clone();
+        let added = parts.db.call(move |store| store.add_agent(&stored)).await;
+        added.map_err(|error| error.report("the agent was not installed"))?;
+        tracing::info!(agent_id = %agent, name = %row.name, "an agent is installed");
+        Ok(row)
+    }
+
+    /// Of an installation that came to nothing.
+    async fn drop_folder(&self, agent: AgentId, uid: u32) {
+        let launcher = self.launcher.clone();
+        let dropped = blocking(move || launcher.remove_agent(agent, uid).map_err(Report::from)).await;
+        if let Err(problem) = dropped {
+            tracing::warn!(agent_id = %agent, %problem, "a folder of no agent was left");
+        }
+    }
+
+    async fn chat_with(&self, key: AgentKey, message: ChatRequest) -> Result<Flow<ReplyPart>, Report> {
+        let parts = self.parts()?;
+        let (agent, view) = self.find(&key)?;
+        let takes = view.manifest.as_ref().is_some_and(|manifest| manifest.messages);
+        if !takes {
+            return Err(Report::caller(
+                "no_messages",
+                "the message was not taken",
+                format!("the agent {} takes no messages", view.row.name),
+                "its `agent.toml` would have to say `[messages]` with `receive = true`",
+            ));
+        }
+        if let Some(report) = away(&view) {
+            return Err(report);
+        }
+        let gone = until_away(parts.agents.watch(), agent);
+        parts.inbox.send(agent, message.text, message.idempotency_key, gone).await
+    }
+}
+
+/// Reads a manifest; all its mistakes in one report.
+pub fn checked(text: &str) -> Result<Manifest, Report> {
+    parse_manifest(text).map_err(|reports| {
+        let all = |part: fn(&Report) -> &str| reports.iter().map(part).collect::<Vec<_>>().join("; ");
+        let code = reports.first().map_or("manifest_invalid", |report| &report.code);
+        Report::caller(
+            code,
+            "the manifest was not accepted",
+            all(|report| &report.why),
+            all(|report| &report.fix),
+        )
+    })
+}
+
+impl Appliance for Machine {
+    fn health(&self) -> Health {
+        self.board.health()
+    }
+
+    fn status(&self) -> Pending<'_, ApplianceStatus> {
+        Box::pin(async { Ok(self.status_of_all().await) })
+    }
+
+    fn plan(&self, manifest: String) -> Pending<'_, SandboxPlan> {
+        Box::pin(async move {
+            let manifest = checked(&manifest)?;
+            let known = self.find(&AgentKey::Name(manifest.name.clone())).ok();
+            let (agent_id, uid) = known
+                .map_or((AgentId(uuid::Uuid::nil()), paths::UID_AGENTS_FIRST), |(id, view)| {
+                    (id, view.row.uid)
+                });
+            Ok(compile(&manifest, &Subject { agent_id, uid, package: Package::Installed }))
+        })
+    }
+
+    fn agents(&self) -> Pending<'_, Vec<Agent>> {
+        Box::pin(async {
+            let views = self.parts()?.agents.views();
+            let mut agents: Vec<_> = views.iter().map(|(id, view)| self.show(*id, view)).collect();
+            agents.sort_by(|a, b| a.name.cmp(&b.name));
+            Ok(agents)
+        })
+    }
+
+    fn agent(&self, agent: AgentKey) -> Pending<'_, Agent> {
+        Box::pin(async move { self.find(&agent).map(|(id, view)| self.show(id, &view)) })
+    }
+
+    fn install(&self, package: Upload) -> Pending<'_, Agent> {
+        Box::pin(self.install_package(package))
+    }
+
+    fn start(&self, agent: AgentKey) -> Pending<'_, Agent> {
+        Box::pin(async move {
+            let (agent, _) = self.find(&agent)?;
+            self.parts()?.agents.want(agent, true).await?;
+            self.when(agent, START_PATIENCE, |state| {
+                !matches!(state, AgentState::Starting | AgentState::Stopped)
+            })
+            .await
+        })
+    }
+
+    fn stop(&self, agent: AgentKey) -> Pending<'_, Agent> {
+        Box::pin(async move {
+            let (agent, _) = self.find(&agent)?;
+            self.parts()?.agents.want(agent, false).await?;
+            self.when(agent, STOP_PATIENCE, |state| state == AgentState::Stopped).await
+        })
+    }
+
+    fn remove(&self, agent: AgentKey) -> Pending<'_, ()> {
+        Box::pin(async move {
+            let (agent, view) = self.find(&agent)?;
+            if view.row.bundled {
+                return Err(Report::caller(
+                    "conflict",
+                    "the agent was not removed",
+                    format!("{} is part of the image", view.row.name),
+                    format!("stop it instead: `agentctl agent stop {}`", view.row.name),
+                ));
+            }
+            let agents = self.parts()?.agents.clone();
+            // On a task of its own: a removal that was begun is finished, whoever has gone meanwhile.
+            let removal = tokio::spawn(async move { agents.remove(agent).await });
+            removal.await.map_err(|error| thread_lost(&error.to_string()))?
+        })
+    }
+
+    fn logs(&self, agent: AgentKey, query: LogQuery) -> Pending<'_, Flow<LogLine>> {
+        Box::pin(async move {
+            let (agent, _) = self.find(&agent)?;
+            let (lines, follow) = self.parts()?.logs.tail(agent, query.lines);
+            let lines = stream::iter(lines);
+            Ok(match query.follow {
+                Follow::No => lines.boxed(),
+                Follow::Yes => lines.chain(following(follow)).boxed(),
+            })
+        })
+    }
+
+    fn chat(&self, agent: AgentKey, message: ChatRequest) -> Pending<'_, Flow<ReplyPart>> {
+        Box::pin(self.chat_with(agent, message))
+    }
+
+    fn models(&self) -> Pending<'_, Vec<Model>> {
+        Box::pin(async { Ok(self.models.list().await) })
+    }
+
+    fn add_model(&self, name: ModelName, file: Upload) -> Pending<'_, Model> {
+        Box::pin(self.models.add(name, file))
+    }
+
+    fn remove_model(&self, name: ModelName) -> Pending<'_, ()> {
+        Box::pin(self.models.remove(name))
+    }
+
+    fn reboot(&self) -> Pending<'_, ()> {
+        Box::pin(async {
+            self.init.reboot().await.map_err(|error| error.report("the appliance was not rebooted"))
+        })
+    }
+
+    fn poweroff(&self) -> Pending<'_, ()> {
+        Box::pin(async {
+            self.init.power_off().await.map_err(|error| error.report("the appliance was not switched off"))
+        })
+    }
+}
+
+fn following(follow: broadcast::Receiver<LogLine>) -> impl futures::Stream<Item = LogLine> + Send {
+    stream::unfold(follow, |mut follow| async move {
+        let line = match follow.recv().await {
+            Ok(line) => line,
+            Err(broadcast::error::RecvError::Lagged(count)) => LogLine {
+                unix_ms: clock::unix_ms(),
+                stream: "agentd".to_owned(),
+                text: format!("{count} lines were skipped: the reader was slower than the agent"),
+            },
+            Err(broadcast::error::RecvError::Closed) => return None,
+        };
+        Some((line, follow))
+    })
+}
+
+/// Why an agent will not answer now, if so.
+fn away(view: &View) -> Option<Report> {
+    let name = &view.row.name;
+    match view.state {
+        AgentState::Starting | AgentState::Running | AgentState::BackingOff if view.row.wanted => None,
+        AgentState::Quarantined | AgentState::Refused => {
+            view.problem.clone().or_else(|| Some(stopped(name.as_str())))
+        }
+        _ => Some(stopped(name.as_str())),
+    }
+}
+
+fn stopped(name: &str) -> Report {
+    Report::environment(
+        "agent_stopped",
+        "the message was not answered",
+        format!("the agent {name} is stopped"),
+        format!("start it: `agentctl agent start {name}`"),
+    )
+}
+
+fn until_away(
+    mut views: tokio::sync::watch::Receiver<Views>,
+    agent: AgentId,
+) -> impl Future<Output = Report> + Send + 'static {
+    async move {
+        loop {
+            let report = match views.borrow_and_update().get(&agent) {
+                Some(view) => away(view),
+                None => Some(stopped("that was asked")),
+            };
+            if let Some(report) = report {
+                return report;
+            }
+            if views.changed().await.is_err() {
+                return stopped("that was asked");
+            }
+        }
+    }
+}
+
+async fn receive(folder: &std::path::Path, tar: &std::path::Path, mut upload: Upload) -> Result<(), Report> {
+    let write = async {
+        tokio::fs::create_dir_all(folder).await?;
+        let mut file = tokio::fs::File::create(tar).await?;
+        let mut taken_bytes = 0u64;
+        while let Some(piece) = upload.pieces.next().await {
+            let piece = piece?;
+            taken_bytes += piece.len() as u64;
+            if taken_bytes > package::PACKAGE_MOST_BYTES {
+                return Err(io::ErrorKind::FileTooLarge.into());
+            }
+            file.write_all(&piece).await?;
+        }
+        file.flush().await
+    };
+    write.await.map_err(|error: io::Error| match error.kind() {
+        io::ErrorKind::FileTooLarge => package::PackageError::TooLarge.report(),
+        _ => not_received(&error),
+    })
+}
+
+fn not_received(error: &io::Error) -> Report {
+    Report::environment(
+        "package_not_received",
+        "the agent was not installed",
+        error.to_string(),
+        "install it again; when the disk is full, remove a model with `agentctl model rm NAME`",
+    )
+}
+
+fn name_taken(row: &AgentRow) -> Report {
+    Report::caller(
+        "conflict",
+        "the agent was not installed",
+        format!("the name {} is taken by another package", row.name),
+        format!("remove it first (`agentctl agent rm {}`), or choose another `agent.name`", row.name),
+    )
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Report> + Send + 'static,
+) -> Result<T, Report> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| thread_lost(&error.to_string()))?
+}
+
+fn thread_lost(why: &str) -> Report {
+    Report::bug("thread_lost", "it was not done", why, "try again")
+}
+
+fn worse(a: Health, b: Health) -> Health {
+    let rank = |health| match health {
+        Health::Green => 0,
+        Health::Yellow => 1,
+        Health::Red => 2,
+    };
+    if rank(a) >= rank(b) { a } else { b }
+}
