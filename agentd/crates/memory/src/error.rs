@@ -27,6 +27,8 @@ pub enum Damage {
     Embedder(u32),
     #[error("counts disagree: {0}")]
     Counts(String),
+    #[error("opening it ended the program {times} times in a row; it is tried again in ten minutes")]
+    FatalOpenings { times: u8 },
     #[error("after reopening only {found} transactions are there, {acknowledged} were acknowledged")]
     LostWrites { found: u64, acknowledged: u64 },
 }

@@ -39,7 +39,7 @@ const BATCH_BYTES: usize = 4 * 1024 * 1024;
 const DISK_RESERVE_BYTES: u64 = 16 * 1024 * 1024;
 /// Old idempotency keys are dropped at every so many-th transaction.
 const COMMITS_PER_CLEANING: u64 = 1024;
-/// The writer encodes records and walks trees; a test with 32 KiB records uses less than a quarter of this.
+/// The writer encodes records and walks trees of a few levels; records of 32 KiB fit in a debug build, too.
 const WRITER_STACK_BYTES: usize = 512 * 1024;
 
 /// What to remember, and when it was told by agentd's clock.
@@ -105,6 +105,7 @@ impl Store {
         let (file_path, identity) = (path.to_owned(), options.identity);
         let opener: Opener = Box::new(move || file::open_or_create(&file_path, identity));
         let directory = path.parent().map(Path::to_owned);
+        let _returned = file::OpeningNote::leave(path)?;
         Self::open_with(path, opener, directory, options)
     }
 

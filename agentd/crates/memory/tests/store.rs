@@ -402,3 +402,23 @@ fn many_writers_share_commits_and_all_are_there() {
     assert!(counters.commits < 320, "{} transactions for 320 records of 16 writers", counters.commits);
     store.check().unwrap();
 }
+
+#[test]
+fn a_file_that_ends_its_readers_is_left_alone_for_a_while() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("memory.redb");
+    let id = open(&path).remember(told("still here"), None).unwrap().id;
+    let note = path.with_extension("redb.opening");
+    // Two openings that did not return may have been two kills.
+    std::fs::write(&note, [2]).unwrap();
+    drop(open(&path));
+    assert!(!note.exists(), "an opening that returns forgives those before");
+
+    std::fs::write(&note, [3]).unwrap();
+    let refused = Store::open(&path, options()).unwrap_err();
+    assert_eq!(refused.report().code, "memory_damaged");
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(601);
+    std::fs::File::options().write(true).open(&note).unwrap().set_modified(long_ago).unwrap();
+    assert_eq!(open(&path).get(id).unwrap().unwrap().text, "still here");
+    assert!(!note.exists());
+}
