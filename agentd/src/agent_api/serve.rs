@@ -43,8 +43,7 @@ pub fn serve(run: Serve, services: Services, logs: &Logs) {
         tracing::error!(agent_id = %agent, run_id = %run_id, %error, "an agent's API is not served");
     }
     tokio::spawn(async move {
-        // A pidfd is readable when the process has ended (pidfd_open(2)).
-        match AsyncFd::register_with_interest(sockets.pidfd, tokio::io::Interest::READABLE) {
+        match watched(sockets.pidfd) {
             Ok(pidfd) => tokio::select! {
                 _ = pidfd.readable() => {}
                 () = over.cancelled() => return,
@@ -53,6 +52,14 @@ pub fn serve(run: Serve, services: Services, logs: &Logs) {
         }
         ended();
     });
+}
+
+/// A pidfd is readable when the process has ended (pidfd_open(2)).
+// tokio marks the safe constructor as deprecated because a type could hand out a descriptor that it does not own.
+// `OwnedFd` always hands out the one it owns, so what tokio asks for holds, without `unsafe` in this program.
+#[allow(deprecated)]
+fn watched(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    AsyncFd::with_interest(pidfd, tokio::io::Interest::READABLE)
 }
 
 fn serve_both(tcp: OwnedFd, unix: OwnedFd, router: Router, over: &CancellationToken) -> io::Result<()> {
