@@ -12,6 +12,7 @@ pub mod config;
 pub mod engine;
 pub mod fault;
 pub mod gguf;
+pub mod human;
 pub mod ids;
 pub mod initctl;
 pub mod launcher;
