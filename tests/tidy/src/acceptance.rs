@@ -5,7 +5,7 @@
 //! ```toml
 //! [B9]
 //! status = "part"                                   # open | part | holds | not reached: why
-//! test = ["init/netd/tests/all.rs::a_lease_is_applied", "scripts/bench boot"]
+//! test = ["init/netd/tests/network.rs::a_lease_is_applied", "scripts/bench boot"]
 //! missing = "what is left, when the status is part"
 //! ```
 //!

@@ -2,7 +2,7 @@
 //!
 //! Each module answers one question about the repository with a list of complaints, empty when all is well:
 //! what is read stands in [`Repo`], so that every rule is also tested on a small wrong example.
-//! `tests/all.rs` runs the rules on the repository itself.
+//! `tests/tidy.rs` runs the rules on the repository itself.
 //!
 //! Never: change a file. Format is `cargo fmt`'s, lints are clippy's; here is what those cannot see.
 #![forbid(unsafe_code)]

@@ -6,7 +6,7 @@
 
 use cargo_metadata::Metadata;
 
-/// Must be the same list as `[licenses] allow` in deny.toml; `tests/all.rs` compares them.
+/// Must be the same list as `[licenses] allow` in deny.toml; `tests/tidy.rs` compares them.
 pub const ALLOWED: &[&str] = &[
     "0BSD",
     "Apache-2.0",

@@ -53,6 +53,7 @@ pub fn words(repo: &Repo) -> Vec<String> {
     let forbidden = [
         (concat!("#[", "ignore"), "a test that never runs; print SKIP with a reason instead"),
         (concat!("#[should", "_panic"), "assert on the error instead: any panic at all would satisfy it"),
+        (concat!("```", "ignore"), "an example that never compiles; `no_run` does"),
         (concat!("to", "do!("), "not written yet"),
         (concat!("unimple", "mented!("), "not written yet"),
         (concat!("FIX", "ME"), "fix it, or open an issue"),
