@@ -14,9 +14,27 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let profile = out.ancestors().nth(3).ok_or("OUT_DIR is not deep enough")?;
     copy_matching(&libraries, profile, |name| name.ends_with(".so.0"))?;
+    // llama-cpp-sys-2 leaves links here whose targets it does not bring, and fails with "File exists" over them
+    // when it runs again (its build.rs asks `exists()`, which is false for a dangling link).
+    for folder in ["deps", "examples"] {
+        remove_dangling_links(&profile.join(folder))?;
+    }
     let target = profile.join("backends");
     fs::create_dir_all(&target)?;
     copy_matching(&backends, &target, |name| name.ends_with(".so"))?;
+    Ok(())
+}
+
+fn remove_dangling_links(folder: &Path) -> io::Result<()> {
+    if !folder.is_dir() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_symlink() && !entry.path().exists() {
+            fs::remove_file(entry.path())?;
+        }
+    }
     Ok(())
 }
 
