@@ -303,7 +303,7 @@ impl Machine {
                 "no_messages",
                 "the message was not taken",
                 format!("the agent {} takes no messages", view.row.name),
-                "its `agent.toml` would have to say `[messages]` with `receive = true`",
+                "its `agent.toml` would have to say `[messages]` with `accept = true`",
             ));
         }
         if let Some(report) = away(&view) {
