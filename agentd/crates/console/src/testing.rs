@@ -1,12 +1,10 @@
-//! Shared by this crate's tests: state files in memory, and a clock that moves when told.
+//! State files in memory, for this crate's unit tests. They can be full.
 
-use crate::clock::BootClock;
 use crate::state::StateFiles;
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 #[derive(Default)]
 pub struct MemoryFiles {
@@ -25,19 +23,5 @@ impl StateFiles for MemoryFiles {
         }
         self.files.lock().expect("lock").insert(name.to_owned(), content.to_vec());
         Ok(())
-    }
-}
-
-#[derive(Clone, Default)]
-pub struct TestClock(Arc<AtomicU64>);
-
-impl TestClock {
-    pub fn advance(&self, by: Duration) {
-        self.0.fetch_add(u64::try_from(by.as_millis()).expect("fits"), Ordering::SeqCst);
-    }
-
-    pub fn boot(&self) -> BootClock {
-        let own = Arc::clone(&self.0);
-        Arc::new(move || Duration::from_millis(own.load(Ordering::SeqCst)))
     }
 }

@@ -65,11 +65,11 @@ impl FromStr for Host {
         if ServerName::try_from(name.as_str()).is_err() || bare.contains('@') {
             return Err(bad());
         }
-        // A port that is there but no number must not become the default one.
-        let port = match uri.port() {
-            Some(port) => port.as_str().parse().map_err(|_| bad())?,
-            None if bare.ends_with(':') => return Err(bad()),
-            None => DEFAULT_PORT,
+        // What follows the name; `Uri` ignores a port that is no number.
+        let port = match bare.strip_prefix(uri.host()) {
+            Some("") => DEFAULT_PORT,
+            Some(rest) => rest.strip_prefix(':').and_then(|port| port.parse().ok()).ok_or_else(bad)?,
+            None => return Err(bad()),
         };
         Ok(Self { name, port })
     }

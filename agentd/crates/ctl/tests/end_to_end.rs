@@ -1,0 +1,415 @@
+//! The real `agentctl` against a real TLS port with the fake appliance behind it.
+
+#[path = "../../console/tests/fake/mod.rs"]
+mod fake;
+
+use agentd_console::{Auth, Authority, StateFiles, boot_clock, router, serve_tls};
+use agentd_domain::api::{Agent, ApplianceStatus, Model};
+use agentd_domain::fault::Report;
+use fake::{Fake, Files, NOW_UNIX_MS};
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use serde_json::Value;
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpListener;
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+const PASSWORD: &str = "correct horse battery";
+const DEADLINE: Duration = Duration::from_secs(120);
+
+struct Scene {
+    fake: Arc<Fake>,
+    auth: Arc<Auth>,
+    authority: Authority,
+    address: SocketAddr,
+    home: TempDir,
+    _stop: tokio_util::sync::DropGuard,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        Self::at("127.0.0.1:0", NOW_UNIX_MS / 1000).await
+    }
+
+    async fn at(address: &str, clock_unix_s: i64) -> Self {
+        let files = Arc::new(Files::default());
+        let auth = Arc::new(Auth::open(files.clone(), boot_clock()).expect("opens"));
+        let authority = Authority::open(files as Arc<dyn StateFiles>).expect("made");
+        authority.refresh(&[], clock_unix_s).expect("issued");
+        let listener = TcpListener::bind(address).await.expect("bound");
+        let address = listener.local_addr().expect("an address");
+        let fake = Arc::new(Fake::default());
+        let stop = CancellationToken::new();
+        let tls = authority.tls_config().expect("a configuration");
+        tokio::spawn(serve_tls(listener, tls, router(fake.clone(), auth.clone()), stop.clone()));
+        let home = tempfile::tempdir().expect("a folder");
+        Self { fake, auth, authority, address, home, _stop: stop.drop_guard() }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_agentctl"));
+        command
+            .args(arguments)
+            .env_clear()
+            .env("HOME", self.home.path())
+            .env("AGENTCTL_HOST", format!("https://{}", self.address))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        command
+    }
+
+    async fn run(&self, arguments: &[&str], input: &str) -> Output {
+        let mut child = self.command(arguments).spawn().expect("started");
+        let mut stdin = child.stdin.take().expect("piped");
+        // A command that reads no input may have ended before it was written.
+        let _ = stdin.write_all(input.as_bytes()).await;
+        drop(stdin);
+        timeout(DEADLINE, child.wait_with_output()).await.expect("ends in time").expect("waited for")
+    }
+
+    /// Runs it, expects success, and gives what it printed.
+    async fn good(&self, arguments: &[&str]) -> String {
+        success(arguments, self.run(arguments, "").await)
+    }
+
+    async fn json<T: serde::de::DeserializeOwned>(&self, arguments: &[&str]) -> T {
+        let arguments: Vec<&str> = arguments.iter().copied().chain(["--json"]).collect();
+        let text = self.good(&arguments).await;
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("{arguments:?}: {e}: {text}"))
+    }
+
+    /// Runs it, expects this exit code, and gives the report it printed.
+    async fn bad(&self, code: i32, arguments: &[&str], input: &str) -> Report {
+        let arguments: Vec<&str> = arguments.iter().copied().chain(["--json"]).collect();
+        let output = self.run(&arguments, input).await;
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {error}");
+        let first = error.lines().next().unwrap_or_default();
+        serde_json::from_str(first).unwrap_or_else(|e| panic!("{arguments:?}: {e}: {error}"))
+    }
+
+    async fn claim(&self) {
+        let code = self.auth.claim_code().expect("unclaimed");
+        let arguments =
+            ["claim", "--code", &code, "--password-stdin", "--fingerprint", self.authority.fingerprint()];
+        let text = success(&arguments, self.run(&arguments, &format!("{PASSWORD}\n")).await);
+        assert_eq!(text, format!("signed in to https://{}\n", self.address));
+    }
+
+    fn config(&self) -> PathBuf {
+        self.home.path().join(".config/agentctl/config.toml")
+    }
+}
+
+fn success(arguments: &[&str], output: Output) -> String {
+    let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{arguments:?}: {error}{out}");
+    out.into_owned()
+}
+
+fn package(manifest: &str, program: bool) -> TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    fs::write(folder.path().join("agent.toml"), manifest).expect("written");
+    fs::create_dir(folder.path().join("bin")).expect("made");
+    if program {
+        let path = folder.path().join("bin/guest");
+        fs::write(&path, b"#!/agent/bin/none\n").expect("written");
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("set");
+    }
+    folder
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+const MANIFEST: &str = "[agent]\nname = \"guest\"\nexec = [\"/agent/bin/guest\"]\n";
+
+#[tokio::test]
+async fn claiming_pins_the_authority_and_keeps_the_session_private() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    assert!(scene.auth.is_claimed());
+    let mode = fs::metadata(scene.config()).expect("written").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let config = fs::read_to_string(scene.config()).expect("read");
+    assert!(config.contains(scene.authority.fingerprint()) && !config.contains(PASSWORD));
+
+    // Known now: the next sign-in needs no fingerprint.
+    let login = scene.run(&["login", "--password-stdin"], PASSWORD).await;
+    success(&["login"], login);
+    let wrong = scene.bad(2, &["login", "--password-stdin"], "not this one\n").await;
+    assert_eq!(wrong.code, "unauthorized");
+    scene.good(&["status"]).await;
+    scene.good(&["logout"]).await;
+    assert_eq!(scene.bad(2, &["status"], "").await.code, "not_signed_in");
+}
+
+#[tokio::test]
+async fn nothing_secret_is_sent_to_a_server_that_was_not_confirmed() {
+    let scene = Scene::new().await;
+    let code = scene.auth.claim_code().expect("unclaimed");
+    let unknown = scene.bad(2, &["claim", "--code", &code, "--password-stdin"], PASSWORD).await;
+    assert_eq!(unknown.code, "fingerprint_needed");
+    let other = "0".repeat(64);
+    let wrong = scene
+        .bad(2, &["claim", "--code", &code, "--password-stdin", "--fingerprint", &other], PASSWORD)
+        .await;
+    assert_eq!(wrong.code, "wrong_authority");
+    assert!(wrong.why.contains(scene.authority.fingerprint()), "{wrong}");
+    assert!(!scene.auth.is_claimed());
+    assert!(!scene.config().exists());
+}
+
+/// Someone with a certificate of their own who shows the pinned authority beside it.
+#[tokio::test]
+async fn showing_the_right_authority_is_not_enough() {
+    let scene = Scene::new().await;
+    let leaf = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("made");
+    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(leaf.signing_key.serialize_der()));
+    let chain = vec![leaf.cert.der().clone(), scene.authority.certificate().clone()];
+    let config =
+        rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .expect("a configuration");
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let host = format!("https://{}", listener.local_addr().expect("an address"));
+    let stop = CancellationToken::new();
+    let _stop = stop.clone().drop_guard();
+    let routes = router(scene.fake.clone(), scene.auth.clone());
+    tokio::spawn(serve_tls(listener, Arc::new(config), routes, stop));
+
+    let pin = scene.authority.fingerprint();
+    let code = scene.auth.claim_code().expect("unclaimed");
+    let arguments = ["claim", "--host", &host, "--code", &code, "--password-stdin", "--fingerprint", pin];
+    let report = scene.bad(3, &arguments, PASSWORD).await;
+    assert_eq!(report.code, "appliance_unreachable", "{report}");
+    assert!(!scene.auth.is_claimed());
+}
+
+/// The appliance's address, taken over by another machine.
+#[tokio::test]
+async fn a_known_appliance_that_changed_its_authority_is_refused() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    let other = Scene::new().await;
+    let config = fs::read_to_string(scene.config()).expect("read");
+    let moved = config.replace(&scene.address.to_string(), &other.address.to_string());
+    fs::write(scene.config(), moved).expect("written");
+    let host = format!("https://{}", other.address);
+    let report = scene.bad(2, &["status", "--host", &host], "").await;
+    assert_eq!(report.code, "wrong_authority");
+    // The owner who set it up anew says so.
+    let code = other.auth.claim_code().expect("unclaimed");
+    let pin = other.authority.fingerprint();
+    let claim = ["claim", "--host", &host, "--code", &code, "--password-stdin", "--fingerprint", pin];
+    success(&claim, scene.run(&claim, PASSWORD).await);
+    success(&["status"], scene.run(&["status", "--host", &host], "").await);
+}
+
+#[tokio::test]
+async fn clocks_that_stand_wrong_lock_nobody_out() {
+    for clock_unix_s in [0, 4_070_908_800] {
+        let scene = Scene::at("127.0.0.1:0", clock_unix_s).await;
+        scene.claim().await;
+        scene.good(&["status"]).await;
+    }
+}
+
+#[tokio::test]
+async fn what_the_api_says_is_shown_or_passed_on() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+
+    let status = scene.good(&["status"]).await;
+    for words in [
+        "0.1.0~214",
+        "yellow",
+        "2 h 14 min",
+        "not confirmed",
+        "276 MiB of 978 MiB",
+        "tiny (chat",
+        "fix: connect a network",
+    ] {
+        assert!(status.contains(words), "no {words:?} in\n{status}");
+    }
+    let status: ApplianceStatus = scene.json(&["status"]).await;
+    assert_eq!(status.version, "0.1.0~214");
+
+    let table = scene.good(&["agent", "ls"]).await;
+    let column = table.lines().next().expect("a head").find("STATE").expect("a column");
+    for (name, state) in [("echo", "running"), ("indexer", "quarantined"), ("scout", "running")] {
+        let row = table.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{table}"));
+        assert!(row[column..].starts_with(state), "{table}");
+    }
+    let agents: Vec<Agent> = scene.json(&["agent", "ls"]).await;
+    assert_eq!(agents.len(), 3);
+
+    scene.good(&["agent", "stop", "echo"]).await;
+    let started: Agent = scene.json(&["agent", "start", "echo"]).await;
+    assert!(started.wanted);
+    scene.good(&["agent", "rm", "indexer"]).await;
+    let missing = scene.bad(2, &["agent", "start", "indexer"], "").await;
+    assert_eq!(missing.code, "not_found");
+
+    let log = scene.good(&["agent", "logs", "echo", "--lines", "2"]).await;
+    assert_eq!(log.lines().count(), 2);
+    let log = scene.good(&["agent", "logs", "echo", "--json"]).await;
+    let line: Value = serde_json::from_str(log.lines().next().expect("a line")).expect("JSON");
+    assert_eq!(line["stream"], "agentd");
+
+    let models: Vec<Model> = scene.json(&["model", "ls"]).await;
+    assert_eq!(models.len(), 3);
+    assert!(scene.good(&["model", "ls"]).await.contains("tiny (default)"));
+    scene.good(&["model", "rm", "half-model"]).await;
+    scene.good(&["reboot"]).await;
+    scene.good(&["poweroff"]).await;
+    assert_eq!(
+        scene.fake.calls(),
+        ["stop echo", "start echo", "remove indexer", "start indexer", "reboot", "poweroff"]
+    );
+}
+
+#[tokio::test]
+async fn a_log_is_followed_until_the_reader_goes() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    let mut child: Child =
+        scene.command(&["agent", "logs", "-f", "echo", "--lines", "1"]).spawn().expect("started");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let next = async |lines: &mut tokio::io::Lines<_>| {
+        timeout(DEADLINE, lines.next_line()).await.expect("in time").expect("read").expect("a line")
+    };
+    let old: String = next(&mut lines).await;
+    assert!(old.contains("<script>"), "{old}");
+    scene.fake.say_in_log("something new\u{1b}[2J");
+    let new: String = next(&mut lines).await;
+    assert!(new.ends_with("out    something new\u{fffd}[2J"), "{new}");
+    drop(lines);
+    scene.fake.say_in_log("nobody reads this");
+    let ended = timeout(DEADLINE, child.wait()).await.expect("ends with its reader").expect("waited for");
+    assert!(ended.success());
+}
+
+#[tokio::test]
+async fn chatting_with_an_argument_and_line_by_line() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    let reply = scene.good(&["chat", "echo", "the key is blue"]).await;
+    assert_eq!(
+        reply,
+        "\u{b7} stored as a memory\nI have kept that: \u{201c}the key is blue\u{201d}. Ask me by meaning and I will find it again.\n"
+    );
+    let lines = success(&["chat"], scene.run(&["chat", "echo"], "one\n\ntwo\n").await);
+    assert_eq!(lines.matches("stored as a memory").count(), 2);
+    let json = scene.good(&["chat", "echo", "three", "--json"]).await;
+    let last: Value = serde_json::from_str(json.lines().last().expect("a line")).expect("JSON");
+    assert_eq!(last["type"], "done");
+    assert_eq!(scene.bad(2, &["chat", "scout", "hello"], "").await.code, "no_messages");
+    assert_eq!(
+        scene.fake.calls(),
+        ["chat echo the key is blue", "chat echo one", "chat echo two", "chat echo three"]
+    );
+}
+
+#[tokio::test]
+async fn a_package_is_checked_here_and_packed_the_same_everywhere() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    let (one, other) = (package(MANIFEST, true), package(MANIFEST, true));
+    let first: Agent = scene.json(&["agent", "install", text(one.path())]).await;
+    let second: Agent = scene.json(&["agent", "install", text(other.path())]).await;
+    assert_eq!(first.digest, second.digest);
+
+    let calls = scene.fake.calls().len();
+    let empty = package(MANIFEST, false);
+    let report = scene.bad(2, &["agent", "install", text(empty.path())], "").await;
+    assert_eq!(report.code, "program_missing");
+    let broken = package("[agent]\nname = \"Guest!\"\nexec = []\ncolour = \"red\"\n", true);
+    let output = scene.run(&["agent", "install", text(broken.path())], "").await;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    for key in ["name", "exec", "colour"] {
+        assert!(error.contains(key), "no word of {key}:\n{error}");
+    }
+    let nowhere = scene.bad(2, &["agent", "install", "/nonexistent"], "").await;
+    assert_eq!(nowhere.code, "manifest_unreadable");
+    assert_eq!(scene.fake.calls().len(), calls, "nothing was sent");
+}
+
+#[tokio::test]
+async fn a_plan_needs_no_appliance() {
+    let scene = Scene::new().await;
+    let folder = package(MANIFEST, true);
+    let manifest = folder.path().join("agent.toml");
+    let plan: agentd_domain::plan::SandboxPlan = scene.json(&["plan", text(&manifest)]).await;
+    assert_eq!(plan.name.as_str(), "guest");
+    assert!(plan.landlock.abi_min >= 6);
+    let shown = scene.good(&["plan", text(&manifest)]).await;
+    let again: agentd_domain::plan::SandboxPlan = toml::from_str(&shown).expect("the text is the whole plan");
+    assert_eq!(again, plan);
+    assert_eq!(scene.bad(2, &["plan", text(&manifest), "--remote"], "").await.code, "not_signed_in");
+    scene.claim().await;
+    scene.json::<agentd_domain::plan::SandboxPlan>(&["plan", text(&manifest), "--remote"]).await;
+}
+
+#[tokio::test]
+async fn a_model_is_sent_piece_by_piece_and_foreign_files_are_not() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("My Model.gguf");
+    let mut content = b"GGUF".to_vec();
+    content.resize(20_000_000, 7);
+    fs::write(&file, &content).expect("written");
+    let added: Vec<Model> = scene.json(&["model", "add", text(&file)]).await;
+    assert_eq!((added[0].name.as_str(), added[0].bytes), ("My-Model", 20_000_000));
+    fs::write(&file, b"PK\x03\x04").expect("written");
+    assert_eq!(scene.bad(2, &["model", "add", text(&file)], "").await.code, "model_file_foreign");
+    fs::write(&file, b"GG").expect("written");
+    assert_eq!(scene.bad(2, &["model", "add", text(&file)], "").await.code, "model_file_foreign");
+}
+
+#[tokio::test]
+async fn exit_codes_say_whose_fault_it_is() {
+    let scene = Scene::new().await;
+    // Nobody listens here: the port was given and returned.
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let nowhere = format!("https://{}", listener.local_addr().expect("an address"));
+    drop(listener);
+    let pin = scene.authority.fingerprint();
+    let arguments = ["login", "--host", &nowhere, "--password-stdin", "--fingerprint", pin];
+    let report = scene.bad(3, &arguments, PASSWORD).await;
+    assert_eq!(report.code, "appliance_unreachable");
+    assert_eq!(scene.run(&["frobnicate"], "").await.status.code(), Some(2));
+    fs::create_dir_all(scene.config().parent().expect("a folder")).expect("made");
+    fs::write(scene.config(), "host = 1").expect("written");
+    assert_eq!(scene.bad(3, &["status"], "").await.code, "config_unusable");
+}
+
+#[tokio::test]
+async fn an_error_for_people_says_what_why_and_how_to_fix_it() {
+    let scene = Scene::new().await;
+    let output = scene.run(&["status"], "").await;
+    let error = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<&str> = error.lines().collect();
+    assert!(lines[0].starts_with("agentctl: nothing was sent"), "{error}");
+    assert!(
+        lines[1].starts_with("  why: ") && lines[2].starts_with("  fix: sign in with `agentctl login`"),
+        "{error}"
+    );
+}
