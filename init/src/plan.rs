@@ -113,10 +113,16 @@ impl State {
         self.kept(child).is_some_and(|kept| kept.life != Life::Idle)
     }
 
-    /// Does it keep ending soon after its start?
-    pub fn is_restless(&self, child: Child) -> bool {
+    /// Does it keep ending soon after its start? Until it has lived well again, so that the answer does not
+    /// change with every attempt.
+    pub fn is_restless(&self, child: Child, now_ms: u64) -> bool {
         self.kept(child).is_some_and(|kept| {
-            matches!(kept.life, Life::Waiting { .. }) && kept.pause_ms >= RESTLESS_PAUSE_MS
+            let lives_well = match kept.life {
+                Life::Running { since_ms } => now_ms.saturating_sub(since_ms) >= GOOD_LIFE_MS,
+                Life::Idle => true,
+                Life::Waiting { .. } => false,
+            };
+            kept.pause_ms >= RESTLESS_PAUSE_MS && !lives_well
         })
     }
 

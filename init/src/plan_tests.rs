@@ -36,13 +36,16 @@ fn a_child_that_keeps_ending_waits_longer_and_longer_and_starts_over_after_a_goo
 }
 
 #[test]
-fn one_early_end_is_an_accident_and_two_are_a_pattern() {
+fn one_early_end_is_an_accident_and_two_are_a_pattern_until_it_lives_well() {
     let mut state = up(&[Child::Netd]);
     step(&mut state, Event::Ended(Child::Netd), 10);
-    assert!(!state.is_restless(Child::Netd));
+    assert!(!state.is_restless(Child::Netd, 10));
     step(&mut state, Event::Tick, 260);
     step(&mut state, Event::Ended(Child::Netd), 270);
-    assert!(state.is_restless(Child::Netd));
+    assert!(state.is_restless(Child::Netd, 270));
+    step(&mut state, Event::Tick, 770);
+    assert!(state.is_restless(Child::Netd, 770 + GOOD_LIFE_MS - 1), "running again is not yet well");
+    assert!(!state.is_restless(Child::Netd, 770 + GOOD_LIFE_MS));
 }
 
 #[test]

@@ -157,16 +157,17 @@ fn problems(facts: &Facts, network: &netd::Status, machine: &Machine) -> Vec<Rep
             }
         })
     };
-    let restless = ALL.iter().filter(|child| machine.plan.is_restless(**child)).map(|child| {
-        let last = facts.last_exits.get(child).map_or("it ended", String::as_str);
-        Report::bug(
-            "child_keeps_ending",
-            child.loss(),
-            format!("{} keeps ending soon after its start: {last}", child.name()),
-            "choose `restart` on the local console; if it happens again, choose another version there or \
+    let restless =
+        ALL.iter().filter(|child| machine.plan.is_restless(**child, clock::boot_ms())).map(|child| {
+            let last = facts.last_exits.get(child).map_or("it ended", String::as_str);
+            Report::bug(
+                "child_keeps_ending",
+                child.loss(),
+                format!("{} keeps ending soon after its start: {last}", child.name()),
+                "choose `restart` on the local console; if it happens again, choose another version there or \
              report the lines under `last errors`",
-        )
-    });
+            )
+        });
     let mut problems: Vec<Report> = steps(true).collect();
     problems.extend(restless);
     problems.extend(steps(false));

@@ -89,6 +89,8 @@ fn work(job: &Job) -> Result<Outcome, String> {
     let mut device = OpenOptions::new().read(true).write(true).open(&path).map_err(told)?;
     let sector = block::sector_bytes(&device).map_err(told)?;
     let sector = LogicalBlockSize::try_from(u64::from(sector)).map_err(told)?;
+    // The markers were cleared through the partitions; an older copy of them may be cached for the disk.
+    block::forget_cached(&device).map_err(told)?;
     let outcome = set_up(&mut device, sector, job)?;
     if let Outcome::Done { partitions, .. } = &outcome {
         tell_kernel(&device, &job.disk, partitions)

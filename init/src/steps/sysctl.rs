@@ -125,7 +125,8 @@ fn set(root: &Path, key: &str, value: &str) -> io::Result<()> {
     if std::fs::read_to_string(&path)?.trim() == value {
         return Ok(());
     }
-    std::fs::write(&path, value)?;
+    // With its newline: printk_devkmsg refuses a word without one.
+    std::fs::write(&path, format!("{value}\n"))?;
     let now = std::fs::read_to_string(&path)?;
     if now.trim() == value {
         return Ok(());
@@ -147,7 +148,7 @@ mod tests {
         std::fs::create_dir(root.path().join("kernel")).unwrap();
         std::fs::write(root.path().join("kernel/panic"), "0\n").unwrap();
         set(root.path(), "kernel.panic", "10").unwrap();
-        assert_eq!(std::fs::read_to_string(root.path().join("kernel/panic")).unwrap(), "10");
+        assert_eq!(std::fs::read_to_string(root.path().join("kernel/panic")).unwrap(), "10\n");
         assert_eq!(set(root.path(), "kernel.other", "1").unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 

@@ -14,8 +14,8 @@ use agentd_domain::marker::Volume;
 use agentd_domain::paths;
 use init_sys::mounts::{self, Flags};
 use init_sys::signals::Ended;
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 const MKE2FS: &str = "/usr/sbin/mke2fs";
@@ -29,6 +29,9 @@ const CHECK_LIMIT_S: u64 = 4 * 3600;
 const GROW_LIMIT_S: u64 = 1800;
 /// A file system ends at a whole block group; less than this is no reason to call resize2fs.
 const NOT_WORTH_GROWING_BYTES: u64 = 16 << 20;
+
+/// What ext4 leaves to a boot loader, before its superblock.
+const BOOT_BLOCK_BYTES: usize = 1024;
 
 /// For both: no link count is lost to the clock, and an error stops writing instead of spreading.
 const ON_ERROR: &str = "errors=remount-ro";
@@ -164,10 +167,25 @@ fn format(machine: &mut Machine, volume: Volume, device: &str) -> Result<(), Rep
         let why = format!("mke2fs ended with {}: {}", result.ended, result.output.trim());
         return Err(format_report(volume, device, &why));
     }
-    let synced = File::open(device).and_then(|file| file.sync_all());
-    synced.map_err(|error| format_report(volume, device, &error.to_string()))?;
+    clear_marker(Path::new(device)).map_err(|error| format_report(volume, device, &error.to_string()))?;
     // Only now may the table forget that formatting was begun.
     note_formatted(machine, vec![name.to_owned()])
+}
+
+/// While the marker is there the next boot formats again. mke2fs overwrites it on the machines we know, which is
+/// its habit and not its promise. It goes only when the file system is whole on the disk.
+fn clear_marker(device: &Path) -> io::Result<()> {
+    let mut file = OpenOptions::new().read(true).write(true).open(device)?;
+    file.sync_all()?;
+    let mut boot_block = [0; BOOT_BLOCK_BYTES];
+    file.write_all(&boot_block)?;
+    file.sync_all()?;
+    file.seek(SeekFrom::Start(0))?;
+    file.read_exact(&mut boot_block)?;
+    if boot_block.iter().all(|byte| *byte == 0) {
+        return Ok(());
+    }
+    Err(io::Error::other("the marker could not be cleared"))
 }
 
 fn check(machine: &mut Machine, volume: Volume, device: &str) -> Result<(), Report> {
@@ -253,4 +271,36 @@ fn unreadable(volume: Volume, device: &str, error: &io::Error) -> Report {
         format!("{device} cannot be read: {error}"),
         "the disk is faulty: copy what can be read, and use another one",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use agentd_domain::marker;
+    use std::os::unix::fs::FileExt;
+    use std::process::Command;
+
+    #[test]
+    fn a_formatted_partition_is_used_and_not_formatted_again() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(64 << 20).unwrap();
+        let device = file.path().to_str().unwrap();
+        let made = Command::new("mke2fs")
+            .args(["-q", "-F", "-t", "ext4", "-L", marker::LABEL_DATA, device])
+            .status();
+        let Ok(made) = made else {
+            eprintln!("skipped: mke2fs is not installed");
+            return;
+        };
+        assert!(made.success());
+        // As if mke2fs had left it alone.
+        file.as_file().write_all_at(&marker::block(Volume::Data)[..BOOT_BLOCK_BYTES], 0).unwrap();
+        let decide = || {
+            let (head, spare) = read_heads(device).unwrap();
+            volume::decide(Volume::Data, Seen { head: &head, spare: spare.as_deref(), format_begun: false })
+        };
+        assert_eq!(decide(), Decision::Format);
+        clear_marker(file.path()).unwrap();
+        assert_eq!(decide(), Decision::Use { check: false, size_bytes: 64 << 20 });
+    }
 }

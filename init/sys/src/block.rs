@@ -11,6 +11,7 @@ const BLKSSZGET: libc::Ioctl = 0x1268;
 /// `_IOR(0x12, 114, size_t)`
 const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
 const BLKPG: libc::Ioctl = 0x1269;
+const BLKFLSBUF: libc::Ioctl = 0x1261;
 const BLKPG_RESIZE_PARTITION: libc::c_int = 3;
 
 /// The device's size. Works for block devices only.
@@ -31,6 +32,17 @@ pub fn sector_bytes(device: impl AsFd) -> io::Result<u32> {
     let result = unsafe { libc::ioctl(device.as_fd().as_raw_fd(), BLKSSZGET, &raw mut size) };
     check(result)?;
     u32::try_from(size).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// Writes and forgets what is cached of this device, so that the next reading is from the disk.
+///
+/// A disk and its partitions are cached apart: what was written through a partition is not seen through the
+/// disk while an older copy is cached there.
+pub fn forget_cached(device: impl AsFd) -> io::Result<()> {
+    // SAFETY: BLKFLSBUF takes no argument and touches no memory of ours; the descriptor is open for the whole
+    // call because it is borrowed.
+    let result = unsafe { libc::ioctl(device.as_fd().as_raw_fd(), BLKFLSBUF, 0) };
+    check(result)
 }
 
 /// Where a partition lies now. It must begin where it began before.
