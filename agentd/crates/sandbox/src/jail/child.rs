@@ -66,6 +66,7 @@ fn become_agent(child: &AgentChild<'_>) -> Result<std::convert::Infallible, Fail
     let plan = child.plan;
     step("agent: wait for the jail", sys::await_byte(GO_FD))?;
     step("agent: session", rustix::process::setsid())?;
+    step("agent: signal mask", sys::unblock_all())?;
     for limit in &plan.rlimits {
         step(&format!("agent: resource limit {}", limit.name), set_limit(limit))?;
     }
@@ -165,7 +166,7 @@ fn exec(plan: &SandboxPlan) -> Result<std::convert::Infallible, Failure> {
         return step("exec", Err("the plan names no program"));
     };
     let variables = plan.env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-    // exec resets the signal mask and SIGPIPE, which this process had changed.
+    // exec itself gives SIGPIPE its default back, which Rust's start-up had taken.
     let error = Command::new(program).args(arguments).env_clear().envs(variables).exec();
     step("exec", Err(format!("{program}: {error}")))
 }

@@ -428,6 +428,7 @@ fn place_descriptors(listener: BorrowedFd<'_>, report: BorrowedFd<'_>) -> Result
 fn confine_and_exec(options: &Options) -> Result<std::convert::Infallible, Failure> {
     use crate::jail::{change_user, drop_capabilities, step};
     step("engine: session", rustix::process::setsid())?;
+    step("engine: signal mask", sys::unblock_all())?;
     rustix::process::umask(Mode::from_raw_mode(0o077));
     step("engine: core limit", setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }))?;
     step("engine: folder", rustix::process::chdir("/"))?;

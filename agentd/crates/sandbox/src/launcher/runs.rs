@@ -306,7 +306,8 @@ fn classify(status: Option<i32>, stop_asked: bool, killed_for_memory: bool) -> E
 fn become_jail(program: &Path, control: BorrowedFd<'_>) -> i32 {
     let ready = set_parent_process_death_signal(Some(Signal::KILL))
         .and_then(|()| sys::place_fd(control, CONTROL_FD))
-        .and_then(|()| sys::close_from(CONTROL_FD + 1));
+        .and_then(|()| sys::close_from(CONTROL_FD + 1))
+        .and_then(|()| sys::unblock_all());
     if ready.is_ok() {
         // Only returns on failure; the launcher sees the control socket's end. The launcher's stdio is /dev/null or a
         // log that only it writes; the agent gets pipes in its place.

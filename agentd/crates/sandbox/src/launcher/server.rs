@@ -4,7 +4,7 @@
 //! each round it looks at deadlines. Nothing in the loop waits for a child but the bounded wait for an engine's exec.
 //!
 //! Always: a client has at most one open request; while it waits for a start, nothing is read from it.
-//! Always: a peer that is not agentd's uid gets one refusal and is closed, before a byte of it is read.
+//! Always: a peer that is not agentd's uid gets one refusal and is closed; what it says is not looked at.
 
 use super::cgroups::{self, Hierarchy, RunGroup};
 use super::confine::{ConfineError, confine};
@@ -26,7 +26,7 @@ use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with, sockopt,
 };
-use rustix::process::{Pid, WaitOptions, waitpid};
+use rustix::process::{Pid, WaitOptions, wait};
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -67,6 +67,9 @@ struct Client {
 enum Waits {
     /// Nothing: its next request may be read.
     No,
+    /// For the refusal that a stranger gets: it comes after its first packet, because closing a socket with unread
+    /// data would throw the refusal away.
+    Stranger,
     ForRun(RunId),
     ForRemoval(AgentId),
 }
@@ -200,22 +203,15 @@ impl Server {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         while let Ok(socket) = accept_with(&self.listener, flags) {
             let peer = sockopt::socket_peercred(&socket).map(|peer| peer.uid.as_raw());
-            if peer != Ok(self.options.agentd_uid) {
-                let report = refused(
-                    "forbidden",
-                    "the launcher takes messages from agentd alone",
-                    "ask agentd: `agentctl` or the console",
-                );
-                let _ = wire::send(socket.as_fd(), &Response::Refused(report), &[]);
-                continue;
-            }
+            let known = peer == Ok(self.options.agentd_uid);
             let token = self.next_token;
             if self.clients.len() >= CLIENTS_MAX || watch(&self.epoll, socket.as_fd(), token).is_err() {
                 continue;
             }
             self.next_token += 1;
             self.sources.insert(token, Source::Client);
-            self.clients.insert(token, Client { socket, waits: Waits::No });
+            self.clients
+                .insert(token, Client { socket, waits: if known { Waits::No } else { Waits::Stranger } });
         }
     }
 
@@ -225,7 +221,7 @@ impl Server {
                 self.stop_everything();
             }
         }
-        while let Ok(Some((pid, _))) = waitpid(None, WaitOptions::NOHANG) {
+        while let Ok(Some((pid, _))) = wait(WaitOptions::NOHANG) {
             self.reaped(pid);
         }
     }
@@ -320,6 +316,9 @@ impl Server {
 
     fn serve_client(&mut self, token: u64) {
         let Some(client) = self.clients.get(&token) else { return };
+        if client.waits == Waits::Stranger {
+            return self.refuse_stranger(token);
+        }
         if client.waits != Waits::No {
             // Only an end of the connection wakes us now. What it waits for goes on; another agentd may adopt it.
             self.drop_client(token);
@@ -345,6 +344,20 @@ impl Server {
                 self.drop_client(token);
             }
         }
+    }
+
+    fn refuse_stranger(&mut self, token: u64) {
+        if let Some(client) = self.clients.get(&token) {
+            let flags = rustix::net::RecvFlags::DONTWAIT | rustix::net::RecvFlags::TRUNC;
+            let _ = rustix::net::recv(&client.socket, &mut [0_u8; 1], flags);
+            let report = refused(
+                "forbidden",
+                "the launcher takes messages from agentd alone",
+                "ask agentd: `agentctl` or the console",
+            );
+            let _ = wire::send(client.socket.as_fd(), &Response::Refused(report), &[]);
+        }
+        self.drop_client(token);
     }
 
     fn obey(&mut self, token: u64, request: Request) {

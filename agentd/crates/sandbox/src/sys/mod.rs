@@ -18,7 +18,7 @@ pub use process::{
     CloneRequest, Forked, await_byte, close_from, close_on_exec, drop_bounding_set, exit_now, fork, place_fd,
     send_sigkill, spawn, unshare_network, write_all,
 };
-pub use signal::{SignalFd, block};
+pub use signal::{SignalFd, block, unblock_all};
 
 use rustix::io::Errno;
 

@@ -36,6 +36,16 @@ impl AsFd for SignalFd {
     }
 }
 
+/// Blocks no signal any more. A program inherits the mask of whoever execs it, and would never see SIGTERM.
+pub fn unblock_all() -> Result<(), Errno> {
+    let none = block(&[])?;
+    // SAFETY: `none` is an initialised, empty set, and a null pointer for the old set is allowed (sigprocmask(2)).
+    check(libc::c_long::from(unsafe {
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut())
+    }))
+    .map(|_| ())
+}
+
 /// Blocks these signals for the calling thread and gives the set.
 pub fn block(signals: &[i32]) -> Result<libc::sigset_t, Errno> {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();

@@ -1,0 +1,275 @@
+//! What the agent inside does when it is told to misbehave.
+//!
+//! It prints what it saw as `name: result` lines. Tests do not take its word where an effect can be seen from outside.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+pub(crate) fn run(words: &[String]) -> u8 {
+    let word = |at: usize| words.get(at).map_or("", String::as_str);
+    match word(0) {
+        "exit" => return word(1).parse().unwrap(),
+        "wait" => wait(),
+        "ignore-term" => {
+            // SAFETY: ignoring a signal touches no memory.
+            #[allow(unsafe_code)]
+            unsafe {
+                libc::signal(libc::SIGTERM, libc::SIG_IGN)
+            };
+            wait();
+        }
+        "talk" => talk(),
+        "escape" => escape(&words[1..]),
+        "forbidden-call" => forbidden_call(),
+        "eat-memory" => eat_memory(),
+        "fork-bomb" => fork_bomb(),
+        "fill-disk" => fill_disk(),
+        "scene" => print_scene(),
+        other => panic!("the test agent does not know `{other}`"),
+    }
+    0
+}
+
+fn say(name: &str, what: impl std::fmt::Display) {
+    println!("{name}: {what}");
+    let _ = std::io::stdout().flush();
+}
+
+fn wait() -> ! {
+    say("ready", std::process::id());
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+/// One request over TCP and one over the Unix socket; prints the answers, then keeps a connection open.
+fn talk() {
+    let mut tcp = TcpStream::connect("127.0.0.1:7070").unwrap();
+    tcp.write_all(b"over tcp\n").unwrap();
+    say("tcp", read_line(&mut tcp));
+    let mut unix = UnixStream::connect("/run/agentd.sock").unwrap();
+    unix.write_all(b"over unix\n").unwrap();
+    say("unix", read_line(&mut unix));
+    // A second conversation, which starts while no agentd listens any more.
+    let mut later = TcpStream::connect("127.0.0.1:7070").unwrap();
+    later.write_all(b"to the next agentd\n").unwrap();
+    say("waiting", "yes");
+    say("later", read_line(&mut later));
+    wait();
+}
+
+fn read_line(stream: &mut impl Read) -> String {
+    let mut line = String::new();
+    let mut byte = [0];
+    while stream.read(&mut byte).unwrap_or(0) == 1 && byte[0] != b'\n' {
+        line.push(byte[0] as char);
+    }
+    line
+}
+
+/// Arguments: file to read, file to overwrite, pid to kill, TCP port, socket path, abstract socket name.
+fn escape(words: &[String]) {
+    let [secret, victim_file, victim_pid, port, socket, abstract_name] = words else {
+        panic!("six arguments")
+    };
+    let report = |name: &str, result: Result<String, std::io::Error>| match result {
+        Ok(what) => say(name, format!("ESCAPED {what}")),
+        Err(error) => say(name, format!("blocked: {error}")),
+    };
+    report("read", std::fs::read_to_string(secret));
+    report("overwrite", std::fs::write(victim_file, "overwritten").map(|()| String::new()));
+    report("read through /proc/1/root", std::fs::read_to_string(format!("/proc/1/root{secret}")));
+    report("read through /proc/self/root", std::fs::read_to_string(format!("/proc/self/root{secret}")));
+    report(
+        "connect tcp",
+        TcpStream::connect(format!("127.0.0.1:{port}"))
+            .and_then(|mut stream| stream.write_all(b"escaped"))
+            .map(|()| String::new()),
+    );
+    report(
+        "connect unix",
+        UnixStream::connect(socket)
+            .and_then(|mut stream| stream.write_all(b"escaped"))
+            .map(|()| String::new()),
+    );
+    report("connect abstract", connect_abstract(abstract_name));
+    report("write in the package", std::fs::write("/agent/planted", "x").map(|()| String::new()));
+    report("replace the api socket", std::fs::remove_file("/run/agentd.sock").map(|()| String::new()));
+    report("list all processes", list_strangers());
+    raw_attempts(&report);
+    // Last: without walls this is the end of the victim.
+    let pid: i32 = victim_pid.parse().unwrap();
+    report(
+        "kill",
+        rustix::process::kill_process(
+            rustix::process::Pid::from_raw(pid).unwrap(),
+            rustix::process::Signal::KILL,
+        )
+        .map(|()| String::new())
+        .map_err(Into::into),
+    );
+    say("done", "yes");
+}
+
+fn connect_abstract(name: &str) -> Result<String, std::io::Error> {
+    use std::os::linux::net::SocketAddrExt;
+    let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+    UnixStream::connect_addr(&address)?.write_all(b"escaped").map(|()| String::new())
+}
+
+/// Other processes than our own in /proc.
+fn list_strangers() -> Result<String, std::io::Error> {
+    let own = std::process::id().to_string();
+    let strangers: Vec<String> = std::fs::read_dir("/proc")?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()) && *name != own)
+        .collect();
+    if strangers.is_empty() { Err(std::io::Error::other("none is visible")) } else { Ok(strangers.join(" ")) }
+}
+
+#[allow(unsafe_code)]
+fn raw_attempts(report: &dyn Fn(&str, Result<String, std::io::Error>)) {
+    let call = |number: i64, first: i64, second: i64, third: i64| {
+        // SAFETY: pointer arguments are null or point to constants that live for ever.
+        let returned = unsafe { libc::syscall(number, first, second, third, 0_i64, 0_i64, 0_i64) };
+        if returned == -1 { Err(std::io::Error::last_os_error()) } else { Ok(returned.to_string()) }
+    };
+    report("socket netlink", call(libc::SYS_socket, 16, 3, 0));
+    report("socket packet", call(libc::SYS_socket, 17, 3, 0));
+    report("socket udp", call(libc::SYS_socket, 2, 2, 0));
+    report("setuid 0", call(libc::SYS_setresuid, 0, 0, 0));
+    report("memfd", call(libc::SYS_memfd_create, c"x".as_ptr() as i64, 0, 0));
+    report("keyctl", call(libc::SYS_keyctl, 0, -3, 0));
+    report("pidfd of pid 1", call(libc::SYS_pidfd_open, 1, 0, 0));
+    report("seize pid 1", call(libc::SYS_ptrace, 0x4206, 1, 0));
+    report("namespace", call(libc::SYS_unshare, i64::from(libc::CLONE_NEWNS), 0, 0));
+}
+
+/// The kernel answers EINVAL to these magic numbers; the filter answers first.
+#[allow(unsafe_code)]
+fn forbidden_call() {
+    // SAFETY: wrong magic numbers make reboot(2) fail without effect.
+    unsafe { libc::syscall(libc::SYS_reboot, 0, 0, 0, 0) };
+    say("alive", "after a forbidden call");
+}
+
+fn eat_memory() {
+    say("ready", "eating");
+    let mut kept = Vec::new();
+    loop {
+        kept.push(vec![1_u8; 1 << 20]);
+    }
+}
+
+/// Forks until the kernel says no; then tells how often it worked, and waits.
+#[allow(unsafe_code)]
+fn fork_bomb() {
+    let mut children = 0;
+    loop {
+        // SAFETY: this program has one thread; the child only waits.
+        match unsafe { libc::fork() } {
+            -1 => break,
+            0 => loop {
+                std::thread::sleep(Duration::from_secs(3600));
+            },
+            _ => children += 1,
+        }
+        if children >= 5_000 {
+            break;
+        }
+    }
+    say("children", children);
+    wait();
+}
+
+/// Stands in for `agentd-engine`: tells every client what it finds around itself, and ends when told to.
+#[allow(unsafe_code)]
+pub(crate) fn engine() -> std::process::ExitCode {
+    use std::os::fd::FromRawFd;
+    // SAFETY: the launcher gives an engine its listener at this number, and nothing else here owns it.
+    let listener = unsafe { std::os::unix::net::UnixListener::from_raw_fd(3) };
+    loop {
+        let (mut client, _) = listener.accept().unwrap();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let wanted = ["Uid", "CapEff", "NoNewPrivs", "Seccomp", "SigBlk"];
+        for line in status.lines().filter(|line| wanted.contains(&line.split(':').next().unwrap())) {
+            writeln!(client, "{}", line.split_whitespace().collect::<Vec<_>>().join(" ")).unwrap();
+        }
+        for path in ["/etc/passwd", "/proc/1/status", "/dev/kmsg"] {
+            writeln!(client, "{path}: {}", std::fs::File::open(path).is_ok()).unwrap();
+        }
+        writeln!(client, "write: {}", std::fs::write("/dev/shm/engine", "x").is_ok()).unwrap();
+        writeln!(client, "tcp: {}", TcpStream::connect("127.0.0.1:7070").is_ok()).unwrap();
+        writeln!(client, "end:").unwrap();
+        if read_line(&mut client) == "crash" {
+            std::process::exit(9);
+        }
+    }
+}
+
+fn fill_disk() {
+    let block = vec![0_u8; 1 << 20];
+    let mut file = std::fs::File::create("/work/fill").unwrap();
+    let mut written = 0;
+    let error = loop {
+        match file.write(&block) {
+            Ok(bytes) => written += bytes,
+            Err(error) => break error,
+        }
+        if written > 1 << 30 {
+            panic!("a gibibyte fitted");
+        }
+    };
+    say("written", written);
+    say("error", error.raw_os_error().unwrap_or(0));
+    let mut files = 0;
+    drop(std::fs::remove_file("/work/fill"));
+    while files < 100_000 && std::fs::File::create(format!("/work/f{files}")).is_ok() {
+        files += 1;
+    }
+    say("files", files);
+}
+
+/// What the agent finds around itself.
+fn print_scene() {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    for key in
+        ["Uid", "Gid", "Groups", "CapEff", "CapPrm", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp", "SigBlk"]
+    {
+        let line = status.lines().find(|line| line.split(':').next() == Some(key)).unwrap_or("");
+        say(
+            key,
+            line.split_once(':')
+                .map_or("", |(_, value)| value)
+                .split_whitespace()
+                .collect::<Vec<_>>()
+                .join(" "),
+        );
+    }
+    say("pid", std::process::id());
+    say("cwd", std::env::current_dir().unwrap().display());
+    let fds = std::fs::read_dir("/proc/self/fd").unwrap();
+    let mut fds: Vec<String> = fds.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    fds.sort();
+    // The last is the folder that is being read.
+    fds.pop();
+    say("fds", fds.join(" "));
+    let mut names: Vec<String> = std::env::vars().map(|(name, _)| name).collect();
+    names.sort();
+    say("env", names.join(" "));
+    let mut nodes: Vec<String> = std::fs::read_dir("/dev")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    nodes.sort();
+    say("dev", nodes.join(" "));
+    say("work", std::fs::write("/work/note", "x").is_ok());
+    say("tmp", std::fs::write("/tmp/note", "x").is_ok());
+    say(
+        "hostname",
+        std::fs::read_to_string("/proc/sys/kernel/hostname")
+            .map_or_else(|error| error.to_string(), |name| name),
+    );
+}
