@@ -6,14 +6,19 @@ use std::{env, fs, io};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=build.rs");
     // The dynamic loader looks beside the program; nothing of this machine's paths is baked in.
-    println!("cargo:rustc-link-arg-bins=-Wl,-rpath,$ORIGIN");
+    println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN");
     // From the build script of llama-cpp-sys-2, feature `dynamic-backends`.
     let backends = PathBuf::from(env::var("DEP_LLAMA_BACKENDS_DIR")?);
     let libraries = backends.parent().ok_or("the back ends' folder has no parent")?.join("lib");
     // OUT_DIR is <target>/<profile>/build/<crate>/out.
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let profile = out.ancestors().nth(3).ok_or("OUT_DIR is not deep enough")?;
-    copy_matching(&libraries, profile, |name| name.ends_with(".so.0"))?;
+    // For the program, and for its tests in `deps`. The build script of llama-cpp-sys-2 0.1.161 has put links to
+    // these names in both folders; when it runs again it takes a link that leads nowhere for a missing one and
+    // fails to make it.
+    for folder in [profile, &profile.join("deps")] {
+        copy_matching(&libraries, folder, |name| name.ends_with(".so.0"))?;
+    }
     // llama-cpp-sys-2 leaves links here whose targets it does not bring, and fails with "File exists" over them
     // when it runs again (its build.rs asks `exists()`, which is false for a dangling link).
     for folder in ["deps", "examples"] {

@@ -1,8 +1,8 @@
 //! Where do this process's words go?
 //!
 //! JSON lines on standard error, which the launcher hands to the log. llama.cpp talks a lot: its words appear
-//! from `warn` up, and wholly with `AGENTD_LOG=debug`. Its last error is kept, because llama.cpp answers a
-//! failed load with a null pointer and says why only there.
+//! from `warn` up, and wholly with `AGENTD_LOG=debug`. Its first error since the last question is kept, because
+//! llama.cpp answers a failed load with a null pointer and says why only there; what follows is consequences.
 
 use std::fmt::Write as _;
 use std::sync::{Mutex, PoisonError};
@@ -15,7 +15,7 @@ use tracing_subscriber::{EnvFilter, Layer};
 /// What llama-cpp-2 calls the events it makes of llama.cpp's lines.
 const LLAMA: &str = "llama-cpp-2";
 
-static LAST_ERROR: Mutex<Option<String>> = Mutex::new(None);
+static FIRST_ERROR: Mutex<Option<String>> = Mutex::new(None);
 
 pub(crate) fn start() {
     let filter = EnvFilter::try_from_env("AGENTD_LOG")
@@ -25,23 +25,23 @@ pub(crate) fn start() {
         .flatten_event(true)
         .with_writer(std::io::stderr)
         .with_filter(filter);
-    tracing_subscriber::registry().with(lines).with(KeepLastError).init();
+    tracing_subscriber::registry().with(lines).with(KeepFirstError).init();
     llama_cpp_2::send_logs_to_tracing(llama_cpp_2::LogOptions::default());
 }
 
-/// What llama.cpp complained of last, once.
-pub(crate) fn take_last_error() -> Option<String> {
-    LAST_ERROR.lock().unwrap_or_else(PoisonError::into_inner).take()
+/// What llama.cpp complained of first since this was asked last.
+pub(crate) fn take_error() -> Option<String> {
+    FIRST_ERROR.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
-struct KeepLastError;
+struct KeepFirstError;
 
-impl<S: Subscriber> Layer<S> for KeepLastError {
+impl<S: Subscriber> Layer<S> for KeepFirstError {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         if event.metadata().target() == LLAMA && *event.metadata().level() == Level::ERROR {
             let mut message = Message(String::new());
             event.record(&mut message);
-            *LAST_ERROR.lock().unwrap_or_else(PoisonError::into_inner) = Some(message.0);
+            FIRST_ERROR.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message.0);
         }
     }
 }

@@ -96,7 +96,7 @@ pub(crate) fn load(backend: &Arc<LlamaBackend>, request: &LoadModel, threads: u3
         .map_err(|why| unreadable(path, &why))?;
 
     let gauge = Arc::new(Gauge::default());
-    let settings = Settings { threads, ..sizes };
+    let settings = Settings { threads: useful_threads(&summary, threads), ..sizes };
     let (ready, readiness) = channel();
     let (worker, thread) = match request.kind {
         ModelKind::Chat => {
@@ -121,7 +121,7 @@ pub(crate) fn load(backend: &Arc<LlamaBackend>, request: &LoadModel, threads: u3
     })?;
     let made = readiness.recv().unwrap_or_else(|_| Err("its thread ended".to_owned()));
     let context_tokens = made.map_err(|why| {
-        let why = logging::take_last_error().map_or_else(|| why.clone(), |last| format!("{why}: {last}"));
+        let why = logging::take_error().map_or_else(|| why.clone(), |error| format!("{why}: {error}"));
         Report::environment("model_no_context", not_loaded(request), why, "load it with a smaller context")
     })?;
     Ok(describe(
@@ -160,6 +160,15 @@ fn sizes(request: &LoadModel, summary: &Summary) -> Settings {
     };
     let exact_cache = cache_bytes(summary, wanted, 4) <= EXACT_CACHE_BYTES;
     Settings { context_tokens: wanted, sequences, threads: 1, exact_cache }
+}
+
+/// Weights that a thread should have to read for each token. Below that the threads mostly wait for each other,
+/// and they wait spinning: on cores that agents use too, a second thread makes a small model many times slower.
+const BYTES_PER_THREAD: u64 = 32 * 1024 * 1024;
+
+fn useful_threads(summary: &Summary, most: u32) -> u32 {
+    let useful = summary.tensor_bytes.div_ceil(BYTES_PER_THREAD);
+    u32::try_from(useful).unwrap_or(most).clamp(1, most.max(1))
 }
 
 /// Size of the KV cache if every layer keeps keys and values of the full width: an upper bound.
@@ -223,9 +232,9 @@ fn check_memory(request: &LoadModel, summary: &Summary, sizes: &Settings) -> Res
 }
 
 fn load_weights(backend: &LlamaBackend, request: &LoadModel) -> Result<LlamaModel, Report> {
-    let _older = logging::take_last_error();
+    let _older = logging::take_error();
     LlamaModel::load_from_file(backend, &request.path, &LlamaModelParams::default()).map_err(|error| {
-        let why = logging::take_last_error().unwrap_or_else(|| error.to_string());
+        let why = logging::take_error().unwrap_or_else(|| error.to_string());
         Report::caller(
             "model_refused",
             not_loaded(request),

@@ -1,0 +1,9 @@
+//! Does the real engine keep the promises of B12, B14 and of the GGUF lines of B20?
+//!
+//! Real process, real llama.cpp, the models that the image builder makes. The mathematics is compared with NumPy
+//! scripts in `tests/fixtures/models` that share no code with us or with llama.cpp.
+
+mod client;
+mod conversations;
+mod files;
+mod mathematics;
