@@ -110,7 +110,7 @@ impl Authority {
         }
         let key = parse_key(&file.key_pkcs8_hex).map_err(damaged)?;
         let certificate = CertificateDer::from(bytes_of(&file.certificate_hex).map_err(damaged)?);
-        let fingerprint = hex::encode(&Sha256::digest(key.subject_public_key_info()));
+        let fingerprint = hex::encode(Sha256::digest(key.subject_public_key_info()));
         check_pair(&key, &certificate).map_err(damaged)?;
         let served = Arc::new(Served::default());
         Ok(Self { files, key, certificate, fingerprint, server: Mutex::new(None), served })
@@ -247,7 +247,7 @@ fn make_authority() -> Result<AuthorityFile, AuthorityError> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let mut params = CertificateParams::new(Vec::<String>::new())?;
     // The name carries a piece of the key's hash, so that two appliances in one browser's list differ.
-    let short: String = hex::encode(&Sha256::digest(key.subject_public_key_info())).chars().take(8).collect();
+    let short: String = hex::encode(Sha256::digest(key.subject_public_key_info())).chars().take(8).collect();
     params.distinguished_name = name(&format!("agentd OS appliance authority {short}"));
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
