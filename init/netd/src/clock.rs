@@ -63,7 +63,7 @@ pub async fn keep(mut questions: watch::Receiver<Question>, answers: mpsc::Sende
         if answers.send(answer.clone()).await.is_err() {
             return;
         }
-        // Another server, or a network that has come back, is worth a question at once.
+        // Other servers are worth a question at once.
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             changed = questions.wait_for(|new| new.reachable && *new != question) => {

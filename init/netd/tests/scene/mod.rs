@@ -17,8 +17,8 @@ use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// DHCP answers in well under a second; a router advertisement after duplicate detection takes two. The rest is
@@ -50,7 +50,18 @@ pub fn skip() -> Option<String> {
             return Some(format!("`{tool}` is not installed (apt install iproute2 dnsmasq-base util-linux)"));
         }
     }
-    None
+    // A container may be root and still not have namespaces or virtual cables.
+    let probe = format!("netd-{}-probe", std::process::id());
+    static CAPABLE: OnceLock<Option<String>> = OnceLock::new();
+    CAPABLE
+        .get_or_init(|| {
+            let made = run(&["ip", "netns", "add", &probe]).and_then(|()| {
+                run(&["ip", "-n", &probe, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"])
+            });
+            let _ = run(&["ip", "netns", "del", &probe]);
+            made.err().map(|why| format!("this machine gives no namespace with a cable: {why:#}"))
+        })
+        .clone()
 }
 
 impl Scene {
