@@ -39,7 +39,7 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     ("echo-agent", &[]),
     ("image", &["agentd-domain"]),
     ("tests-host", &["agentd-domain"]),
-    ("tests-qemu", &["agentd-domain", "image"]),
+    ("tests-qemu", &["agentd-domain", "image", "init-sys"]),
     ("tests-bench", &["image"]),
     ("tests-tidy", &[]),
 ];

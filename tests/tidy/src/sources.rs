@@ -8,12 +8,15 @@ const LONG_REASON: &str = "Long because";
 
 /// The files that may hold unsafe code: system-call wrappers, what runs between fork and exec, FFI.
 pub const UNSAFE_FILES: &[&str] = &[
+    "agentd/crates/engine/src/main.rs",
     "agentd/crates/sandbox/src/bin/agent-jail.rs",
     "agentd/crates/sandbox/src/jail/probe.rs",
     "agentd/crates/sandbox/src/sys/kernel.rs",
     "agentd/crates/sandbox/src/sys/network.rs",
     "agentd/crates/sandbox/src/sys/process.rs",
     "agentd/crates/sandbox/src/sys/signal.rs",
+    // Breaks out on purpose: an escape that no safe function offers.
+    "agentd/crates/sandbox/tests/walls/agent.rs",
     "init/sys/src/block.rs",
     "init/sys/src/quota.rs",
     "init/sys/src/rtc.rs",
