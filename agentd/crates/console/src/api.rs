@@ -6,7 +6,7 @@ use crate::answer::{Answer, Failure, LONG, SHORT, ndjson, within};
 use crate::appliance::{Appliance, Follow, LogQuery};
 use crate::auth::Auth;
 use crate::gate::SignedIn;
-use crate::input::{self, Json, PACKAGE_LIMIT_BYTES, Text};
+use crate::input::{self, Json, Name, PACKAGE_LIMIT_BYTES, Text};
 use crate::serve::Peer;
 use agentd_domain::api::{
     Agent, AgentKey, ApplianceStatus, ChatRequest, Claim, Liveness, Login, Model, ModelName, Session,
@@ -14,8 +14,8 @@ use agentd_domain::api::{
 use agentd_domain::fault::Report;
 use agentd_domain::plan::SandboxPlan;
 use axum::Json as Out;
-use axum::extract::{Extension, Path, Query, Request, State};
-use axum::http::StatusCode;
+use axum::extract::{Extension, Query, Request, State};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use serde::Deserialize;
 use std::net::{IpAddr, Ipv4Addr};
@@ -72,7 +72,7 @@ pub async fn agents(State(appliance): Machine) -> Answer<Out<Vec<Agent>>> {
     within(SHORT, appliance.agents()).await.map(Out)
 }
 
-pub async fn agent(State(appliance): Machine, Path(name): Path<String>) -> Answer<Out<Agent>> {
+pub async fn agent(State(appliance): Machine, Name(name): Name) -> Answer<Out<Agent>> {
     within(SHORT, appliance.agent(key(&name)?)).await.map(Out)
 }
 
@@ -81,15 +81,15 @@ pub async fn install(State(appliance): Machine, request: Request) -> Answer<Out<
     within(INSTALL, appliance.install(package)).await.map(Out)
 }
 
-pub async fn start(State(appliance): Machine, Path(name): Path<String>) -> Answer<Out<Agent>> {
+pub async fn start(State(appliance): Machine, Name(name): Name) -> Answer<Out<Agent>> {
     within(LONG, appliance.start(key(&name)?)).await.map(Out)
 }
 
-pub async fn stop(State(appliance): Machine, Path(name): Path<String>) -> Answer<Out<Agent>> {
+pub async fn stop(State(appliance): Machine, Name(name): Name) -> Answer<Out<Agent>> {
     within(LONG, appliance.stop(key(&name)?)).await.map(Out)
 }
 
-pub async fn remove(State(appliance): Machine, Path(name): Path<String>) -> Answer<StatusCode> {
+pub async fn remove(State(appliance): Machine, Name(name): Name) -> Answer<StatusCode> {
     within(LONG, appliance.remove(key(&name)?)).await.map(|()| StatusCode::NO_CONTENT)
 }
 
@@ -105,7 +105,7 @@ pub struct LogParameters {
 pub async fn logs(
     State(appliance): Machine,
     Extension(session): Extension<SignedIn>,
-    Path(name): Path<String>,
+    Name(name): Name,
     parameters: Result<Query<LogParameters>, axum::extract::rejection::QueryRejection>,
 ) -> Answer<Response> {
     let Query(parameters) = parameters.map_err(|e| {
@@ -122,9 +122,14 @@ pub async fn logs(
 pub async fn chat(
     State(appliance): Machine,
     Extension(session): Extension<SignedIn>,
-    Path(name): Path<String>,
-    Json(message): Json<ChatRequest>,
+    Name(name): Name,
+    headers: HeaderMap,
+    Json(mut message): Json<ChatRequest>,
 ) -> Answer<Response> {
+    if message.idempotency_key.is_none() {
+        let key = headers.get("idempotency-key").and_then(|value| value.to_str().ok());
+        message.idempotency_key = key.map(str::to_owned);
+    }
     check_message(&message)?;
     let parts = within(SHORT, appliance.chat(key(&name)?, message)).await?;
     Ok(ndjson(parts, session.grant.gone))
@@ -134,17 +139,13 @@ pub async fn models(State(appliance): Machine) -> Answer<Out<Vec<Model>>> {
     within(SHORT, appliance.models()).await.map(Out)
 }
 
-pub async fn add_model(
-    State(appliance): Machine,
-    Path(name): Path<String>,
-    request: Request,
-) -> Answer<Out<Model>> {
+pub async fn add_model(State(appliance): Machine, Name(name): Name, request: Request) -> Answer<Out<Model>> {
     let name = model_name(&name)?;
     let file = input::upload(request, None)?;
     within(ADD_MODEL, appliance.add_model(name, file)).await.map(Out)
 }
 
-pub async fn remove_model(State(appliance): Machine, Path(name): Path<String>) -> Answer<StatusCode> {
+pub async fn remove_model(State(appliance): Machine, Name(name): Name) -> Answer<StatusCode> {
     within(LONG, appliance.remove_model(model_name(&name)?)).await.map(|()| StatusCode::NO_CONTENT)
 }
 

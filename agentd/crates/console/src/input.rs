@@ -8,7 +8,8 @@ use crate::answer::Failure;
 use crate::appliance::Upload;
 use agentd_domain::fault::Report;
 use axum::body::{Body, HttpBody};
-use axum::extract::{Form, FromRequest, Request};
+use axum::extract::{Form, FromRequest, FromRequestParts, Path, Request};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -69,6 +70,18 @@ impl<S: Send + Sync> FromRequest<S> for Text {
     async fn from_request(request: Request, _state: &S) -> Result<Self, Failure> {
         let bytes = whole(request.into_body()).await?;
         String::from_utf8(bytes.into()).map(Self).map_err(|_| malformed("the text is not UTF-8").into())
+    }
+}
+
+/// The name in a path like `/agents/{name}`, decoded but not checked.
+pub struct Name(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Name {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        let name = Path::<String>::from_request_parts(parts, state).await;
+        name.map(|Path(name)| Self(name)).map_err(|e| malformed(&e.body_text()).into())
     }
 }
 

@@ -4,13 +4,16 @@
 //! In:    a bound listener, a TLS configuration, a router. Out: nothing; it runs until told to stop.
 //!
 //! A stranger can hold at most one of [`Limits::connections`] places for the time of a handshake and of a
-//! request's head, and [`Limits::per_client`] places in all, so that one host cannot use them up. ALPN has
+//! request's head, keep an unused one for [`Limits::idle`], and have [`Limits::per_client`] places in all, so that one host cannot use them up. ALPN has
 //! decided the protocol before the first byte of HTTP, so nothing is guessed.
 //!
 //! Bodies are limited where they are read: see `input`.
 
 use crate::guarded::{Guarded, Patience};
 use axum::Router;
+use axum::body::HttpBody;
+use bytes::Bytes;
+use hyper::body::{Frame, SizeHint};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ServerConfig;
@@ -20,11 +23,12 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::time::{sleep, timeout};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -42,8 +46,10 @@ pub struct Limits {
     /// A browser opens six over HTTP/1.1; behind a shared address there may be several people.
     pub per_client: usize,
     pub handshake: Duration,
-    /// For a request's head, and for how long an idle HTTP/1.1 connection is kept.
+    /// For a request's head.
     pub head: Duration,
+    /// How long a connection without an open request is kept; a browser opens a new one in no time.
+    pub idle: Duration,
     pub stalled_write: Duration,
     pub linger: Duration,
     /// What open requests get at shutdown.
@@ -57,6 +63,7 @@ impl Default for Limits {
             per_client: 96,
             handshake: Duration::from_secs(10),
             head: Duration::from_secs(30),
+            idle: Duration::from_secs(120),
             stalled_write: Duration::from_secs(60),
             linger: Duration::from_secs(10),
             grace: Duration::from_secs(3),
@@ -144,10 +151,21 @@ async fn connection(
     let http2 = tls.get_ref().1.alpn_protocol() == Some(b"h2");
     let patience = Patience { stalled_write: limits.stalled_write, linger: limits.linger };
     let io = TokioIo::new(Guarded::new(tls, patience));
+    let activity = Activity::new();
+    let requests = activity.clone();
     let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(Peer(peer.ip()));
-        router.clone().call(request)
+        let open = requests.begin();
+        let answer = router.clone().call(request);
+        // The request is open until its answer's body has ended or was dropped.
+        async move { answer.await.map(|answer| answer.map(|body| Tied { body, _open: open })) }
     });
+    let leave = async {
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = activity.idle_for(limits.idle) => {}
+        }
+    };
     if http2 {
         let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
@@ -156,31 +174,105 @@ async fn connection(
             .keep_alive_interval(Duration::from_secs(20))
             .keep_alive_timeout(Duration::from_secs(20))
             .serve_connection(io, service);
-        drive(connection, shutdown, |c| c.graceful_shutdown()).await
+        drive(connection, leave, |c| c.graceful_shutdown()).await
     } else {
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(limits.head)
             .max_buf_size(64 * 1024)
             .serve_connection(io, service);
-        drive(connection, shutdown, |c| c.graceful_shutdown()).await
+        drive(connection, leave, |c| c.graceful_shutdown()).await
     }
     .map_err(io::Error::other)
 }
 
-/// Runs a connection; at shutdown its open requests may end, and no new ones are taken.
+/// Runs a connection; once it is time to leave, open requests may end, and no new ones are taken.
 async fn drive<C: Future>(
     connection: C,
-    shutdown: CancellationToken,
+    leave: impl Future<Output = ()>,
     tell: impl FnOnce(Pin<&mut C>),
 ) -> C::Output {
     tokio::pin!(connection);
     tokio::select! {
         biased;
         output = &mut connection => return output,
-        () = shutdown.cancelled() => tell(connection.as_mut()),
+        () = leave => tell(connection.as_mut()),
     }
     connection.await
+}
+
+/// Whether a connection has open requests, and since when it has none.
+#[derive(Clone)]
+struct Activity(watch::Sender<Load>);
+
+#[derive(Clone, Copy)]
+struct Load {
+    open: usize,
+    since: Instant,
+}
+
+/// One open request.
+struct Open(Activity);
+
+impl Activity {
+    fn new() -> Self {
+        Self(watch::Sender::new(Load { open: 0, since: Instant::now() }))
+    }
+
+    fn begin(&self) -> Open {
+        self.0.send_modify(|load| load.open += 1);
+        Open(self.clone())
+    }
+
+    /// Ends once there has been no open request for this long.
+    async fn idle_for(&self, limit: Duration) {
+        let mut loads = self.0.subscribe();
+        loop {
+            let load = *loads.borrow_and_update();
+            let changed = loads.changed();
+            if load.open > 0 {
+                // The sender is ours, so this cannot fail.
+                let _ = changed.await;
+            } else if timeout_at(load.since + limit, changed).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.0.send_modify(|load| {
+            load.open -= 1;
+            load.since = Instant::now();
+        });
+    }
+}
+
+/// A body that keeps its request open.
+struct Tied {
+    body: axum::body::Body,
+    _open: Open,
+}
+
+impl HttpBody for Tied {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// `None` for a client that speaks plain HTTP: it has been told.

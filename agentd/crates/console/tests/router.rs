@@ -481,6 +481,24 @@ async fn a_chat_is_one_json_value_per_line() {
     assert_eq!(scene.fake.calls(), ["chat echo hello"]);
 }
 
+#[tokio::test]
+async fn a_message_has_its_key_in_the_body_or_in_the_header() {
+    let scene = Scene::new();
+    let token = scene.claim().await;
+    let chat = |body: Value, key: &'static str| {
+        let request = with(Some(&token), Request::post("/api/v1/agents/echo/chat"))
+            .header("content-type", "application/json")
+            .header("idempotency-key", key);
+        scene.send(request.body(Body::from(body.to_string())).expect("a request"))
+    };
+    chat(json!({"text": "one"}), "from-header").await;
+    chat(json!({"text": "two", "idempotency_key": "from-body"}), "from-header").await;
+    assert_eq!(scene.fake.key_of("one").as_deref(), Some("from-header"));
+    assert_eq!(scene.fake.key_of("two").as_deref(), Some("from-body"));
+    let long: &'static str = "x".repeat(129).leak();
+    assert_eq!(chat(json!({"text": "three"}), long).await.report().code, "key_malformed");
+}
+
 /// A person without JavaScript, with the cookie and the headers that a browser sends.
 #[tokio::test]
 async fn the_pages_work_as_plain_forms() {

@@ -30,6 +30,7 @@ struct Scene {
     shutdown: CancellationToken,
     server: JoinHandle<()>,
     auth: Arc<Auth>,
+    fake: Arc<Fake>,
 }
 
 impl Scene {
@@ -41,10 +42,11 @@ impl Scene {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let address = listener.local_addr().expect("an address");
         let shutdown = CancellationToken::new();
-        let router = router(Arc::new(Fake::default()), auth.clone());
+        let fake = Arc::new(Fake::default());
+        let router = router(fake.clone(), auth.clone());
         let tls = authority.tls_config().expect("a configuration");
         let server = tokio::spawn(serve_tls_with(listener, tls, router, shutdown.clone(), limits));
-        Self { address, authority, shutdown, server, auth }
+        Self { address, authority, shutdown, server, auth, fake }
     }
 
     /// A client that trusts the authority as a browser would that has imported it.
@@ -65,6 +67,12 @@ impl Scene {
         let stream = TcpStream::connect(self.address).await?;
         let name = ServerName::try_from(name).expect("a name");
         TlsConnector::from(Arc::new(config)).connect(name, stream).await
+    }
+
+    async fn claim(&self) -> String {
+        let code = self.auth.claim_code().expect("unclaimed");
+        let claim = agentd_domain::api::Claim { code, password: "correct horse battery".into() };
+        self.auth.claim(claim, "127.0.0.1".parse().expect("address")).await.expect("claimed").token
     }
 
     async fn end(self) {
@@ -176,6 +184,37 @@ async fn connections_that_say_nothing_are_let_go() {
 }
 
 #[tokio::test]
+async fn unused_http2_connections_are_let_go_and_open_streams_are_not() {
+    let limits = Limits { idle: Duration::from_millis(50), ..Limits::default() };
+    let scene = Scene::new(limits).await;
+    let token = scene.claim().await;
+    let connect = async || {
+        let stream = scene.connect("localhost", &[b"h2"]).await.expect("connected");
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .expect("HTTP/2")
+    };
+    let (mut sender, connection) = connect().await;
+    let streaming = tokio::spawn(connection);
+    let request = Request::get("https://localhost/api/v1/agents/echo/logs?lines=1&follow=true")
+        .header("authorization", format!("Bearer {token}"))
+        .body(Empty::<Bytes>::new())
+        .expect("a request");
+    let mut answer = sender.send_request(request).await.expect("an answer");
+    answer.frame().await.expect("a line").expect("no error");
+
+    let (_unused_sender, unused) = connect().await;
+    timeout(DEADLINE, unused).await.expect("let go").expect("in order");
+
+    scene.fake.say_in_log("still here");
+    let line = answer.frame().await.expect("a line").expect("no error");
+    assert!(String::from_utf8_lossy(line.data_ref().expect("data")).contains("still here"));
+    drop((answer, sender));
+    let _ = timeout(DEADLINE, streaming).await.expect("let go once its stream has ended");
+    scene.end().await;
+}
+
+#[tokio::test]
 async fn one_client_cannot_take_every_place() {
     let limits = Limits { connections: 8, per_client: 2, ..Limits::default() };
     let scene = Scene::new(limits).await;
@@ -202,15 +241,11 @@ async fn one_client_cannot_take_every_place() {
 async fn shutdown_ends_streams_after_the_grace() {
     let limits = Limits { grace: Duration::from_millis(50), ..Limits::default() };
     let scene = Scene::new(limits).await;
-    let claim = agentd_domain::api::Claim {
-        code: scene.auth.claim_code().expect("unclaimed"),
-        password: "correct horse battery".into(),
-    };
-    let session = scene.auth.claim(claim, "127.0.0.1".parse().expect("address")).await.expect("claimed");
+    let token = scene.claim().await;
     let mut stream = scene.connect("localhost", &[b"http/1.1"]).await.expect("connected");
     let request = format!(
         "GET /api/v1/agents/echo/logs?follow=true HTTP/1.1\r\nHost: box\r\nAuthorization: Bearer {}\r\n\r\n",
-        session.token
+        token
     );
     stream.write_all(request.as_bytes()).await.expect("sent");
     let mut first = [0; 12];

@@ -224,7 +224,7 @@ pub struct LogLine {
 #[serde(deny_unknown_fields)]
 pub struct ChatRequest {
     pub text: String,
-    /// Retried with the same key, a message is delivered once.
+    /// Retried with the same key, a message is delivered once. The header `Idempotency-Key` says the same.
     #[serde(default)]
     pub idempotency_key: Option<String>,
 }

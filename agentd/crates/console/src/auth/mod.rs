@@ -392,3 +392,64 @@ fn start_session(sessions: &mut Sessions, now: Duration) -> Result<Session, Deni
     sessions.start(&token, now);
     Ok(Session { token, expires_in_s: OLDEST.as_secs() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::MemoryFiles;
+    use std::future::Future;
+    use std::net::Ipv4Addr;
+    use std::sync::atomic::Ordering;
+    use std::task::{Context, Waker};
+
+    const PEER: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+    fn scene() -> (Arc<MemoryFiles>, Arc<Auth>, Claim) {
+        let files = Arc::new(MemoryFiles::default());
+        let auth = Arc::new(Auth::open(files.clone(), Arc::new(|| Duration::from_secs(60))).expect("opens"));
+        let code = auth.claim_code().expect("unclaimed");
+        (files, auth, Claim { code, password: "correct horse battery".to_owned() })
+    }
+
+    #[tokio::test]
+    async fn nobody_is_told_of_a_claim_that_is_not_on_disk_and_the_code_still_works() {
+        let (files, auth, claim) = scene();
+        files.full.store(true, Ordering::SeqCst);
+        for _ in 0..7 {
+            let refused = auth.claim(claim.clone(), PEER).await.expect_err("the disk is full");
+            assert_eq!(refused.report().code, "state_not_writable");
+        }
+        assert!(!auth.is_claimed());
+        files.full.store(false, Ordering::SeqCst);
+        auth.claim(claim, PEER).await.expect("claimed");
+        assert!(Auth::open(files, Arc::new(|| Duration::ZERO)).expect("opens").is_claimed());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_vanishes_leaves_no_claim_half_done() {
+        let (_files, auth, claim) = scene();
+        let mut vanishing = Box::pin(auth.claim(claim.clone(), PEER));
+        assert!(vanishing.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        drop(vanishing);
+        let refused = auth.claim(claim, PEER).await.expect_err("the first claim goes on");
+        assert!(matches!(refused, Denied::AlreadyClaimed));
+        let owned = async {
+            while !auth.is_claimed() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), owned).await.expect("the first claim ends");
+    }
+
+    #[tokio::test]
+    async fn a_crowd_at_the_door_is_told_to_wait() {
+        let (_files, auth, claim) = scene();
+        auth.claim(claim, PEER).await.expect("claimed");
+        let crowd = (0..20u8).map(|n| auth.login("not this one at all".to_owned(), [10, 0, 0, n].into()));
+        let outcomes = futures::future::join_all(crowd).await;
+        let busy = outcomes.iter().filter(|o| matches!(o, Err(Denied::Busy))).count();
+        let wrong = outcomes.iter().filter(|o| matches!(o, Err(Denied::PasswordWrong))).count();
+        assert_eq!(busy + wrong, 20);
+        assert!(wrong >= HASH_QUEUE && busy > 0, "{wrong} were heard, {busy} were not");
+    }
+}

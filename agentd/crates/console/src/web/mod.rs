@@ -17,13 +17,13 @@ use crate::api::{Machine, address, check_message, key, model_name};
 use crate::appliance::{Appliance, Follow, LogQuery};
 use crate::auth::Auth;
 use crate::gate::{self, SignedIn};
-use crate::input::Fields;
+use crate::input::{Fields, Name};
 use crate::serve::Peer;
 use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::{AgentKey, ChatRequest, Claim, LogLine, Session};
 use agentd_domain::fault::Report;
 use agents::Exchange;
-use axum::extract::{Extension, Path, State};
+use axum::extract::{Extension, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Redirect, Response};
 use futures::StreamExt;
@@ -70,21 +70,21 @@ pub async fn agents(State(appliance): Machine) -> Shown {
     Ok(agents::list(&agents, appliance.health()))
 }
 
-pub async fn agent(State(appliance): Machine, Path(name): Path<String>) -> Shown {
+pub async fn agent(State(appliance): Machine, Name(name): Name) -> Shown {
     agent_page(&*appliance, key(&name)?, None).await
 }
 
-pub async fn start(State(appliance): Machine, Path(name): Path<String>) -> Done {
+pub async fn start(State(appliance): Machine, Name(name): Name) -> Done {
     let agent = within(LONG, appliance.start(key(&name)?)).await?;
     Ok(Redirect::to(&format!("/agents/{}", agent.name)))
 }
 
-pub async fn stop(State(appliance): Machine, Path(name): Path<String>) -> Done {
+pub async fn stop(State(appliance): Machine, Name(name): Name) -> Done {
     let agent = within(LONG, appliance.stop(key(&name)?)).await?;
     Ok(Redirect::to(&format!("/agents/{}", agent.name)))
 }
 
-pub async fn remove(State(appliance): Machine, Path(name): Path<String>) -> Done {
+pub async fn remove(State(appliance): Machine, Name(name): Name) -> Done {
     within(LONG, appliance.remove(key(&name)?)).await?;
     Ok(Redirect::to("/agents"))
 }
@@ -96,7 +96,7 @@ pub struct Saying {
 
 pub async fn chat(
     State(appliance): Machine,
-    Path(name): Path<String>,
+    Name(name): Name,
     saying: Result<Fields<Saying>, Failure>,
 ) -> Shown {
     let Fields(saying) = saying?;
@@ -115,7 +115,7 @@ pub async fn models(State(appliance): Machine) -> Shown {
     Ok(models::list(&models, appliance.health()))
 }
 
-pub async fn remove_model(State(appliance): Machine, Path(name): Path<String>) -> Done {
+pub async fn remove_model(State(appliance): Machine, Name(name): Name) -> Done {
     within(LONG, appliance.remove_model(model_name(&name)?)).await?;
     Ok(Redirect::to("/models"))
 }

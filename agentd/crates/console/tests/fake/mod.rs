@@ -21,7 +21,6 @@ use std::time::Duration;
 
 pub struct Fake {
     inner: Mutex<Inner>,
-    /// Uploads land here, as they would on a disk: only the length is kept in memory.
     log: tokio::sync::broadcast::Sender<LogLine>,
 }
 
@@ -29,8 +28,9 @@ struct Inner {
     agents: BTreeMap<String, Agent>,
     models: BTreeMap<String, Model>,
     log: Vec<LogLine>,
-    chats: HashMap<String, String>,
-    pub calls: Vec<String>,
+    /// Of each message, by its text.
+    keys: HashMap<String, String>,
+    calls: Vec<String>,
 }
 
 pub const NOW_UNIX_MS: i64 = 1_795_176_243_000;
@@ -45,7 +45,7 @@ impl Default for Fake {
         let models = [embedder(), chat_model(), cut_model()].map(|m| (m.name.clone(), m)).into();
         let log = first_log();
         Self {
-            inner: Mutex::new(Inner { agents, models, log, chats: HashMap::new(), calls: Vec::new() }),
+            inner: Mutex::new(Inner { agents, models, log, keys: HashMap::new(), calls: Vec::new() }),
             log: tokio::sync::broadcast::channel(64).0,
         }
     }
@@ -55,6 +55,11 @@ impl Fake {
     /// What was asked of the machine, oldest first.
     pub fn calls(&self) -> Vec<String> {
         self.inner.lock().expect("lock").calls.clone()
+    }
+
+    /// The idempotency key with which this message came.
+    pub fn key_of(&self, text: &str) -> Option<String> {
+        self.inner.lock().expect("lock").keys.get(text).cloned()
     }
 
     pub fn say_in_log(&self, text: &str) {
@@ -205,6 +210,8 @@ impl Appliance for Fake {
                 ));
             }
             self.note(format!("chat {agent} {}", message.text));
+            let key = message.idempotency_key.clone().unwrap_or_default();
+            self.inner.lock().expect("lock").keys.insert(message.text.clone(), key);
             let words = format!(
                 "I have kept that: \u{201c}{}\u{201d}. Ask me by meaning and I will find it again.",
                 message.text
