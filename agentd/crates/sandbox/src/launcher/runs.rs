@@ -17,6 +17,7 @@ use agentd_domain::fault::Report;
 use agentd_domain::ids::RunId;
 use agentd_domain::launcher::{ExitCause, ExitRecord, RunInfo};
 use agentd_domain::plan::SandboxPlan;
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, Signal, set_parent_process_death_signal};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -305,15 +306,21 @@ fn classify(status: Option<i32>, stop_asked: bool, killed_for_memory: bool) -> E
 /// In the new process, which is pid 1 of its namespace: becomes the jail's program or exits.
 fn become_jail(program: &Path, control: BorrowedFd<'_>) -> i32 {
     let ready = set_parent_process_death_signal(Some(Signal::KILL))
+        .and_then(|()| silence())
         .and_then(|()| sys::place_fd(control, CONTROL_FD))
         .and_then(|()| sys::close_from(CONTROL_FD + 1))
         .and_then(|()| sys::unblock_all());
     if ready.is_ok() {
-        // Only returns on failure; the launcher sees the control socket's end. The launcher's stdio is /dev/null or a
-        // log that only it writes; the agent gets pipes in its place.
+        // Only returns on failure; the launcher sees the control socket's end.
         let _ = Command::new(program).env_clear().exec();
     }
     127
+}
+
+/// A jail says everything over its control socket; the launcher's log is not for it.
+fn silence() -> Result<(), rustix::io::Errno> {
+    let nothing = openat(CWD, "/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    (0..3).try_for_each(|number| sys::place_fd(nothing.as_fd(), number))
 }
 
 #[cfg(test)]

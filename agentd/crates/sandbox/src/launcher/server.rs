@@ -37,6 +37,8 @@ const CLIENTS_MAX: usize = 32;
 const RUNS_MAX: usize = 4_096;
 const ENGINES_MAX: usize = 64;
 const GRACE_MAX_MS: u32 = 60_000;
+/// When init stops the launcher, agentd has already stopped what wanted more time.
+const SHUTDOWN_GRACE_MS: u64 = 1_000;
 /// A listing's part stays well below one packet.
 const LISTING_BYTES: usize = agentd_domain::launcher::MAX_MESSAGE_BYTES / 2;
 /// Groups whose last process is still dying are tried again after this.
@@ -134,6 +136,7 @@ impl Server {
         for problem in &problems {
             eprintln!("agent-launcher: {problem}");
         }
+        let removals = volumes::unfinished_removals(&options);
         let path = options.run_dir.join("launcher.sock");
         let socket = |source| ServeError::Socket { path: path.clone(), source };
         let listener = listen_at(&path, options.agentd_uid).map_err(socket)?;
@@ -155,7 +158,7 @@ impl Server {
             runs: BTreeMap::new(),
             engines: BTreeMap::new(),
             records,
-            removals: VecDeque::new(),
+            removals,
             buried_runs: Vec::new(),
             buried_engines: Vec::new(),
             stopping: false,
@@ -229,7 +232,7 @@ impl Server {
     fn stop_everything(&mut self) {
         self.stopping = true;
         for run in self.runs.values_mut() {
-            run.stop(0);
+            run.stop(SHUTDOWN_GRACE_MS);
         }
         for engine in self.engines.values_mut() {
             engine.stop();
@@ -298,9 +301,15 @@ impl Server {
     }
 
     fn finish_run(&mut self, run_id: RunId) {
-        let Some(mut run) = self.runs.remove(&run_id) else { return };
-        // What the jail said last may still be in its socket.
-        while !matches!(run.listen(), Progress::Silent) {}
+        // What the jail said last may still be in its socket, even that it has started: an agent may end at once.
+        loop {
+            match self.runs.get_mut(&run_id).map(Run::listen) {
+                Some(Progress::Started) => self.answer_start(run_id),
+                Some(Progress::Nothing) => {}
+                Some(Progress::Silent) | None => break,
+            }
+        }
+        let Some(run) = self.runs.remove(&run_id) else { return };
         let record = run.record();
         if let Err(error) = self.records.add(record.clone()) {
             eprintln!("agent-launcher: the exit record of run {run_id} could not be written: {error}");

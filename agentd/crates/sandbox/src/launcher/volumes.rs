@@ -17,11 +17,14 @@ use rustix::fs::{
     openat, openat2, renameat, statat, unlinkat,
 };
 use rustix::io::Errno;
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 
 /// Files looked at in one step of a removal, so that a volume of a million files delays no kill.
 const REMOVAL_STEP: usize = 512;
 const WORK: &str = "work";
+/// What an agent's folder is called while it is being removed.
+const DOOMED: &str = ".removed-";
 
 /// Makes the agent's folders and sets its quota. Doing it twice changes nothing but the quota.
 pub(super) fn prepare(
@@ -104,6 +107,20 @@ pub(super) struct Removal {
     agents: OwnedFd,
     top: OwnedFd,
     moved: u64,
+}
+
+/// Removals that an earlier launcher began: the agents are gone, and the rest of their files follows.
+pub(super) fn unfinished_removals(options: &Options) -> VecDeque<Removal> {
+    let Ok(agents) = agents_folder(options) else { return VecDeque::new() };
+    let found = names(&agents, usize::MAX).unwrap_or_default();
+    let ids =
+        found.iter().filter_map(|name| name.to_str().ok()?.strip_prefix(DOOMED)?.parse::<AgentId>().ok());
+    ids.filter_map(|agent_id| {
+        let top = beneath(&agents, &doomed(agent_id)).ok()?;
+        let agents = rustix::io::fcntl_dupfd_cloexec(&agents, 0).ok()?;
+        Some(Removal { agent_id, agents, top, moved: 0 })
+    })
+    .collect()
 }
 
 impl Removal {
@@ -214,7 +231,7 @@ impl Removal {
 }
 
 fn doomed(agent_id: AgentId) -> String {
-    format!(".removed-{agent_id}")
+    format!("{DOOMED}{agent_id}")
 }
 
 /// At most `most` entries besides `.` and `..`.

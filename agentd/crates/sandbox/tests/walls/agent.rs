@@ -269,7 +269,6 @@ fn print_scene() {
     say("tmp", std::fs::write("/tmp/note", "x").is_ok());
     say(
         "hostname",
-        std::fs::read_to_string("/proc/sys/kernel/hostname")
-            .map_or_else(|error| error.to_string(), |name| name),
+        std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|error| error.to_string()),
     );
 }

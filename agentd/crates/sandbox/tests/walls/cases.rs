@@ -18,6 +18,7 @@ use std::process::Command;
 pub(crate) const ALL: &[Case] = &[
     ("an_agent_finds_only_what_its_plan_gives", agent_finds_only_its_plan),
     ("no_escape_has_an_effect_and_each_has_a_control", escapes),
+    ("a_missing_wall_keeps_every_run_from_starting", fails_closed),
     ("an_agent_that_exits_leaves_its_code", exit_code),
     ("a_forbidden_call_ends_the_run", forbidden_call),
     ("a_program_that_is_not_there_is_a_refusal_and_a_record", missing_program),
@@ -33,8 +34,10 @@ pub(crate) const ALL: &[Case] = &[
     ("a_uid_belongs_to_one_agent", uids),
     ("an_oversized_message_is_refused_and_the_launcher_lives", oversized),
     ("a_plan_outside_the_rules_is_refused", bad_plans),
+    ("a_data_disk_without_quotas_gets_no_agent", quota_is_required),
     ("removing_an_agent_follows_no_link", removal),
     ("limits_of_a_living_run_shrink_and_never_grow", change_limits),
+    ("the_data_disk_s_rate_is_limited", disk_rate),
     ("an_engine_is_confined_and_started_again", engine),
 ];
 
@@ -210,13 +213,61 @@ fn escapes() -> Outcome {
     Outcome::Passed
 }
 
+/// On a kernel that lacks a wall; the test machines of cgroup v1 do, and the appliance's when it is started with
+/// `cgroup_disable=memory` or without Landlock in `lsm=`.
+fn fails_closed() -> Outcome {
+    let scene = match Scene::without_excuses() {
+        Ok(scene) => scene,
+        Err(reason) => return Outcome::Skipped(reason),
+    };
+    let problems = scene.client().list().unwrap().problems;
+    if problems.is_empty() {
+        return Outcome::Skipped("this machine can raise every wall".to_owned());
+    }
+    let plan = crate::scene::fixture_plan();
+    let run_id = new_run();
+    let error = scene.client().start(run_id, plan).unwrap_err();
+    assert!(matches!(&error, LauncherError::Refused(report) if report.code == "wall_missing"), "{error}");
+    let spec = EngineSpec { set: "host".to_owned(), memory_max_bytes: 1 << 30 };
+    assert_eq!(code_of(scene.client().start_engine(spec)), "wall_missing");
+    let listing = scene.client().list().unwrap();
+    assert!(listing.runs.is_empty() && listing.engines.is_empty() && listing.exits.is_empty());
+    println!(
+        "  missing here: {}",
+        problems.iter().map(|problem| problem.why.as_str()).collect::<Vec<_>>().join("; ")
+    );
+    Outcome::Passed
+}
+
+/// A volume without a limit is a wall that is missing, too.
+fn quota_is_required() -> Outcome {
+    let scene = match Scene::without_excuses() {
+        Ok(scene) => scene,
+        Err(reason) => return Outcome::Skipped(reason),
+    };
+    if scene.lacks("quota").is_none() {
+        return Outcome::Skipped("the data file system here has quotas".to_owned());
+    }
+    let plan = crate::scene::fixture_plan();
+    let quota = DiskQuota { bytes: 1 << 20, inodes: 10 };
+    assert_eq!(code_of(scene.client().prepare_agent(plan.agent_id, plan.uid, quota)), "quota_missing");
+    let agent = scene.data.join("agents").join(plan.agent_id.to_string());
+    assert_eq!(std::fs::metadata(agent.join("work")).unwrap().uid(), 0, "an unlimited volume was given away");
+    Outcome::Passed
+}
+
 fn exit_code() -> Outcome {
     let scene = scene!();
     let plan = scene.agent(&["exit", "7"]);
+    // Over and over: whether the launcher hears of the start or of the end first is a matter of chance.
+    for _ in 0..10 {
+        let run = scene.start(&plan);
+        assert_eq!(scene.cause(&run), ExitCause::Exited { code: 7 });
+        scene.client().forget_exit(run.run_id).unwrap();
+    }
     let run = scene.start(&plan);
     let record = scene.record(&run);
-    assert_eq!(record.cause, ExitCause::Exited { code: 7 });
-    assert_eq!(record.agent_id, plan.agent_id);
+    assert_eq!((record.cause, record.agent_id), (ExitCause::Exited { code: 7 }, plan.agent_id));
     let file = scene.run_dir().join("runs").join(format!("{}.json", run.run_id));
     assert!(file.exists(), "the record is not on disk");
     scene.client().forget_exit(run.run_id).unwrap();
@@ -492,7 +543,7 @@ fn bad_plans() -> Outcome {
 }
 
 fn removal() -> Outcome {
-    let scene = scene!();
+    let mut scene = scene!();
     let plan = scene.agent(&["wait"]);
     let folder = scene.data.join("agents").join(plan.agent_id.to_string());
     let outside = scene.folder.path().join("outside");
@@ -523,6 +574,12 @@ fn removal() -> Outcome {
         .collect();
     assert!(left.is_empty(), "{left:?}");
     assert!(outside.join("precious").exists(), "a link was followed");
+    // What an earlier launcher had begun is finished by the next one.
+    let unfinished = scene.data.join("agents").join(format!(".removed-{}", plan.agent_id));
+    std::fs::create_dir_all(unfinished.join("work/a/b")).unwrap();
+    scene.kill_launcher();
+    scene.start_launcher();
+    until("the unfinished removal is finished", || !unfinished.exists());
     // Removing what is gone is done.
     scene.client().remove_agent(plan.agent_id, plan.uid).unwrap();
     Outcome::Passed
@@ -542,6 +599,17 @@ fn change_limits() -> Outcome {
         assert_eq!(value.trim(), "5");
     }
     scene.client().change_limits(run.run_id, plan.cgroup).unwrap();
+    Outcome::Passed
+}
+
+fn disk_rate() -> Outcome {
+    let scene = scene!();
+    needs!(scene, "io");
+    let mut plan = scene.agent(&["wait"]);
+    plan.cgroup.io_bytes_per_second = Some(1 << 20);
+    let run = scene.start(&plan);
+    let value = std::fs::read_to_string(scene.cgroup_of(&plan, &run).join("io.max")).unwrap();
+    assert!(value.contains("rbps=1048576 wbps=1048576"), "{value}");
     Outcome::Passed
 }
 

@@ -27,6 +27,8 @@ pub(crate) struct Scene {
     launcher: Option<Child>,
     mounts: Vec<PathBuf>,
     agentd_uid: u32,
+    /// Whether the launcher is told what is missing.
+    excuses: bool,
 }
 
 /// Why nothing of this can run here, or the controllers and features that are missing.
@@ -42,8 +44,20 @@ impl Scene {
         Self::with_agentd_uid(0)
     }
 
+    /// A launcher that is told of nothing that this machine lacks, as on the appliance.
+    pub(crate) fn without_excuses() -> Result<Self, String> {
+        if !rustix::process::geteuid().is_root() {
+            return Err("not root".to_owned());
+        }
+        Self::build(0, false)
+    }
+
     pub(crate) fn with_agentd_uid(agentd_uid: u32) -> Result<Self, String> {
         capabilities_of_this_machine()?;
+        Self::build(agentd_uid, true)
+    }
+
+    fn build(agentd_uid: u32, excuses: bool) -> Result<Self, String> {
         let folder = tempfile::tempdir().unwrap();
         let mut scene = Self {
             data: folder.path().join("data"),
@@ -53,6 +67,7 @@ impl Scene {
             launcher: None,
             mounts: Vec::new(),
             agentd_uid,
+            excuses,
         };
         std::fs::create_dir(&scene.data).unwrap();
         // Another uid starts the engine, and must be able to walk there.
@@ -70,8 +85,13 @@ impl Scene {
             .then(|| format!("this machine offers no {feature} (see --testing-without)"))
     }
 
-    /// An ext4 with user quotas in a file; without loop devices a plain folder.
+    /// A file system with user quotas that the environment names (`AGENTD_TEST_DATA`), or an ext4 in a file; without
+    /// loop devices and quotas a plain folder.
     fn mount_data(&mut self) {
+        if let Some(prepared) = std::env::var_os("AGENTD_TEST_DATA") {
+            self.data = Path::new(&prepared).join(format!("data-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+            return std::fs::create_dir(&self.data).unwrap();
+        }
         let image = self.folder.path().join("data.img");
         let made = std::fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).is_ok()
             && quiet(
@@ -117,20 +137,20 @@ impl Scene {
     }
 
     pub(crate) fn start_launcher(&mut self) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_agent-launcher"));
+        let mut command = Command::new(program("agent-launcher", env!("CARGO_BIN_EXE_agent-launcher")));
         command.stdin(Stdio::null());
         let pairs = [
             ("--run-dir", self.run_dir().display().to_string()),
             ("--data-dir", self.data.display().to_string()),
             ("--cgroup-root", self.cgroup_root.display().to_string()),
-            ("--jail", env!("CARGO_BIN_EXE_agent-jail").to_owned()),
+            ("--jail", program("agent-jail", env!("CARGO_BIN_EXE_agent-jail")).display().to_string()),
             ("--engine", self.engine().display().to_string()),
             ("--agentd-uid", self.agentd_uid.to_string()),
         ];
         for (name, value) in pairs {
             command.args([name, &value]);
         }
-        if !self.missing.is_empty() {
+        if self.excuses && !self.missing.is_empty() {
             command.args(["--testing-without", &self.missing.join(",")]);
         }
         let _ = std::fs::remove_file(self.socket());
@@ -174,7 +194,7 @@ impl Scene {
     /// An agent whose program is this test program, doing `words`.
     pub(crate) fn agent(&self, words: &[&str]) -> SandboxPlan {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let mut plan: SandboxPlan = serde_json::from_str(include_str!("../fixtures/plan.json")).unwrap();
+        let mut plan = fixture_plan();
         let old = plan.agent_id.to_string();
         plan.agent_id =
             AgentId(Uuid::from_u128(0x0190_0000_0000_7000_9000_0000_0000_0000 + u128::from(number)));
@@ -220,6 +240,12 @@ impl Scene {
     }
 }
 
+/// Where a program under test is: what cargo has built, or a folder that the environment names (`AGENTD_TEST_PROGRAMS`).
+fn program(name: &str, built: &str) -> PathBuf {
+    std::env::var_os("AGENTD_TEST_PROGRAMS")
+        .map_or_else(|| PathBuf::from(built), |folder| Path::new(&folder).join(name))
+}
+
 impl Drop for Scene {
     fn drop(&mut self) {
         if let Some(mut child) = self.launcher.take() {
@@ -233,6 +259,7 @@ impl Drop for Scene {
             let _ = std::fs::remove_dir(self.cgroup_root.join(name));
         }
         let _ = std::fs::remove_dir(&self.cgroup_root);
+        let _ = std::fs::remove_dir_all(self.data.join("agents"));
         for mount in self.mounts.iter().rev() {
             quiet(Command::new("umount").arg(mount));
         }
@@ -301,6 +328,10 @@ impl Running {
         let read = rustix::io::read(&self.handles.sockets.stderr, &mut bytes).unwrap_or(0);
         format!("its standard error: {}", String::from_utf8_lossy(&bytes[..read]))
     }
+}
+
+pub(crate) fn fixture_plan() -> SandboxPlan {
+    serde_json::from_str(include_str!("../fixtures/plan.json")).unwrap()
 }
 
 pub(crate) fn new_run() -> RunId {
