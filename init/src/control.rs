@@ -101,7 +101,7 @@ fn may_ask(uid: u32, request: &Request) -> bool {
     match request {
         Request::Status | Request::LastErrors | Request::Reboot | Request::PowerOff => may_connect(uid),
         Request::Report(_) => uid == UID_AGENTD,
-        Request::SetNetwork(_) => uid == UID_CONSOLE_TTY || uid == ROOT,
+        Request::SetNetwork(_) | Request::AllowFormat { .. } => uid == UID_CONSOLE_TTY || uid == ROOT,
     }
 }
 
@@ -120,6 +120,7 @@ fn answer(machine: &mut Machine, uid: u32, request: Request) -> Response {
         Request::Report(report) => {
             machine.facts.milestone(status::MILESTONE_AGENTD, clock::boot_ms());
             machine.facts.agentd = Some(report);
+            machine.facts.agentd_heard_ms = clock::boot_ms();
             // The first green is noted when it happens, not when somebody asks.
             let _ = status::of(machine);
             Response::Done
@@ -132,6 +133,13 @@ fn answer(machine: &mut Machine, uid: u32, request: Request) -> Response {
             machine.end(Goal::PowerOff, &format!("asked by uid {uid}"));
             Response::Done
         }
+        Request::AllowFormat { volume } => match steps::volumes::allow_format(machine, volume) {
+            Ok(()) => {
+                machine.end(Goal::Restart, "to format what the owner gave up");
+                Response::Done
+            }
+            Err(report) => Response::Refused(report),
+        },
         Request::SetNetwork(settings) => {
             set_network(machine, settings).map_or_else(Response::Refused, |()| Response::Done)
         }
@@ -164,14 +172,16 @@ mod tests {
     fn each_request_has_its_senders() {
         let report = Request::Report(AgentdReport::default());
         let network = Request::SetNetwork(NetworkSettings::Dhcp);
+        let format = Request::AllowFormat { volume: agentd_domain::marker::Volume::Data };
         for (uid, expected) in [
-            (ROOT, [true, true, true, false, true]),
-            (UID_AGENTD, [true, true, true, true, false]),
-            (UID_CONSOLE_TTY, [true, true, true, false, true]),
-            (1_000_000, [false; 5]),
-            (201, [false; 5]),
+            (ROOT, [true, true, true, false, true, true]),
+            (UID_AGENTD, [true, true, true, true, false, false]),
+            (UID_CONSOLE_TTY, [true, true, true, false, true, true]),
+            (1_000_000, [false; 6]),
+            (201, [false; 6]),
         ] {
-            let requests = [&Request::Status, &Request::Reboot, &Request::PowerOff, &report, &network];
+            let requests =
+                [&Request::Status, &Request::Reboot, &Request::PowerOff, &report, &network, &format];
             assert_eq!(requests.map(|request| may_ask(uid, request)), expected, "uid {uid}");
         }
     }

@@ -58,7 +58,8 @@ impl Log {
         match &mut self.kmsg {
             // A full or missing log is no reason to stop anything.
             Some(kmsg) => drop(kmsg.write_all(format!("<{}>{line}\n", level as u8).as_bytes())),
-            None => eprintln!("{line}"),
+            // Not `eprintln`, which panics when nobody listens.
+            None => drop(writeln!(std::io::stderr(), "{line}")),
         }
         if level <= Level::Warning {
             self.kept.push_back(line);

@@ -12,6 +12,7 @@ use agentd_domain::fault::Report;
 use agentd_domain::initctl::{
     AgentdReport, ChildStatus, Clock, Health, StepOutcome, StepStatus, SystemStatus,
 };
+use agentd_domain::marker::Volume;
 use agentd_domain::{netd, paths};
 use init_sys::clock;
 use std::collections::BTreeMap;
@@ -23,6 +24,8 @@ pub const MILESTONE_GREEN: &str = "ready";
 /// A status is one packet; more problems than this help nobody at a small console.
 const MOST_PROBLEMS: usize = 20;
 const LONGEST_TEXT_BYTES: usize = 600;
+/// agentd reports every minute, and at once when something changes.
+const AGENTD_SILENT_MS: u64 = 200_000;
 
 #[derive(Debug, Default)]
 pub struct Facts {
@@ -42,8 +45,12 @@ pub struct Facts {
     /// What is wrong with the configuration.
     pub config_problems: Vec<Report>,
     pub state_is_mounted: bool,
+    /// Partitions that hold something else, by device: only the owner's yes gives them up.
+    pub foreign: Vec<(Volume, String)>,
     pub steps: Vec<StepStatus>,
     pub agentd: Option<AgentdReport>,
+    /// When agentd reported last, by the boot clock.
+    pub agentd_heard_ms: u64,
     pub milestones: Vec<(String, u64)>,
     last_exits: BTreeMap<Child, String>,
 }
@@ -62,6 +69,11 @@ impl Facts {
             // Its claim code and its health died with it.
             self.agentd = None;
         }
+    }
+
+    /// It has reported before and does no longer: it hangs, which is not the same as having ended.
+    pub fn agentd_is_silent(&self, now_ms: u64) -> bool {
+        self.agentd.is_some() && now_ms.saturating_sub(self.agentd_heard_ms) > AGENTD_SILENT_MS
     }
 
     /// Did this step end well?
@@ -89,7 +101,12 @@ pub fn of(machine: &mut Machine) -> SystemStatus {
         config_is_whole: machine.facts.config_problems.is_empty(),
         // An unconfirmed clock has its own place in the status, and is no fault of an appliance off the net.
         network_is_well: network.problems.iter().all(|problem| problem.code.starts_with("time_")),
-        agentd: machine.facts.agentd.as_ref().map(|report| report.health),
+        agentd: machine
+            .facts
+            .agentd
+            .as_ref()
+            .filter(|_| !machine.facts.agentd_is_silent(now_ms))
+            .map(|report| report.health),
     });
     if health == Health::Green {
         machine.facts.milestone(MILESTONE_GREEN, now_ms);
@@ -168,7 +185,16 @@ fn problems(facts: &Facts, network: &netd::Status, machine: &Machine) -> Vec<Rep
              report the lines under `last errors`",
             )
         });
+    let silent = facts.agentd_is_silent(clock::boot_ms()).then(|| {
+        Report::bug(
+            "agentd_silent",
+            Child::Agentd.loss(),
+            "agentd runs but has not reported for minutes",
+            "choose `restart` on the local console",
+        )
+    });
     let mut problems: Vec<Report> = steps(true).collect();
+    problems.extend(silent);
     problems.extend(restless);
     problems.extend(steps(false));
     problems.extend(facts.config_problems.iter().cloned());
@@ -281,6 +307,15 @@ mod tests {
         let report = shortened(&Report::environment(&long, &long, &long, &long));
         let one = serde_json::to_vec(&report).unwrap().len();
         assert!(one * MOST_PROBLEMS < agentd_domain::initctl::MAX_MESSAGE_BYTES, "{one} bytes each");
+    }
+
+    #[test]
+    fn an_agentd_that_stopped_reporting_is_silent() {
+        let mut facts = Facts { agentd_heard_ms: 1_000, ..Facts::default() };
+        assert!(!facts.agentd_is_silent(10_000_000), "one that never reported is not there at all");
+        facts.agentd = Some(AgentdReport::default());
+        assert!(!facts.agentd_is_silent(1_000 + AGENTD_SILENT_MS));
+        assert!(facts.agentd_is_silent(1_001 + AGENTD_SILENT_MS));
     }
 
     #[test]

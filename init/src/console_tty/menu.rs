@@ -1,12 +1,14 @@
 //! What happens on a key?
 //!
 //! Pure. States: Idle -> Confirm(restart | power off) -> Idle;
+//!       Idle -> Format(volume, typed) -> Idle, offered only while a partition holds foreign data;
 //!       Idle -> Network -> Field(interface, addresses, gateways, dns) -> Apply -> Idle.
 //! Always: Escape leads back to Idle from everywhere; nothing is changed without a `y`.
 
 use crate::screen;
 use agentd_domain::config;
 use agentd_domain::initctl::{NetworkSettings, Request};
+use agentd_domain::marker::Volume;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Key {
@@ -32,12 +34,15 @@ pub enum Effect {
 pub struct Menu {
     terminal: String,
     state: State,
+    /// Waits for the owner's yes to be formatted.
+    foreign: Option<Volume>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
     Idle,
     Confirm(End),
+    Format { volume: Volume, typed: String },
     Network,
     Field { field: usize, typed: String, answers: Vec<String> },
     Apply(NetworkSettings),
@@ -51,6 +56,8 @@ enum End {
 
 const KEYS: &str = "keys: s status, e last errors, n network, r restart, p power off";
 const LONGEST_LINE: usize = 400;
+/// A single key is too easily pressed for this.
+const FORMAT_WORD: &str = "format";
 
 const FIELDS: [&str; 4] = [
     "interface (name or MAC address): ",
@@ -61,13 +68,29 @@ const FIELDS: [&str; 4] = [
 
 impl Menu {
     pub fn new(terminal: String) -> Self {
-        Self { terminal, state: State::Idle }
+        Self { terminal, state: State::Idle, foreign: None }
+    }
+
+    /// Tells the menu what the owner may give up now.
+    pub fn offer_format(&mut self, foreign: Option<Volume>) {
+        self.foreign = foreign;
+    }
+
+    fn keys(&self) -> String {
+        match self.foreign {
+            Some(volume) => format!("{KEYS}, f format the {} partition\r\n", volume.partition_name()),
+            None => format!("{KEYS}\r\n"),
+        }
     }
 
     /// What stands at the cursor, to be drawn again after other lines came between.
     pub fn prompt(&self) -> String {
         match &self.state {
-            State::Idle => format!("{KEYS}\r\n"),
+            State::Idle => self.keys(),
+            State::Format { volume, typed } => format!(
+                "everything on the {} partition will be lost; type `{FORMAT_WORD}` and Enter: {typed}",
+                volume.partition_name()
+            ),
             State::Confirm(End::Restart) => "restart now? y or n: ".to_owned(),
             State::Confirm(End::PowerOff) => "power off now? y or n: ".to_owned(),
             State::Network => "network: d automatic (DHCP), s static, Escape to leave: ".to_owned(),
@@ -87,11 +110,14 @@ impl Menu {
 pub fn step(menu: &mut Menu, key: Key) -> Vec<Effect> {
     let state = std::mem::replace(&mut menu.state, State::Idle);
     let (next, mut effects) = match (state, key) {
-        (State::Idle, key) => idle(key, &menu.terminal),
-        (_, Key::Escape) => {
-            (State::Idle, vec![line("left as it was"), Effect::Prompt(format!("{KEYS}\r\n"))])
-        }
+        (State::Idle, Key::Char('f')) if menu.foreign.is_some() => match menu.foreign {
+            Some(volume) => (State::Format { volume, typed: String::new() }, Vec::new()),
+            None => (State::Idle, Vec::new()),
+        },
+        (State::Idle, key) => idle(key, &menu.terminal, &menu.keys()),
+        (_, Key::Escape) => (State::Idle, vec![line("left as it was"), Effect::Prompt(menu.keys())]),
         (State::Confirm(end), key) => confirm(end, key),
+        (State::Format { volume, typed }, key) => format_key(volume, typed, key),
         (State::Network, key) => network(key),
         (State::Field { field, typed, answers }, key) => field_key(field, typed, answers, key),
         (State::Apply(settings), key) => apply(settings, key),
@@ -109,7 +135,7 @@ fn line(text: impl Into<String>) -> Effect {
     Effect::Print(vec![text.into()])
 }
 
-fn idle(key: Key, terminal: &str) -> (State, Vec<Effect>) {
+fn idle(key: Key, terminal: &str, keys: &str) -> (State, Vec<Effect>) {
     match key {
         Key::Char('s') => (State::Idle, vec![Effect::Status]),
         Key::Char('e') => (State::Idle, vec![Effect::LastErrors]),
@@ -121,7 +147,7 @@ fn idle(key: Key, terminal: &str) -> (State, Vec<Effect>) {
             State::Idle,
             vec![
                 line(format!("`{other}` is no key of this console ({terminal})")),
-                Effect::Prompt(format!("{KEYS}\r\n")),
+                Effect::Prompt(keys.to_owned()),
             ],
         ),
         Key::Escape | Key::Backspace => (State::Idle, Vec::new()),
@@ -133,6 +159,31 @@ fn confirm(end: End, key: Key) -> (State, Vec<Effect>) {
         (Key::Char('y'), End::Restart) => (State::Idle, vec![line("y"), Effect::Ask(Request::Reboot)]),
         (Key::Char('y'), End::PowerOff) => (State::Idle, vec![line("y"), Effect::Ask(Request::PowerOff)]),
         _ => (State::Idle, vec![line("no")]),
+    }
+}
+
+fn format_key(volume: Volume, mut typed: String, key: Key) -> (State, Vec<Effect>) {
+    match key {
+        Key::Enter if typed == FORMAT_WORD => {
+            (State::Idle, vec![line(""), Effect::Ask(Request::AllowFormat { volume })])
+        }
+        Key::Enter | Key::Escape => (State::Idle, vec![line(""), line("left as it was")]),
+        key => {
+            let echo = edit(&mut typed, key);
+            (State::Format { volume, typed }, vec![Effect::Echo(echo)])
+        }
+    }
+}
+
+/// Adds or takes a character; gives what the terminal is to show for it.
+fn edit(typed: &mut String, key: Key) -> String {
+    match key {
+        Key::Char(c) if typed.len() < LONGEST_LINE => {
+            typed.push(c);
+            c.to_string()
+        }
+        Key::Backspace if typed.pop().is_some() => "\u{8} \u{8}".to_owned(),
+        _ => String::new(),
     }
 }
 
@@ -148,18 +199,9 @@ fn network(key: Key) -> (State, Vec<Effect>) {
 
 fn field_key(field: usize, mut typed: String, mut answers: Vec<String>, key: Key) -> (State, Vec<Effect>) {
     match key {
-        Key::Char(c) => {
-            let echo = if typed.len() < LONGEST_LINE {
-                typed.push(c);
-                c.to_string()
-            } else {
-                String::new()
-            };
+        Key::Char(_) | Key::Backspace => {
+            let echo = edit(&mut typed, key);
             (State::Field { field, typed, answers }, vec![Effect::Echo(echo)])
-        }
-        Key::Backspace => {
-            let echo = if typed.pop().is_some() { "\u{8} \u{8}" } else { "" };
-            (State::Field { field, typed, answers }, vec![Effect::Echo(echo.to_owned())])
         }
         Key::Enter if field + 1 < FIELDS.len() => {
             answers.push(typed);
@@ -277,6 +319,22 @@ mod tests {
     }
 
     #[test]
+    fn formatting_is_offered_only_for_foreign_data_and_needs_the_whole_word() {
+        assert!(asked(type_in(&mut menu(), "fformat\n")).is_empty(), "nothing is foreign");
+        let mut menu = menu();
+        menu.offer_format(Some(Volume::Data));
+        assert!(menu.prompt().contains("f format the data partition"));
+        assert!(asked(type_in(&mut menu, "fy\n")).is_empty());
+        assert!(asked(type_in(&mut menu, "fforma\n")).is_empty());
+        let requests = asked(type_in(&mut menu, "ffoo<rmat\n"));
+        assert!(
+            matches!(requests.as_slice(), [Request::AllowFormat { volume: Volume::Data }]),
+            "{requests:?}"
+        );
+        assert!(menu.is_idle());
+    }
+
+    #[test]
     fn automatic_addresses_need_a_yes_too() {
         assert!(asked(type_in(&mut menu(), "ndn")).is_empty());
         let requests = asked(type_in(&mut menu(), "ndy"));
@@ -289,6 +347,7 @@ mod tests {
         #[test]
         fn noise_without_a_yes_asks_for_nothing(text in "[a-xz0-9\n<!,./:]{0,60}") {
             let mut menu = menu();
+            menu.offer_format(Some(Volume::Data));
             prop_assert!(asked(type_in(&mut menu, &text)).is_empty());
             type_in(&mut menu, "!");
             prop_assert!(menu.is_idle());

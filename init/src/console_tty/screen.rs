@@ -5,6 +5,7 @@
 
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::{Clock, Health, NetworkSettings, StepOutcome, SystemStatus};
+use agentd_domain::marker::Volume;
 
 /// Printed once, when the health first becomes green.
 pub const READY: &str = "agentd-os: ready";
@@ -55,6 +56,14 @@ fn addresses(status: &SystemStatus) -> Vec<String> {
         lines.push("console: no address yet".to_owned());
     }
     lines
+}
+
+/// The partition that waits for the owner's yes to be formatted, if one does.
+pub fn foreign_volume(status: &SystemStatus) -> Option<Volume> {
+    [Volume::State, Volume::Data].into_iter().find(|volume| {
+        let code = format!("{}_partition_foreign", volume.partition_name());
+        status.problems.iter().any(|problem| problem.code == code)
+    })
 }
 
 /// Key `s`: everything that init knows.
@@ -209,6 +218,14 @@ mod tests {
         );
         assert_eq!(facts(None, 2_000), None);
         assert_eq!(facts(None, 30_000).unwrap()[0], "health: red");
+    }
+
+    #[test]
+    fn foreign_data_is_offered_for_formatting() {
+        let mut status = status();
+        assert_eq!(foreign_volume(&status), None);
+        status.problems.push(Report::environment("data_partition_foreign", "a", "b", "c"));
+        assert_eq!(foreign_volume(&status), Some(Volume::Data));
     }
 
     #[test]

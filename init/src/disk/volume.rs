@@ -63,11 +63,8 @@ pub fn foreign(volume: Volume, device: &str, found: &str) -> Report {
         &format!("{name}_partition_foreign"),
         format!("the {name} partition was not mounted, and nothing was changed on it"),
         format!("{device} holds {found}, not the appliance's own file system"),
-        format!(
-            "save what you need from {device}; then allow its formatting by writing the image's marker with \
-             `printf 'agentd-os:format-me:v1:{name}\\n' | dd of={device} conv=notrunc` on another machine, or \
-             write the image anew"
-        ),
+        "if it holds something you need, power off and copy it from the disk on another machine; to give the \
+         partition to the appliance, press `f` on the local console: everything on it is then lost",
     )
 }
 

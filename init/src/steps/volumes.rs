@@ -10,7 +10,7 @@ use crate::machine::Machine;
 use crate::steps::disk::note_formatted;
 use crate::steps::kernel::make_folder;
 use agentd_domain::fault::Report;
-use agentd_domain::marker::Volume;
+use agentd_domain::marker::{self, Volume};
 use agentd_domain::paths;
 use init_sys::mounts::{self, Flags};
 use init_sys::signals::Ended;
@@ -112,9 +112,34 @@ fn open(machine: &mut Machine, volume: Volume) -> Result<Opened, Report> {
             }
             size_bytes
         }
-        Decision::Foreign { found } => return Err(volume::foreign(volume, &device, &found)),
+        Decision::Foreign { found } => {
+            let report = volume::foreign(volume, &device, &found);
+            machine.facts.foreign.push((volume, device));
+            return Err(report);
+        }
     };
     Ok(Opened { volume, device, length_bytes: entry.length_bytes, size_bytes })
+}
+
+/// The owner's yes: the marker goes where the foreign data is, and the next boot formats. Only what this boot
+/// found to be foreign, and so has not mounted, can be given up.
+pub fn allow_format(machine: &mut Machine, volume: Volume) -> Result<(), Report> {
+    let found = machine.facts.foreign.iter().find(|(foreign, _)| *foreign == volume);
+    let Some(device) = found.map(|(_, device)| device.clone()) else {
+        return Err(Report::caller(
+            "nothing_to_format",
+            "nothing was changed",
+            format!("the {} partition does not hold foreign data", volume.partition_name()),
+            "no action is needed",
+        ));
+    };
+    let written = OpenOptions::new().write(true).open(&device).and_then(|mut file| {
+        file.write_all(&marker::block(volume))?;
+        file.sync_all()
+    });
+    written.map_err(|error| format_report(volume, &device, &error.to_string()))?;
+    machine.log.alarm(&format!("the owner allowed {device} to be formatted"));
+    Ok(())
 }
 
 /// The volume's device file and its entry in the table.
@@ -276,7 +301,6 @@ fn unreadable(volume: Volume, device: &str, error: &io::Error) -> Report {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use agentd_domain::marker;
     use std::os::unix::fs::FileExt;
     use std::process::Command;
 

@@ -4,6 +4,7 @@
 //! by its uid: console-tty and agentd may ask for `Status`; each other message says who may send it.
 
 use crate::fault::Report;
+use crate::marker::Volume;
 use serde::{Deserialize, Serialize};
 
 pub const MAX_MESSAGE_BYTES: usize = 64 * 1024;
@@ -19,6 +20,11 @@ pub enum Request {
     /// From console-tty and agentd.
     Reboot,
     PowerOff,
+    /// From console-tty: the owner's yes to formatting a partition that holds something else. init writes the
+    /// marker there and restarts the machine.
+    AllowFormat {
+        volume: Volume,
+    },
     /// From console-tty: network settings, checked, stored on state and given to netd.
     SetNetwork(NetworkSettings),
 }

@@ -6,6 +6,8 @@
 //!
 //! Always: the marker is found by its exact first bytes; the rest of the block is zero and is not looked at.
 
+use serde::{Deserialize, Serialize};
+
 /// The marker lies in the first block of the partition; this much is written and read.
 pub const BLOCK_BYTES: usize = 4096;
 
@@ -25,7 +27,8 @@ pub const PARTITION_RESERVE: &str = "reserve";
 pub const PARTITION_DATA: &str = "data";
 
 /// The two partitions that carry a file system of the appliance's own making.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Volume {
     State,
     Data,
