@@ -76,16 +76,20 @@ function element(tag, classes, text) {
   return made;
 }
 
-function sentence(text) {
-  return text.charAt(0).toUpperCase() + text.slice(1);
+/** Reports are written to stand inside a sentence, with code between backticks; here they begin one. */
+function prose(text) {
+  const begun = text.charAt(0).toUpperCase() + text.slice(1).replace(/\.+$/, "");
+  return begun.split("`").map((piece, index) => (index % 2 ? element("code", "", piece) : piece));
 }
 
 function problem(report) {
   const box = element("div", "problem");
   box.setAttribute("role", "alert");
-  const fix = element("p", "fix");
-  fix.append(element("span", "label", "What to do "), `${sentence(report.fix)}.`);
-  box.append(element("p", "what", sentence(report.what)), element("p", "why", `${sentence(report.why)}.`), fix);
+  const [what, why, fix] = ["what", "why", "fix"].map((name) => element("p", name));
+  what.append(...prose(report.what));
+  why.append(...prose(report.why), ".");
+  fix.append(element("span", "label", "What to do "), ...prose(report.fix), ".");
+  box.append(what, why, fix);
   if (report.code) box.append(element("p", "code", report.code));
   return box;
 }

@@ -549,7 +549,14 @@ async fn the_pages_work_as_plain_forms() {
         ),
         ("/agents", &["23 MiB of 256 MiB", "Quarantined", "5 restarts"]),
         ("/agents/echo", &["Stop", "&lt;script&gt;alert", "Chat", "at most 1.0 GiB"]),
-        ("/agents/indexer", &["killed for going over its memory limit", "Raise `limits.memory_max`"]),
+        (
+            "/agents/indexer",
+            &[
+                "killed for going over its memory limit",
+                "Raise <code>limits.memory_max</code>",
+                "Start again",
+            ],
+        ),
         ("/models", &["half-model", "The model was not loaded", "default"]),
     ] {
         let page = browse(Method::GET, path, cookie.clone(), String::new()).await;

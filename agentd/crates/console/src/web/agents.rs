@@ -86,11 +86,16 @@ pub fn agent(
 
 fn controls(agent: &Agent) -> Markup {
     let base = format!("/agents/{}", agent.name);
+    // An agent that is wanted and does not run can be tried again at once, or given up.
+    let waits = matches!(agent.state, AgentState::BackingOff | AgentState::Quarantined | AgentState::Refused);
     html! {
+        @if !agent.wanted || waits {
+            form method="post" action={ (base) "/start" } {
+                button.primary type="submit" { @if waits { "Start again" } @else { "Start" } }
+            }
+        }
         @if agent.wanted {
             form method="post" action={ (base) "/stop" } { button type="submit" { "Stop" } }
-        } @else {
-            form method="post" action={ (base) "/start" } { button.primary type="submit" { "Start" } }
         }
         @if !agent.bundled {
             (super::confirmed(&format!("{base}/remove"), "Remove", "Remove this agent with its files and its memory? This cannot be undone."))

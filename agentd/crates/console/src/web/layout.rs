@@ -81,9 +81,9 @@ pub fn mild_problem(report: &Report) -> Markup {
 fn graded_problem(report: &Report, class: &str) -> Markup {
     html! {
         div class=(class) role="alert" {
-            p.what { (sentence(&report.what)) }
-            p.why { (sentence(&report.why)) "." }
-            p.fix { span.label { "What to do " } (sentence(&report.fix)) "." }
+            p.what { (prose(&report.what)) }
+            p.why { (prose(&report.why)) "." }
+            p.fix { span.label { "What to do " } (prose(&report.fix)) "." }
             p.code { (report.code) }
         }
     }
@@ -123,8 +123,17 @@ pub fn fact(name: &str, value: Markup) -> Markup {
     html! { div.fact { dt { (name) } dd { (value) } } }
 }
 
-/// Reports are written to stand inside a sentence; here they begin one.
-pub fn sentence(text: &str) -> String {
+/// Reports are written to stand inside a sentence, with code between backticks; here they begin one.
+fn prose(text: &str) -> Markup {
+    let text = sentence(text);
+    html! {
+        @for (index, piece) in text.split('`').enumerate() {
+            @if index % 2 == 1 { code { (piece) } } @else { (piece) }
+        }
+    }
+}
+
+fn sentence(text: &str) -> String {
     let text = text.trim_end_matches('.');
     let mut characters = text.chars();
     match characters.next() {
