@@ -7,7 +7,7 @@ use crate::cache::{Cache, Line};
 use crate::disk::{self, Disk};
 use crate::kernel::{self, Kernel};
 use crate::models;
-use crate::programs;
+use crate::programs::{self, Programs};
 use crate::root::{self, Entry, MAX_ROOT_BYTES, Root};
 use crate::source::Checkout;
 use agentd_domain::paths;
@@ -28,7 +28,8 @@ pub fn everything(cache: &Cache) -> Result<Built> {
     let _lock = cache.lock()?;
     let checkout = Checkout::find()?;
     let kernel = kernel::ensure_kernel(cache, &checkout, &[])?;
-    let root = build_root(cache, &checkout)?;
+    let programs = programs::build(cache, &checkout)?;
+    let root = build_root(cache, &checkout, &programs)?;
     let disk = disk::ensure_disk(cache, &kernel, &root)?;
     Ok(Built { checkout, kernel, root, disk })
 }
@@ -39,16 +40,19 @@ pub fn kernel_only(cache: &Cache, extra: &[PathBuf]) -> Result<Kernel> {
     kernel::ensure_kernel(cache, &Checkout::find()?, extra)
 }
 
-/// The root alone, with its programs and models.
-pub fn root_only(cache: &Cache) -> Result<Root> {
+/// The root alone, with its models. `prebuilt` programs are taken as they are; else they are compiled.
+pub fn root_only(cache: &Cache, prebuilt: Option<Programs>) -> Result<Root> {
     let _lock = cache.lock()?;
-    build_root(cache, &Checkout::find()?)
+    let checkout = Checkout::find()?;
+    match prebuilt {
+        Some(programs) => build_root(cache, &checkout, &programs),
+        None => build_root(cache, &checkout, &programs::build(cache, &checkout)?),
+    }
 }
 
-fn build_root(cache: &Cache, checkout: &Checkout) -> Result<Root> {
+fn build_root(cache: &Cache, checkout: &Checkout, programs: &Programs) -> Result<Root> {
     let models = model_entries(cache)?;
-    let programs = programs::build(cache, checkout)?;
-    let root = root::ensure_root(cache, checkout, &programs, &models)?;
+    let root = root::ensure_root(cache, checkout, programs, &models)?;
     // Models are packed without gain, so what they take is their size.
     let model_bytes = total_bytes(&models)?;
     let own = root.about.bytes.saturating_sub(model_bytes);

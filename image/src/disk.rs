@@ -17,6 +17,7 @@ use gpt::disk::LogicalBlockSize;
 use gpt::mbr::ProtectiveMBR;
 use gpt::partition_types::{OperatingSystem, Type};
 use gpt::{GptConfig, GptDisk};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -24,11 +25,13 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 /// Written when the code here puts something else on the disk.
-const FORMAT: &str = "1";
+const FORMAT: &str = "3";
 
 #[derive(Debug, Clone)]
 pub struct Disk {
     pub image: PathBuf,
+    /// What of the image has content, for writing it to a real disk; see [`Extent`].
+    pub extents: PathBuf,
     pub boot_item: PathBuf,
     pub command_line: String,
 }
@@ -50,16 +53,30 @@ pub fn ensure_disk(cache: &Cache, kernel: &Kernel, root: &Root) -> Result<Disk> 
         let item = out.join("boot-item.efi");
         uki::write(&kernel.image, &command_line, &root.os_release, &item)?;
         std::fs::write(out.join("cmdline"), &command_line)?;
-        write(&out.join("disk.img"), root, &item)
+        // The whole record beside the image: toolchain, Debian's packages, the kernel's point release.
+        for (name, part) in [("root", &root.image), ("kernel", &kernel.image)] {
+            std::fs::copy(part.with_file_name("inputs.json"), out.join(format!("inputs-{name}.json")))
+                .with_context(|| format!("{} has no record of its inputs", part.display()))?;
+        }
+        let image = out.join("disk.img");
+        write(&image, root, &item)?;
+        let extents = serde_json::to_vec_pretty(&extents(&image, root)?)?;
+        std::fs::write(out.join("extents.json"), extents).context("cannot write the list of extents")
     })?;
-    Ok(Disk { image: folder.join("disk.img"), boot_item: folder.join("boot-item.efi"), command_line })
+    Ok(Disk {
+        image: folder.join("disk.img"),
+        extents: folder.join("extents.json"),
+        boot_item: folder.join("boot-item.efi"),
+        command_line,
+    })
 }
 
 /// Writes a fresh disk image.
 fn write(path: &Path, root: &Root, boot_item: &Path) -> Result<()> {
     let mut file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
     file.set_len(DISK_BYTES)?;
-    write_table(&mut file, DISK_BYTES, &root.about.version, &root.about.root_hash)?;
+    let guids = ImageGuids { version: &root.about.version, root_hash: &root.about.root_hash };
+    write_table(&mut file, DISK_BYTES, &guids)?;
     write_root(&mut file, root)?;
     for volume in [Volume::State, Volume::Data] {
         let partition = find(volume.partition_name())?;
@@ -70,8 +87,72 @@ fn write(path: &Path, root: &Root, boot_item: &Path) -> Result<()> {
     esp::write(path, &find(marker::PARTITION_ESP)?, boot_item, &root.about.version)
 }
 
+/// A stretch of the image that a disk must hold byte for byte; the tables excepted, all else may be anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    pub start_bytes: u64,
+    pub length_bytes: u64,
+}
+
+fn extents(image: &Path, root: &Root) -> Result<Vec<Extent>> {
+    let file = File::open(image)?;
+    let esp = find(marker::PARTITION_ESP)?;
+    // From its start, so that the tables of free clusters are written even where they are holes.
+    let used = last_data(&file, esp.start_bytes, esp.start_bytes + esp.size_bytes)? - esp.start_bytes;
+    let block = marker::BLOCK_BYTES as u64;
+    [
+        (marker::PARTITION_ESP, used),
+        (marker::PARTITION_STATE, block),
+        (marker::PARTITION_ROOT_A, std::fs::metadata(&root.image)?.len()),
+        (marker::PARTITION_VERITY_A, std::fs::metadata(&root.tree)?.len()),
+        (marker::PARTITION_DATA, block),
+    ]
+    .into_iter()
+    .map(|(name, length_bytes)| Ok(Extent { start_bytes: find(name)?.start_bytes, length_bytes }))
+    .collect()
+}
+
+/// Where the last data before `end` ends. A file system without holes says: at `end`.
+fn last_data(file: &File, start: u64, end: u64) -> Result<u64> {
+    use rustix::fs::{SeekFrom, seek};
+    let mut last = start;
+    // ENXIO: only a hole is left.
+    while let Ok(data) = seek(file, SeekFrom::Data(last)) {
+        if data >= end {
+            break;
+        }
+        last = seek(file, SeekFrom::Hole(data))?.min(end);
+        if last == end {
+            break;
+        }
+    }
+    Ok(last)
+}
+
+/// Names on a disk: its own, and each partition's.
+pub trait Guids {
+    fn disk(&self) -> Uuid;
+    fn partition(&self, name: &str) -> Uuid;
+}
+
+/// Those of an image: they follow from version and root hash.
+pub struct ImageGuids<'a> {
+    pub version: &'a str,
+    pub root_hash: &'a RootHash,
+}
+
+impl Guids for ImageGuids<'_> {
+    fn disk(&self) -> Uuid {
+        layout::stable_guid(self.version, "disk")
+    }
+
+    fn partition(&self, name: &str) -> Uuid {
+        layout::guid(name, self.version, self.root_hash)
+    }
+}
+
 /// Writes both partition tables and the protective master boot record.
-pub fn write_table<D>(device: &mut D, disk_bytes: u64, version: &str, root_hash: &RootHash) -> Result<()>
+pub fn write_table<D>(device: &mut D, disk_bytes: u64, guids: &impl Guids) -> Result<()>
 where
     D: gpt::DiskDevice,
 {
@@ -80,12 +161,10 @@ where
     let mut disk = GptConfig::new()
         .writable(true)
         .logical_block_size(LogicalBlockSize::Lb512)
-        .create_from_device(device, Some(layout::stable_guid(version, "disk")))?;
+        .create_from_device(device, Some(guids.disk()))?;
     let partitions: BTreeMap<u32, gpt::partition::Partition> = (1..)
         .zip(layout::partitions())
-        .map(|(number, partition)| {
-            (number, entry(&partition, layout::guid(partition.name, version, root_hash)))
-        })
+        .map(|(number, partition)| (number, entry(&partition, guids.partition(partition.name))))
         .collect();
     disk.update_partitions(partitions)?;
     disk.write()?;
@@ -126,11 +205,18 @@ pub fn replace_root(path: &Path, root: &Root) -> Result<()> {
     Ok(())
 }
 
+/// The GUIDs of a disk's partitions, by name.
+pub fn partition_guids(path: &Path) -> Result<BTreeMap<String, Uuid>> {
+    let disk = open(path)?;
+    Ok(disk.partitions().values().map(|partition| (partition.name.clone(), partition.part_guid)).collect())
+}
+
 /// The GUID that slot a's root has on a disk: which root it holds.
 pub fn root_guid(path: &Path) -> Result<Uuid> {
-    let disk = open(path)?;
-    let root = disk.partitions().values().find(|partition| partition.name == marker::PARTITION_ROOT_A);
-    Ok(root.with_context(|| format!("{} has no slot a", path.display()))?.part_guid)
+    partition_guids(path)?
+        .get(marker::PARTITION_ROOT_A)
+        .copied()
+        .with_context(|| format!("{} has no slot a", path.display()))
 }
 
 fn open(path: &Path) -> Result<GptDisk<File>> {
@@ -193,7 +279,8 @@ mod tests {
         let hash = RootHash::parse(&"0123456789abcdef".repeat(4)).unwrap();
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(DISK_BYTES).unwrap();
-        write_table(file.as_file_mut(), DISK_BYTES, "1.0.0", &hash).unwrap();
+        write_table(file.as_file_mut(), DISK_BYTES, &ImageGuids { version: "1.0.0", root_hash: &hash })
+            .unwrap();
         (file, hash)
     }
 
@@ -234,6 +321,22 @@ mod tests {
         let result = std::fs::read(&to).unwrap();
         assert_eq!(&result[4096..4096 + bytes.len()], &bytes[..]);
         assert!(result[..4096].iter().chain(&result[4096 + bytes.len()..]).all(|byte| *byte == 0xff));
+    }
+
+    #[test]
+    fn the_end_of_data_in_a_sparse_file_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sparse");
+        let mut file = OpenOptions::new().read(true).write(true).create_new(true).open(path).unwrap();
+        file.set_len(64 * layout::MIB).unwrap();
+        file.seek(SeekFrom::Start(5 * layout::MIB)).unwrap();
+        file.write_all(&[1; 4096]).unwrap();
+        file.seek(SeekFrom::Start(40 * layout::MIB)).unwrap();
+        file.write_all(&[1; 4096]).unwrap();
+        file.sync_all().unwrap();
+        let end = last_data(&file, layout::MIB, 32 * layout::MIB).unwrap();
+        assert!(end >= 5 * layout::MIB + 4096 && end <= 32 * layout::MIB, "{end}");
+        assert_eq!(last_data(&file, 50 * layout::MIB, 60 * layout::MIB).unwrap(), 50 * layout::MIB);
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod command;
 pub mod disk;
 pub mod elf;
 pub mod esp;
+pub mod flash;
 pub mod kernel;
 pub mod layout;
 pub mod media;

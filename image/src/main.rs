@@ -1,14 +1,16 @@
 //! `image`: the stages of the build, one by one, and the machine that runs the result.
 #![forbid(unsafe_code)]
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use image::build;
-use image::cache::Cache;
+use image::cache::{Cache, Line};
+use image::disk::Extent;
+use image::flash;
 use image::programs;
 use image::run::{self, Options};
 use image::source::Checkout;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 #[derive(Parser)]
@@ -27,17 +29,32 @@ enum Stage {
         extra_fragment: Vec<PathBuf>,
     },
     /// The appliance's programs.
-    Programs,
+    Programs {
+        /// Says where everything is, for `root --programs`.
+        #[arg(long)]
+        json: bool,
+    },
     /// The built-in models.
     Models,
     /// Read-only root and its hash tree, with programs and models.
-    Root,
+    Root {
+        /// Programs as `programs --json` named them, instead of compiling.
+        #[arg(long)]
+        programs: Option<PathBuf>,
+    },
     /// Boot item (kernel, command line, name).
     Uki,
     /// Disk image, with everything it needs.
     Disk,
     /// Everything; the same as `disk`.
     Build,
+    /// Write the image to a disk, which loses everything on it. Asks first.
+    Flash {
+        device: PathBuf,
+        /// An image that `disk` built, with `extents.json` beside it; built when absent.
+        #[arg(long)]
+        image: Option<PathBuf>,
+    },
     /// Everything, then the appliance in a virtual machine. Ctrl-C powers it down.
     Run(RunArguments),
 }
@@ -82,9 +99,12 @@ fn stage(stage: Stage) -> Result<()> {
         Stage::Kernel { extra_fragment } => {
             println!("{}", build::kernel_only(&cache, &extra_fragment)?.image.display());
         }
-        Stage::Programs => {
-            for program in programs::build(&cache, &Checkout::find()?)?.programs {
-                println!("{}", program.built.display());
+        Stage::Programs { json } => {
+            let built = programs::build(&cache, &Checkout::find()?)?;
+            if json {
+                println!("{}", serde_json::to_string_pretty(&built)?);
+            } else {
+                built.programs.iter().for_each(|program| println!("{}", program.built.display()));
             }
         }
         Stage::Models => {
@@ -92,14 +112,42 @@ fn stage(stage: Stage) -> Result<()> {
                 println!("{}", entry.place);
             }
         }
-        Stage::Root => {
-            let root = build::root_only(&cache)?;
+        Stage::Root { programs } => {
+            let prebuilt = match programs {
+                Some(path) => Some(serde_json::from_slice(&std::fs::read(path)?)?),
+                None => None,
+            };
+            let root = build::root_only(&cache, prebuilt)?;
             println!("{} {}", root.about.root_hash.hex(), root.image.display());
         }
         Stage::Uki => println!("{}", build::everything(&cache)?.disk.boot_item.display()),
+        Stage::Flash { device, image } => flash(&cache, &device, image)?,
         Stage::Run(arguments) => run::run(&cache, &options(arguments))?,
         Stage::Disk | Stage::Build => println!("{}", build::everything(&cache)?.disk.image.display()),
     }
+    Ok(())
+}
+
+fn flash(cache: &Cache, device: &Path, image: Option<PathBuf>) -> Result<()> {
+    let target = flash::inspect(device)?;
+    let objections = target.objections();
+    ensure!(objections.is_empty(), "{} is not written to: {}", device.display(), objections.join("; "));
+    let image = match image {
+        Some(image) => image,
+        None => build::everything(cache)?.disk.image,
+    };
+    let list = image.with_file_name("extents.json");
+    let extents = std::fs::read(&list).with_context(|| format!("cannot read {}", list.display()))?;
+    let extents: Vec<Extent> = serde_json::from_slice(&extents)?;
+    let gigabytes = target.bytes / 1_000_000_000;
+    eprintln!("{}: {} with {gigabytes} GB. Everything on it will be lost.", target.name, target.model.trim());
+    eprint!("Type {} to go on: ", target.name);
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    ensure!(answer.trim() == target.name, "nothing was written");
+    let line = Line::start("flash");
+    flash::write(&image, &extents, device)?;
+    line.end("done", "written and read back; the machine can be started from it");
     Ok(())
 }
 

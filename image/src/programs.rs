@@ -12,23 +12,24 @@ use crate::command;
 use crate::source::Checkout;
 use agentd_domain::paths;
 use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// A program of ours and its place in the root.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Program {
     pub built: PathBuf,
     pub place: String,
 }
 
 /// Everything that cargo made for the root.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Programs {
     pub programs: Vec<Program>,
-    /// Where the libraries of llama.cpp are that the engine links with.
+    /// Where llama.cpp's own libraries are, which the engine looks for beside itself.
     pub library_folder: PathBuf,
     /// llama.cpp's back ends, loaded at run time from `paths::BACKENDS`.
     pub backends: Vec<PathBuf>,
@@ -76,13 +77,13 @@ fn build_all(cache: &Cache, checkout: &Checkout) -> Result<Programs> {
     // Apart from the engine's, so that a long build of llama.cpp does not hold the others' lock.
     let ours = cache.path("programs-target");
     let engine = engine_target(cache);
-    let mut programs = compile(checkout, &STATIC, &ours, Linking::Static)?.programs;
-    programs.extend(compile(checkout, &DYNAMIC, &ours, Linking::Dynamic)?.programs);
-    let made = compile(checkout, &ENGINE, &engine, Linking::Dynamic)?;
-    programs.extend(made.programs);
-    let llama =
-        out_folder(&made.messages, "llama-cpp-sys-2").context("cargo did not say where llama.cpp is")?;
-    Ok(Programs { programs, library_folder: llama.join("lib"), backends: backends(&llama.join("backends"))? })
+    let mut programs = compile(checkout, &STATIC, &ours, Linking::Static)?;
+    programs.extend(compile(checkout, &DYNAMIC, &ours, Linking::Dynamic)?);
+    programs.extend(compile(checkout, &ENGINE, &engine, Linking::Dynamic)?);
+    // The engine's build script puts them beside the program.
+    let library_folder = engine.join("release");
+    let backends = backends(&library_folder.join("backends"))?;
+    Ok(Programs { programs, library_folder, backends })
 }
 
 /// The engine's target folder; tests that need a real engine use it too, so llama.cpp is compiled once.
@@ -96,16 +97,16 @@ enum Linking {
     Dynamic,
 }
 
-fn compile(checkout: &Checkout, group: &Group, target: &Path, linking: Linking) -> Result<Compiled> {
+fn compile(checkout: &Checkout, group: &Group, target: &Path, linking: Linking) -> Result<Vec<Program>> {
     let mut cargo = cargo(checkout, target, linking)?;
-    cargo.args(["build", "--release", "--locked", "--message-format=json-render-diagnostics"]);
+    cargo.args(["build", "--release", "--locked"]);
     for package in group.packages {
         cargo.args(["-p", package]);
     }
     if linking == Linking::Static {
         cargo.args(["--target", TARGET]);
     }
-    let messages = command::output(&mut cargo)?;
+    command::output(&mut cargo)?;
     let folder = match linking {
         Linking::Static => target.join(TARGET).join("release"),
         Linking::Dynamic => target.join("release"),
@@ -116,13 +117,7 @@ fn compile(checkout: &Checkout, group: &Group, target: &Path, linking: Linking) 
         ensure!(built.is_file(), "cargo made no {}", built.display());
         programs.push(Program { built, place: (*place).to_owned() });
     }
-    Ok(Compiled { programs, messages })
-}
-
-struct Compiled {
-    programs: Vec<Program>,
-    /// What cargo said, one JSON object per line.
-    messages: String,
+    Ok(programs)
 }
 
 fn cargo(checkout: &Checkout, target: &Path, linking: Linking) -> Result<Command> {
@@ -179,32 +174,9 @@ fn backends(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(backends)
 }
 
-/// The folder of a package's build script, from cargo's messages
-/// (https://doc.rust-lang.org/cargo/reference/external-tools.html).
-fn out_folder(messages: &str, package: &str) -> Option<PathBuf> {
-    messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|message| message["reason"] == "build-script-executed")
-        .filter(|message| message["package_id"].as_str().is_some_and(|id| id.contains(package)))
-        .find_map(|message| message["out_dir"].as_str().map(PathBuf::from))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_folder_of_a_build_script_is_found_among_other_messages() {
-        let messages = concat!(
-            "{\"reason\":\"compiler-artifact\",\"package_id\":\"x#llama-cpp-sys-2@0.1\"}\n",
-            "not json\n",
-            "{\"reason\":\"build-script-executed\",\"package_id\":\"x#ring@0.17\",\"out_dir\":\"/r\"}\n",
-            "{\"reason\":\"build-script-executed\",\"package_id\":\"x#llama-cpp-sys-2@0.1\",\"out_dir\":\"/l\"}\n",
-        );
-        assert_eq!(out_folder(messages, "llama-cpp-sys-2"), Some(PathBuf::from("/l")));
-        assert_eq!(out_folder(messages, "absent"), None);
-    }
 
     #[test]
     fn every_program_has_one_place() {

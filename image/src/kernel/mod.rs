@@ -40,8 +40,19 @@ pub fn ensure_kernel(cache: &Cache, checkout: &Checkout, extra: &[PathBuf]) -> R
         .text("linker", command::version("ld", "--version")?)
         .text("configuration", fragments.text.clone())
         .fact("source tarball path", tarball.display().to_string());
+    inputs.fact("tarball's package", debian_version(&tarball));
     let folder = cache.stage("kernel", &inputs, |out| build(cache, &tarball, &digest, &fragments, out))?;
     Ok(Kernel { image: folder.join("bzImage"), config: folder.join("config") })
+}
+
+/// Name and version of the Debian package that the tarball belongs to, for the reader.
+fn debian_version(tarball: &Path) -> String {
+    let mut query = Command::new("dpkg-query");
+    query.args(["-W", "-f=${Package} ${Version}", "linux-source-6.12"]);
+    match command::output(&mut query) {
+        Ok(text) if tarball == Path::new(DEBIAN_TARBALL) => text,
+        _ => "none: given by path".to_owned(),
+    }
 }
 
 struct Fragments {

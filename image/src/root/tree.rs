@@ -14,6 +14,8 @@ pub const FORMAT: &str = "1";
 
 /// Where Debian's libraries lie in the image, as on Debian: the loader looks there without a cache.
 const LIBRARIES: &str = "/usr/lib/x86_64-linux-gnu";
+/// llama.cpp's own libraries lie beside the engine, whose run path is its own folder.
+const ENGINE_LIBRARIES: &str = "/usr/lib/agentd";
 /// The loader's path is fixed by the platform's ABI.
 const LOADER: &str = "ld-linux-x86-64.so.2";
 
@@ -124,9 +126,13 @@ fn add_libraries(entries: &mut Vec<Entry>, programs: &Programs) -> Result<()> {
         .filter(|entry| entry.place.starts_with("/usr") && entry.mode & 0o100 != 0)
         .filter_map(|entry| entry.source().map(Path::to_owned))
         .collect();
-    let own = [programs.library_folder.clone()];
-    for (name, path) in elf::closure(&executables, &own)? {
-        let folder = if name == LOADER { "/usr/lib64" } else { LIBRARIES };
+    let own = std::slice::from_ref(&programs.library_folder);
+    for (name, path) in elf::closure(&executables, own)? {
+        let folder = match name.as_str() {
+            LOADER => "/usr/lib64",
+            _ if path.starts_with(&programs.library_folder) => ENGINE_LIBRARIES,
+            _ => LIBRARIES,
+        };
         entries.push(Entry::file(format!("{folder}/{name}"), &path, 0o755));
     }
     Ok(())
