@@ -40,7 +40,7 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     ("image", &["agentd-domain"]),
     ("tests-host", &["agentd-domain"]),
     ("tests-qemu", &["agentd-domain", "image", "init-sys"]),
-    ("tests-bench", &["image"]),
+    ("tests-bench", &["agentd-domain", "image", "tests-qemu"]),
     ("tests-tidy", &[]),
 ];
 
