@@ -26,9 +26,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let target = profile.join("backends");
     fs::create_dir_all(&target)?;
-    copy_matching(&backends, &target, |name| name.ends_with(".so"))?;
+    copy_matching(&backends, &target, |name| name.ends_with(".so") && name != MISCOMPILED)?;
+    // From a build before it was left out.
+    if target.join(MISCOMPILED).exists() {
+        fs::remove_file(target.join(MISCOMPILED))?;
+    }
     Ok(())
 }
+
+/// The variant with AMX. GCC 12, Debian 12's, declares that `_tile_loadconfig` reads the first 8 bytes of its
+/// 64-byte argument, drops the stores to the rest, and the first tile instruction is then illegal. Without this
+/// file llama.cpp takes the next best, which has AVX-512 as well.
+const MISCOMPILED: &str = "libggml-cpu-sapphirerapids.so";
 
 fn remove_dangling_links(folder: &Path) -> io::Result<()> {
     if !folder.is_dir() {

@@ -24,6 +24,7 @@ use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
+use llama_cpp_sys_2::{LLAMA_FLASH_ATTN_TYPE_AUTO, LLAMA_FLASH_ATTN_TYPE_DISABLED};
 use std::collections::VecDeque;
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -94,7 +95,11 @@ pub(crate) fn spawn(
 fn parameters(settings: Settings) -> LlamaContextParams {
     let cache = if settings.exact_cache { KvCacheType::F32 } else { KvCacheType::F16 };
     let threads = i32::try_from(settings.threads).unwrap_or(1);
+    // llama.cpp's flash attention casts a cache in f32 to f16 first.
+    let flash_attention =
+        if settings.exact_cache { LLAMA_FLASH_ATTN_TYPE_DISABLED } else { LLAMA_FLASH_ATTN_TYPE_AUTO };
     LlamaContextParams::default()
+        .with_flash_attention_policy(flash_attention)
         .with_n_ctx(NonZeroU32::new(settings.context_tokens))
         .with_n_batch(BATCH_TOKENS)
         .with_n_ubatch(BATCH_TOKENS)

@@ -31,6 +31,8 @@ fn reference(script: &str, argument: &Path, input: &Value) -> Option<Vec<Value>>
         .arg("-B")
         .arg(fixtures().join(script))
         .arg(argument)
+        // Small matrices: more threads only wait for each other.
+        .env("OPENBLAS_NUM_THREADS", "1")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
