@@ -4,7 +4,7 @@
 //! `claim code:` and `health:` keep their form.
 
 use agentd_domain::fault::Report;
-use agentd_domain::initctl::{Clock, Health, NetworkSettings, StepOutcome, SystemStatus};
+use agentd_domain::initctl::{Clock, Health, NetworkSettings, StepOutcome, StepStatus, SystemStatus};
 use agentd_domain::marker::Volume;
 
 /// Printed once, when the health first becomes green.
@@ -19,7 +19,8 @@ pub fn facts(status: Option<&SystemStatus>, now_ms: u64) -> Option<Vec<String>> 
     let Some(status) = status else {
         return (now_ms > PATIENCE_MS).then(|| vec!["health: red".to_owned(), NO_INIT.to_owned()]);
     };
-    let told = status.agentd.is_some() || !status.problems.is_empty();
+    // No address yet, or a child that ended once, is what a start looks like; a failed step is not.
+    let told = status.agentd.is_some() || status.steps.iter().any(has_failed);
     if !told && status.uptime_ms < PATIENCE_MS {
         return None;
     }
@@ -35,6 +36,10 @@ pub fn facts(status: Option<&SystemStatus>, now_ms: u64) -> Option<Vec<String>> 
     }
     lines.extend(status.problems.iter().flat_map(|problem| report_lines("problem", problem)));
     Some(lines)
+}
+
+fn has_failed(step: &StepStatus) -> bool {
+    step.required && matches!(step.outcome, StepOutcome::Failed { .. })
 }
 
 fn addresses(status: &SystemStatus) -> Vec<String> {
@@ -205,12 +210,14 @@ mod tests {
     fn a_machine_that_is_starting_says_nothing_and_one_with_a_problem_says_it_at_once() {
         let mut starting = SystemStatus { uptime_ms: 2_000, ..SystemStatus::default() };
         assert_eq!(facts(Some(&starting), 2_000), None);
-        starting.problems.push(Report::environment(
-            "no_disk",
-            "there is no disk",
-            "none found",
-            "attach one",
-        ));
+        let problem = Report::environment("no_disk", "there is no disk", "none found", "attach one");
+        starting.problems.push(problem.clone());
+        assert_eq!(facts(Some(&starting), 2_000), None, "a problem that may pass");
+        starting.steps.push(StepStatus {
+            name: "disk".to_owned(),
+            required: true,
+            outcome: StepOutcome::Failed { report: problem },
+        });
         let lines = facts(Some(&starting), 2_000).unwrap();
         assert_eq!(
             lines[1..],
