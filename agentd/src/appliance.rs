@@ -29,7 +29,6 @@ use agentd_domain::plan::SandboxPlan;
 use agentd_sandbox::client::Launcher;
 use futures::{StreamExt, stream};
 use std::fs::File;
-use std::future::Future;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -480,22 +479,17 @@ fn stopped(name: &str) -> Report {
     )
 }
 
-fn until_away(
-    mut views: tokio::sync::watch::Receiver<Views>,
-    agent: AgentId,
-) -> impl Future<Output = Report> + Send + 'static {
-    async move {
-        loop {
-            let report = match views.borrow_and_update().get(&agent) {
-                Some(view) => away(view),
-                None => Some(stopped("that was asked")),
-            };
-            if let Some(report) = report {
-                return report;
-            }
-            if views.changed().await.is_err() {
-                return stopped("that was asked");
-            }
+async fn until_away(mut views: tokio::sync::watch::Receiver<Views>, agent: AgentId) -> Report {
+    loop {
+        let report = match views.borrow_and_update().get(&agent) {
+            Some(view) => away(view),
+            None => Some(stopped("that was asked")),
+        };
+        if let Some(report) = report {
+            return report;
+        }
+        if views.changed().await.is_err() {
+            return stopped("that was asked");
         }
     }
 }

@@ -11,6 +11,7 @@
 use crate::clock;
 use agentd_domain::api::LogLine;
 use agentd_domain::ids::AgentId;
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
@@ -98,8 +99,7 @@ impl Logs {
     async fn pump(self, agent: AgentId, stream: &'static str, mut pipe: pipe::Receiver) {
         let mut splitter = Splitter::default();
         let mut chunk = [0u8; 4096];
-        loop {
-            let Ok(count) = pipe.read(&mut chunk).await else { break };
+        while let Ok(count) = pipe.read(&mut chunk).await {
             let ended = count == 0;
             let texts =
                 if ended { splitter.finish().into_iter().collect() } else { splitter.feed(&chunk[..count]) };
@@ -236,13 +236,15 @@ fn append(
         open.remove(&agent);
         fs::rename(&current, folder.join("previous.jsonl"))?;
     }
-    if !open.contains_key(&agent) {
-        fs::create_dir_all(&folder)?;
-        let file = OpenOptions::new().create(true).append(true).open(&current)?;
-        let bytes = file.metadata()?.len();
-        open.insert(agent, (file, bytes));
-    }
-    let Some((file, bytes)) = open.get_mut(&agent) else { return Ok(()) };
+    let (file, bytes) = match open.entry(agent) {
+        Entry::Occupied(entry) => entry.into_mut(),
+        Entry::Vacant(entry) => {
+            fs::create_dir_all(&folder)?;
+            let file = OpenOptions::new().create(true).append(true).open(&current)?;
+            let bytes = file.metadata()?.len();
+            entry.insert((file, bytes))
+        }
+    };
     let mut text = serde_json::to_vec(line)?;
     text.push(b'\n');
     let written = file.write_all(&text);

@@ -17,7 +17,7 @@ use agentd_capability::{Package, Subject, compile, parse_manifest, quota};
 use agentd_domain::api::AgentState;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, RunId};
-use agentd_domain::launcher::{ExitCause, ExitRecord, Listing};
+use agentd_domain::launcher::{ExitCause, ExitRecord, Listing, RunInfo};
 use agentd_domain::manifest::Manifest;
 use agentd_domain::plan::SandboxPlan;
 use agentd_sandbox::client::{Launcher, RunHandles};
@@ -91,7 +91,7 @@ pub async fn start(links: Links) -> Result<Agents, Report> {
         state: State::default(),
         known: BTreeMap::new(),
         runs: HashMap::new(),
-        listed_rights: HashMap::new(),
+        unserved: HashMap::new(),
         orders,
         to_self: wishes.downgrade(),
         shown,
@@ -112,8 +112,8 @@ struct Loop {
     state: State,
     known: BTreeMap<AgentId, Known>,
     runs: HashMap<RunId, Attached>,
-    /// Of runs that live and are not served yet, from the launcher's last list.
-    listed_rights: HashMap<RunId, Vec<String>>,
+    /// Runs that live and are not served yet, from the launcher's last list.
+    unserved: HashMap<RunId, RunInfo>,
     orders: std::sync::mpsc::Sender<Order>,
     to_self: mpsc::WeakSender<Input>,
     shown: watch::Sender<Views>,
@@ -317,14 +317,15 @@ impl Loop {
     fn attach(&mut self, agent: AgentId, run: RunId, handles: RunHandles) {
         let Some(manifest) = self.known.get(&agent).and_then(|known| known.manifest.clone()) else { return };
         let over = CancellationToken::new();
-        let started_boot_ms = clock::boot_ms();
+        let listed = self.unserved.remove(&run);
+        let started_boot_ms = listed.as_ref().map_or_else(clock::boot_ms, |info| info.started_boot_ms);
         let attached = Attached { agent, pid: handles.pid, started_boot_ms, over: over.clone() };
         self.runs.insert(run, attached);
         tracing::info!(agent_id = %agent, run_id = %run, pid = handles.pid, "a run is served");
         self.links.logs.say(agent, format!("run {run} is served, process {}", handles.pid));
         let to_self = self.to_self.clone();
         // A run that was started under another manifest keeps the rights it was started with.
-        let rights = self.listed_rights.remove(&run).unwrap_or_else(|| self.plan_of(agent, &manifest).api);
+        let rights = listed.map_or_else(|| self.plan_of(agent, &manifest).api, |info| info.api);
         let rights = Arc::new(rights.into_iter().collect());
         let ended = Box::new(move || {
             // The loop may be busy or gone; a list will show the end as well.
@@ -351,11 +352,11 @@ impl Loop {
         for exit in listing.exits {
             self.enter_exit(exit).await;
         }
-        self.listed_rights.clear();
+        self.unserved.clear();
         for info in &listing.runs {
             match self.runs.get_mut(&info.run_id) {
                 Some(attached) => attached.started_boot_ms = info.started_boot_ms,
-                None => drop(self.listed_rights.insert(info.run_id, info.api.clone())),
+                None => drop(self.unserved.insert(info.run_id, info.clone())),
             }
         }
         let living: BTreeSet<RunId> = listing.runs.iter().map(|info| info.run_id).collect();

@@ -16,6 +16,10 @@
 
 mod plan;
 mod run;
+#[cfg(test)]
+pub mod testing;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 pub use plan::{Choice, Wanted};
@@ -77,7 +81,7 @@ impl View {
 #[derive(Clone)]
 pub struct Engine {
     commands: mpsc::Sender<Command>,
-    wanted: watch::Sender<Wanted>,
+    wanted: watch::Sender<Option<Wanted>>,
     view: watch::Receiver<Arc<View>>,
 }
 
@@ -102,8 +106,8 @@ impl Engine {
     /// Replaces what is to be loaded.
     pub fn want(&self, wanted: Wanted) {
         self.wanted.send_if_modified(|old| {
-            let changed = *old != wanted;
-            *old = wanted;
+            let changed = old.as_ref() != Some(&wanted);
+            *old = Some(wanted);
             changed
         });
     }

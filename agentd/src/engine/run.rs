@@ -40,7 +40,7 @@ pub struct Links {
 /// Starts the task on the current runtime.
 pub fn start(links: Links) -> Engine {
     let (commands, queue) = mpsc::channel(QUEUE);
-    let (wanted, wish) = watch::channel(Wanted::default());
+    let (wanted, wish) = watch::channel(None);
     let start = View {
         stage: Stage::Starting,
         devices: Vec::new(),
@@ -57,7 +57,8 @@ pub fn start(links: Links) -> Engine {
 struct Task {
     links: Links,
     queue: mpsc::Receiver<Command>,
-    wish: watch::Receiver<Wanted>,
+    /// `None` until somebody has said what is wanted: what an engine holds from before is left alone until then.
+    wish: watch::Receiver<Option<Wanted>>,
     shown: watch::Sender<Arc<View>>,
     /// Survives a reconnection: a file that ended the engine must not end it again and again.
     failed: BTreeMap<String, Report>,
@@ -107,7 +108,8 @@ impl Task {
         models: Vec<LoadedModel>,
         devices: Option<Vec<agentd_domain::engine::Device>>,
     ) {
-        let default_chat = plan::chat(&self.wish.borrow(), &self.failed)
+        let wish = self.wish.borrow().clone().unwrap_or_default();
+        let default_chat = plan::chat(&wish, &self.failed)
             .filter(|choice| {
                 models.iter().any(|model| model.kind == ModelKind::Chat && model.model == choice.name)
             })
@@ -214,7 +216,9 @@ impl Task {
         };
         pump.abort();
         if let End::Lost(error) = &end {
-            if let Some(Busy::Loading(name)) = session.busy.take() {
+            // Whatever else it was doing may have ended it as well: then nobody is blamed.
+            let alone = session.open.values().all(|open| matches!(open, Open::Models | Open::Cancel));
+            if let (Some(Busy::Loading(name)), true) = (session.busy.take(), alone) {
                 let deaths = self.deaths.entry(name.clone()).or_default();
                 *deaths += 1;
                 // Once may be chance; it is tried again when the owner changes the models.
@@ -231,9 +235,9 @@ impl Task {
 
     /// Keeps the engine's models what is wanted, one step at a time, and shows how far that is.
     async fn load_next(&mut self, session: &mut Session) -> Result<(), WireError> {
-        if session.busy.is_none() {
-            let next = plan::next(&self.wish.borrow(), &session.loaded, &self.failed);
-            match next {
+        let wish = self.wish.borrow().clone();
+        if let (None, Some(wish)) = (&session.busy, &wish) {
+            match plan::next(wish, &session.loaded, &self.failed) {
                 Next::Settled => {}
                 Next::Unload(name) => {
                     session.send(Request::Unload { model: name.clone() }, Open::Models).await?;
@@ -246,7 +250,8 @@ impl Task {
                 }
             }
         }
-        let stage = if session.busy.is_some() { Stage::Loading } else { Stage::Ready };
+        let settled = session.busy.is_none() && wish.is_some();
+        let stage = if settled { Stage::Ready } else { Stage::Loading };
         let shown = self.shown.borrow().clone();
         if shown.stage != stage || shown.models != session.loaded || shown.failed != self.failed {
             self.show(stage, session.loaded.clone(), Some(session.devices.clone()));

@@ -70,7 +70,7 @@ fn what_was_acknowledged_is_there_after_a_reopening() {
     };
     let store = scene.open();
     assert_eq!(store.owner, owner);
-    assert_eq!(store.agents().expect("read"), [row.clone()]);
+    assert_eq!(store.agents().expect("read"), std::slice::from_ref(&row));
     assert_eq!(store.last_exit(row.agent_id).expect("read"), Some(exit));
     assert_eq!(store.messages(row.agent_id).expect("read"), [(1, message("hello", None))]);
 }
@@ -109,7 +109,7 @@ fn a_removed_agent_leaves_nothing_and_takes_nothing_of_others() {
         store.keep(row.agent_id, "POST /x/k", &kept).expect("kept");
     }
     store.remove_agent(&gone).expect("removed");
-    assert_eq!(store.agents().expect("read"), [stays.clone()]);
+    assert_eq!(store.agents().expect("read"), std::slice::from_ref(&stays));
     assert_eq!(store.messages(gone.agent_id).expect("read"), []);
     assert_eq!(store.kept(gone.agent_id, "POST /x/k", 1).expect("read"), None);
     assert_eq!(store.messages(stays.agent_id).expect("read").len(), 1);

@@ -1,0 +1,165 @@
+use super::testing::{FakeEngine, Seen, done};
+use super::*;
+use agentd_domain::engine::{ChatMessage, Prompt, Sampling};
+use agentd_sandbox::client::Launcher;
+use futures::StreamExt;
+use std::sync::Mutex;
+
+struct Scene {
+    folder: tempfile::TempDir,
+    seen: Arc<Mutex<Seen>>,
+    fake: Option<FakeEngine>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let seen = Arc::default();
+        let fake = Some(FakeEngine::start(folder.path(), Arc::clone(&seen)));
+        Self { folder, seen, fake }
+    }
+
+    fn engine(&self) -> Engine {
+        start(Links {
+            launcher: Launcher::at(self.folder.path().join("none")),
+            sockets: self.folder.path().to_owned(),
+            memory_max_bytes: 1,
+        })
+    }
+
+    fn loads(&self) -> Vec<String> {
+        self.seen.lock().expect("unpoisoned").loads.clone()
+    }
+
+    /// The process is gone and its memory with it, then there is a new one.
+    fn restart_engine(&mut self) {
+        self.fake = None;
+        self.seen.lock().expect("unpoisoned").loaded.clear();
+        self.fake = Some(FakeEngine::start(self.folder.path(), Arc::clone(&self.seen)));
+    }
+}
+
+fn choice(name: &str, path: &str, kind: ModelKind) -> Choice {
+    Choice { name: name.to_owned(), path: path.to_owned(), kind }
+}
+
+fn wanted(chat: &[(&str, &str)]) -> Wanted {
+    Wanted {
+        embedder: Some(choice("minilm", "/minilm", ModelKind::Embedding)),
+        chat: chat.iter().map(|(name, path)| choice(name, path, ModelKind::Chat)).collect(),
+    }
+}
+
+fn generate(key: &str, stop: &str) -> Generate {
+    Generate {
+        model: "tiny".to_owned(),
+        key: key.to_owned(),
+        prompt: Prompt::Messages(vec![ChatMessage { role: "user".to_owned(), content: "hi".to_owned() }]),
+        sampling: Sampling::default(),
+        max_tokens: 0,
+        stop: vec![stop.to_owned()],
+    }
+}
+
+/// The limit is only reached by a broken test.
+async fn ready(engine: &Engine) -> Arc<View> {
+    let mut view = engine.watch();
+    let ready = view.wait_for(|view| view.stage == Stage::Ready && view.default_chat.is_some());
+    tokio::time::timeout(Duration::from_secs(20), ready).await.expect("in time").expect("alive").clone()
+}
+
+#[tokio::test]
+async fn what_is_wanted_is_loaded_and_answers() {
+    let scene = Scene::new();
+    let engine = scene.engine();
+    engine.want(wanted(&[("tiny", "/tiny")]));
+    let view = ready(&engine).await;
+    assert_eq!(view.default_chat.as_deref(), Some("tiny"));
+    assert_eq!(view.embedder().map(|embedder| embedder.dimension), Some(2));
+    let pieces: Vec<_> = engine.generate(generate("k", "")).await.expect("taken").collect().await;
+    let text = |text: &str| Ok(Piece::Text(text.to_owned()));
+    assert_eq!(pieces, [text("a"), text("b"), Ok(Piece::Done(done()))]);
+    let vectors =
+        engine.embed_with("minilm".to_owned(), vec!["a ship".to_owned()]).await.expect("embedded").vectors;
+    assert_eq!(vectors, [[1.0, 0.0]]);
+}
+
+#[tokio::test]
+async fn models_that_an_engine_holds_are_not_loaded_again() {
+    let scene = Scene::new();
+    let first = scene.engine();
+    first.want(wanted(&[("tiny", "/tiny")]));
+    ready(&first).await;
+    assert_eq!(scene.loads(), ["minilm", "tiny"]);
+    drop(first);
+    // As a new agentd does: it connects before it has looked at the models.
+    let second = scene.engine();
+    let mut view = second.watch();
+    view.wait_for(|view| view.models.len() == 2).await.expect("alive");
+    second.want(wanted(&[("tiny", "/tiny")]));
+    ready(&second).await;
+    assert_eq!(scene.loads(), ["minilm", "tiny"], "nothing was loaded twice");
+}
+
+#[tokio::test]
+async fn a_lost_engine_is_an_error_and_then_there_is_a_new_one() {
+    let mut scene = Scene::new();
+    let engine = scene.engine();
+    engine.want(wanted(&[("tiny", "/tiny")]));
+    ready(&engine).await;
+    let error = engine.generate(generate("k", "die")).await.err().expect("lost");
+    assert_eq!(error.code, "engine_lost");
+    let mut view = engine.watch();
+    view.wait_for(|view| matches!(view.stage, Stage::Down(_))).await.expect("alive");
+    scene.restart_engine();
+    ready(&engine).await;
+    assert!(engine.generate(generate("k2", "")).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_reader_that_goes_cancels_unless_another_reads_the_same() {
+    let scene = Scene::new();
+    let engine = scene.engine();
+    engine.want(wanted(&[("tiny", "/tiny")]));
+    ready(&engine).await;
+    let first = engine.generate(generate("same", "hang")).await.expect("taken");
+    let second = engine.generate(generate("same", "hang")).await.expect("taken");
+    drop(first);
+    engine.status().await.expect("answered after what was before it");
+    assert!(scene.seen.lock().expect("unpoisoned").cancelled.is_empty());
+    drop(second);
+    engine.status().await.expect("answered");
+    assert_eq!(scene.seen.lock().expect("unpoisoned").cancelled, ["same"]);
+}
+
+#[tokio::test]
+async fn a_refused_model_gives_way_and_says_why() {
+    let scene = Scene::new();
+    let engine = scene.engine();
+    engine.want(wanted(&[("big", "/bad"), ("tiny", "/tiny")]));
+    let view = ready(&engine).await;
+    assert_eq!(view.default_chat.as_deref(), Some("tiny"));
+    assert_eq!(view.failed["big"].code, "model_corrupt");
+}
+
+#[tokio::test]
+async fn a_file_that_ends_engines_is_given_up() {
+    let scene = Scene::new();
+    let engine = scene.engine();
+    engine.want(wanted(&[("hostile", "/kills"), ("tiny", "/tiny")]));
+    let view = ready(&engine).await;
+    assert_eq!(view.default_chat.as_deref(), Some("tiny"));
+    assert_eq!(view.failed["hostile"].code, "model_ended_engine");
+    assert_eq!(scene.loads().iter().filter(|name| *name == "hostile").count(), 2);
+}
+
+#[tokio::test]
+async fn without_an_engine_requests_are_refused_and_do_not_hang() {
+    let mut scene = Scene::new();
+    scene.fake = None;
+    std::fs::remove_file(scene.folder.path().join("host.sock")).expect("removed");
+    let engine = scene.engine();
+    let error = engine.status().await.expect_err("nobody there");
+    assert_eq!(error.code, "launcher_unreachable");
+    assert!(engine.models().is_empty());
+}
