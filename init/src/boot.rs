@@ -48,47 +48,30 @@ const fn step(
     Step { name, need, after, run }
 }
 
+#[rustfmt::skip]
 pub const STEPS: &[Step] = &[
     step("kernel file systems", Required("everything below reads them"), &[], kernel::mount_file_systems),
     step("kernel log", Optional("lines go to the console instead"), &[], kernel::open_log),
-    step(
-        "watchdogs",
-        Optional("a machine without one works, but does not restart by itself"),
-        &[],
-        kernel::feed_watchdogs,
-    ),
+    step("watchdogs", Optional("without one the machine does not restart by itself"), &[], kernel::feed_watchdogs),
     step("Ctrl-Alt-Del", Optional("the power button and the console remain"), &[], kernel::take_ctrl_alt_del),
     step("kernel settings", Required("the walls around agents lean on them"), &[], sysctl::apply),
     step("control groups", Required("agents have no limits without them"), &[], control_groups::make_tree),
     step("walls", Required("an agent is not started unless all its walls stand"), &[], walls::check),
     step("control socket", Required("the local console and agentd ask here"), &[], kernel::listen),
-    step("local console", Optional("the web console remains"), &[], |m| start(m, Child::ConsoleTty)),
+    step("local console", Optional("the web console remains"), &[], start_console_tty),
     step("disk", Required("state and data lie on the disk of the running root"), &[], disk::find),
     step("partition table", Required("state and data are found in it"), &["disk"], disk::set_up_table),
     step("state", Required("it holds what lets the owner in"), &["partition table"], volumes::open_state),
     step("crash records", Optional("they only explain the past"), &["state"], crashes::keep),
     step("configuration", Optional("safe defaults stand in"), &[], config::load),
     step("clock", Optional("time servers set it later"), &[], clock::raise_to_floor),
-    step(
-        "no more modules",
-        Required("root in the kernel would pass every wall"),
-        &[],
-        sysctl::end_module_loading,
-    ),
-    step("network", Optional("everything but the network works without it"), &[], |m| start(m, Child::Netd)),
-    step(
-        "data",
-        Required("agents, their memory and models lie there"),
-        &["partition table", "state"],
-        volumes::open_data,
-    ),
+    step("no more modules", Required("root in the kernel would pass every wall"), &[], sysctl::end_module_loading),
+    step("network", Optional("everything but the network works without it"), &[], start_netd),
+    step("data", Required("agents, their memory and models lie there"), &["partition table", "state"], volumes::open_data),
     step("models medium", Optional("models on data and in the image remain"), &[], medium::mount_models),
-    step("launcher", Required("it starts agents and engines"), &["control groups", "data"], |m| {
-        start(m, Child::Launcher)
-    }),
-    step("agentd", Required("it serves the owner and the agents"), &["state", "data"], |m| {
-        start(m, Child::Agentd)
-    }),
+    step("launcher", Required("it starts agents and engines"), &["control groups", "data"], start_launcher),
+    // Whatever failed: it tells the owner in the web console what, why and how to mend it.
+    step("agentd", Required("it serves the owner and the agents"), &[], start_agentd),
 ];
 
 /// All of it. Ends early when the machine is to be shut down.
@@ -140,6 +123,23 @@ fn tell(machine: &mut Machine, step: &Step, outcome: &StepOutcome) {
     }
 }
 
+fn start_console_tty(machine: &mut Machine) -> Outcome {
+    start(machine, Child::ConsoleTty)
+}
+
+fn start_netd(machine: &mut Machine) -> Outcome {
+    start(machine, Child::Netd)
+}
+
+fn start_launcher(machine: &mut Machine) -> Outcome {
+    start(machine, Child::Launcher)
+}
+
+fn start_agentd(machine: &mut Machine) -> Outcome {
+    start(machine, Child::Agentd)
+}
+
+/// That it starts is the plan's business from now on, and so is that it is running: see `status`.
 fn start(machine: &mut Machine, child: Child) -> Outcome {
     machine.event(Event::Start(child));
     Ok(Done::Well)

@@ -21,8 +21,17 @@ const INCOMPAT_64BIT: u32 = 0x80;
 pub struct Superblock {
     pub label: String,
     pub size_bytes: u64,
-    /// e2fsck has something to do: errors, or a journal that was not emptied.
-    pub needs_check: bool,
+    pub check: Check,
+}
+
+/// What e2fsck has to do before this is mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Check {
+    Nothing,
+    /// It was not unmounted: the journal is put in its place, in seconds.
+    Journal,
+    /// It has errors: everything is read, for as long as that takes.
+    Repair,
 }
 
 /// The superblock in the first bytes of a partition.
@@ -44,9 +53,13 @@ pub fn parse(bytes: &[u8]) -> Option<Superblock> {
     Some(Superblock {
         label: String::from_utf8_lossy(label).into_owned(),
         size_bytes: blocks.checked_mul(block_bytes)?,
-        needs_check: state & STATE_CLEAN == 0
-            || state & STATE_ERRORS != 0
-            || incompatible & INCOMPAT_RECOVER != 0,
+        check: if state & STATE_CLEAN == 0 || state & STATE_ERRORS != 0 {
+            Check::Repair
+        } else if incompatible & INCOMPAT_RECOVER != 0 {
+            Check::Journal
+        } else {
+            Check::Nothing
+        },
     })
 }
 
@@ -101,7 +114,7 @@ mod tests {
         assert!(status.success());
         let superblock = primary(&head_of(file.path())).unwrap();
         let expected =
-            Superblock { label: "agentd-os-state".to_owned(), size_bytes: 64 << 20, needs_check: false };
+            Superblock { label: "agentd-os-state".to_owned(), size_bytes: 64 << 20, check: Check::Nothing };
         assert_eq!(superblock, expected);
     }
 
@@ -109,15 +122,14 @@ mod tests {
     fn an_unclean_file_system_needs_a_check() {
         let mut bytes = vec![0; SPARE_BYTES];
         bytes[56..58].copy_from_slice(&MAGIC.to_le_bytes());
-        let needs_check = |bytes: &[u8]| parse(bytes).unwrap().needs_check;
-        assert!(needs_check(&bytes), "not marked clean");
+        let check = |bytes: &[u8]| parse(bytes).unwrap().check;
+        assert_eq!(check(&bytes), Check::Repair, "not marked clean");
         bytes[58] = 1;
-        assert!(!needs_check(&bytes));
+        assert_eq!(check(&bytes), Check::Nothing);
         bytes[96] = 4;
-        assert!(needs_check(&bytes), "journal not empty");
-        bytes[96] = 0;
+        assert_eq!(check(&bytes), Check::Journal);
         bytes[58] = 3;
-        assert!(needs_check(&bytes), "marked as having errors");
+        assert_eq!(check(&bytes), Check::Repair, "marked as having errors");
     }
 
     #[test]

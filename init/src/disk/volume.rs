@@ -4,7 +4,7 @@
 //! formatting, once begun for that reason, did not come to its end (the table remembers, see
 //! [`super::table`]). Everything else that is not our own file system is left alone until the owner says so.
 
-use super::ext4::{self, Superblock};
+use super::ext4::{self, Check, Superblock};
 use agentd_domain::fault::Report;
 use agentd_domain::marker::{self, Volume};
 
@@ -27,7 +27,7 @@ pub enum Decision {
     Format,
     /// Our file system: check it first or not, and what it holds of the partition.
     Use {
-        check: bool,
+        check: Check,
         size_bytes: u64,
     },
     /// Not ours: leave it alone, and say what it is.
@@ -43,11 +43,11 @@ pub fn decide(volume: Volume, seen: Seen<'_>) -> Decision {
     let ours = |superblock: &Superblock| superblock.label == volume.label();
     let primary = ext4::primary(seen.head);
     if let Some(superblock) = primary.as_ref().filter(|superblock| ours(superblock)) {
-        return Decision::Use { check: superblock.needs_check, size_bytes: superblock.size_bytes };
+        return Decision::Use { check: superblock.check, size_bytes: superblock.size_bytes };
     }
     // A primary superblock that was lost: e2fsck -p restores it from the spare.
     if let (None, Some(superblock)) = (&primary, seen.spare.and_then(ext4::parse).filter(ours)) {
-        return Decision::Use { check: true, size_bytes: superblock.size_bytes };
+        return Decision::Use { check: Check::Repair, size_bytes: superblock.size_bytes };
     }
     let found = match primary {
         Some(superblock) => format!("an ext4 file system named `{}`", superblock.label),
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn our_file_system_is_used_by_its_label() {
-        let expected = Decision::Use { check: false, size_bytes: 409_600 };
+        let expected = Decision::Use { check: Check::Nothing, size_bytes: 409_600 };
         assert_eq!(decided(&head(marker::LABEL_DATA), None, false), expected);
     }
 
@@ -137,7 +137,7 @@ mod tests {
     fn a_lost_superblock_is_restored_from_its_spare() {
         let spare = superblock(marker::LABEL_DATA);
         let decision = decided(&[0; ext4::HEAD_BYTES], Some(&spare), false);
-        assert_eq!(decision, Decision::Use { check: true, size_bytes: 409_600 });
+        assert_eq!(decision, Decision::Use { check: Check::Repair, size_bytes: 409_600 });
         let other = superblock("photos");
         assert!(matches!(decided(&[0; ext4::HEAD_BYTES], Some(&other), false), Decision::Foreign { .. }));
     }

@@ -3,10 +3,13 @@
 //! What may be formatted is decided by [`crate::disk::volume`]; here it is done.
 
 use crate::boot::{Done, Outcome};
+use crate::children::Child;
+use crate::disk::ext4::Check;
 use crate::disk::table::{BootLoader, Entry};
 use crate::disk::volume::{self, Decision, Seen};
 use crate::disk::{ext4, find};
 use crate::machine::Machine;
+use crate::plan::Event;
 use crate::steps::disk::note_formatted;
 use crate::steps::kernel::make_folder;
 use agentd_domain::fault::Report;
@@ -107,8 +110,8 @@ fn open(machine: &mut Machine, volume: Volume) -> Result<Opened, Report> {
             entry.length_bytes
         }
         Decision::Use { check, size_bytes } => {
-            if check {
-                self::check(machine, volume, &device)?;
+            if check != Check::Nothing {
+                self::check(machine, volume, &device, check)?;
             }
             size_bytes
         }
@@ -213,8 +216,13 @@ fn clear_marker(device: &Path) -> io::Result<()> {
     Err(io::Error::other("the marker could not be cleared"))
 }
 
-fn check(machine: &mut Machine, volume: Volume, device: &str) -> Result<(), Report> {
-    machine.log.info(&format!("checking {device}: it was not unmounted, or has errors"));
+fn check(machine: &mut Machine, volume: Volume, device: &str, check: Check) -> Result<(), Report> {
+    let why = if check == Check::Repair { "it has errors" } else { "it was not unmounted" };
+    machine.log.info(&format!("checking {device}: {why}"));
+    if volume == Volume::Data && check == Check::Repair {
+        // Hours, maybe. The web console is to say so meanwhile; agentd begins again when data has come.
+        machine.event(Event::Start(Child::Agentd));
+    }
     let report = |why: String| {
         Report::environment(
             &format!("{}_partition_damaged", volume.partition_name()),
@@ -325,6 +333,6 @@ mod tests {
         };
         assert_eq!(decide(), Decision::Format);
         clear_marker(file.path()).unwrap();
-        assert_eq!(decide(), Decision::Use { check: false, size_bytes: 64 << 20 });
+        assert_eq!(decide(), Decision::Use { check: Check::Nothing, size_bytes: 64 << 20 });
     }
 }
