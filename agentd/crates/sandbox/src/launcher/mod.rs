@@ -12,6 +12,7 @@ mod confine;
 mod engines;
 mod options;
 mod records;
+mod requests;
 mod runs;
 mod server;
 mod volumes;

@@ -1,0 +1,224 @@
+//! What does each request of agentd come to?
+//!
+//! In:     one [`Request`] of a client whose uid was checked. Out: its answer, now or when a run or a removal is done.
+//! Always: every value of a request passes [`check`] before anything is done with it.
+
+use super::engines::{self, Engine};
+use super::runs::{Phase, Run};
+use super::server::{ENGINES_MAX, GRACE_MAX_MS, LISTING_BYTES, RUNS_MAX, Server, Source, Waits, watch};
+use super::volumes::{self, Removal};
+use super::{broken, refused};
+use crate::{check, wire};
+use agentd_domain::fault::Report;
+use agentd_domain::ids::{AgentId, RunId};
+use agentd_domain::launcher::{EngineSpec, Listing, Request, Response};
+use agentd_domain::plan::SandboxPlan;
+use std::os::fd::AsFd;
+
+impl Server {
+    pub(super) fn obey(&mut self, token: u64, request: Request) {
+        let response = match request {
+            Request::Start { run_id, plan } => return self.start(token, run_id, *plan),
+            Request::RemoveAgent { agent_id, uid } => return self.remove_agent(token, agent_id, uid),
+            Request::Handover { run_id } => return self.hand_over(token, run_id),
+            Request::StartEngine(spec) => self.start_engine(spec),
+            Request::List { after } => Ok(Response::Listing(self.listing(after))),
+            other => self.change(other).map(|()| Response::Done),
+        };
+        self.respond(token, &response.unwrap_or_else(Response::Refused));
+    }
+
+    /// Requests that are answered by `Done`.
+    fn change(&mut self, request: Request) -> Result<(), Report> {
+        match request {
+            Request::StopEngine { set } => self.stop_engine(&set),
+            Request::ChangeLimits { run_id, cgroup } => {
+                let run = self.runs.get(&run_id).ok_or_else(|| unknown(run_id))?;
+                check::check_within(&cgroup, &run.plan.cgroup)?;
+                self.hierarchy.set_limits(&run.group, &cgroup)
+            }
+            Request::Freeze { run_id } => self.freeze(run_id, true),
+            Request::Thaw { run_id } => self.freeze(run_id, false),
+            Request::Kill { run_id, grace_ms } => {
+                let run = self.runs.get_mut(&run_id).ok_or_else(|| unknown(run_id))?;
+                run.stop(u64::from(grace_ms.min(GRACE_MAX_MS)));
+                Ok(())
+            }
+            Request::PrepareAgent { agent_id, uid, quota } => {
+                check::check_uid(uid)?;
+                check::check_quota(quota)?;
+                volumes::prepare(&self.options, agent_id, uid, quota)
+            }
+            Request::ForgetExit { run_id } => self.records.forget(run_id).map_err(|error| {
+                broken("record_failed", format!("the record of run {run_id}: {error}"), "try again")
+            }),
+            Request::Start { .. }
+            | Request::RemoveAgent { .. }
+            | Request::Handover { .. }
+            | Request::StartEngine(_)
+            | Request::List { .. } => Err(Report::bug(
+                "launcher_dispatch",
+                "the launcher did not do it",
+                "a request took a wrong turn",
+                "report this",
+            )),
+        }
+    }
+
+    fn start(&mut self, token: u64, run_id: RunId, plan: SandboxPlan) {
+        match self.try_start(run_id, plan) {
+            Ok(()) => self.wait(token, Waits::ForRun(run_id)),
+            Err(report) => self.respond(token, &Response::Refused(report)),
+        }
+    }
+
+    fn try_start(&mut self, run_id: RunId, plan: SandboxPlan) -> Result<(), Report> {
+        check::check(&plan)?;
+        if let Some(problem) = self.problems.first() {
+            // Fail closed: not one run without all walls.
+            return Err(problem.clone());
+        }
+        if self.runs.contains_key(&run_id) || self.records.kept.contains_key(&run_id) {
+            return Err(refused(
+                "conflict",
+                format!("run {run_id} exists already"),
+                "every run has an id of its own",
+            ));
+        }
+        if self.stopping || self.runs.len() >= RUNS_MAX {
+            return Err(broken("launcher_full", "no more runs are taken", "stop an agent first"));
+        }
+        if self.removals.iter().any(|removal| removal.agent_id == plan.agent_id) {
+            return Err(refused("conflict", "this agent is being removed", "install it again"));
+        }
+        volumes::verify(&self.options, plan.agent_id, plan.uid)?;
+        let run = Run::start(&self.options, &self.hierarchy, run_id, plan)?;
+        let token = self.next_token;
+        self.next_token += 1;
+        let watched = watch(&self.epoll, run.control.as_fd(), token);
+        self.sources.insert(token, Source::Jail(run_id));
+        let run = self.runs.entry(run_id).or_insert(run);
+        if watched.is_err() {
+            run.kill_now();
+        }
+        Ok(())
+    }
+
+    fn hand_over(&mut self, token: u64, run_id: RunId) {
+        let Some((pid, fds)) = self.runs.get(&run_id).and_then(|run| Some((run.pid, run.handover()?))) else {
+            return self.respond(token, &Response::Refused(unknown(run_id)));
+        };
+        let response = Response::HandedOver { pid: pid.as_raw_nonzero().get() };
+        let sent = self.clients.get(&token).map(|client| wire::send(client.socket.as_fd(), &response, &fds));
+        self.answered(token, matches!(sent, Some(Ok(()))));
+    }
+
+    fn freeze(&mut self, run_id: RunId, frozen: bool) -> Result<(), Report> {
+        let run = self.runs.get_mut(&run_id).ok_or_else(|| unknown(run_id))?;
+        if let Phase::Raising { .. } = run.phase {
+            return Err(refused(
+                "conflict",
+                format!("run {run_id} has not started yet"),
+                "wait for its start",
+            ));
+        }
+        run.group.freeze(frozen)?;
+        run.frozen = frozen;
+        Ok(())
+    }
+
+    fn start_engine(&mut self, spec: EngineSpec) -> Result<Response, Report> {
+        check::check_engine_set(&spec.set)?;
+        if spec.memory_max_bytes < engines::MEMORY_MIN_BYTES {
+            let why = format!("{} bytes hold no engine", spec.memory_max_bytes);
+            return Err(refused("plan_refused", why, "give it at least 64 MiB"));
+        }
+        if let Some(problem) = self.problems.first() {
+            return Err(problem.clone());
+        }
+        if self.stopping {
+            return Err(broken("launcher_full", "no more engines are taken", "wait for the restart"));
+        }
+        let started = |engine: &Engine| Response::EngineStarted {
+            pid: engine.pid().map_or(0, |pid| pid.as_raw_nonzero().get()),
+        };
+        if let Some(engine) = self.engines.get_mut(&spec.set) {
+            engine.again(&self.hierarchy, spec)?;
+            return Ok(started(engine));
+        }
+        if self.engines.len() >= ENGINES_MAX {
+            return Err(broken("launcher_full", "there are too many engines", "stop one first"));
+        }
+        let set = spec.set.clone();
+        let engine = Engine::start(&self.options, &self.hierarchy, spec)?;
+        let response = started(&engine);
+        self.engines.insert(set, engine);
+        Ok(response)
+    }
+
+    fn stop_engine(&mut self, set: &str) -> Result<(), Report> {
+        let Some(mut engine) = self.engines.remove(set) else {
+            return Err(refused(
+                "not_found",
+                format!("there is no engine `{}`", set.escape_debug()),
+                "`agentctl status` lists engines",
+            ));
+        };
+        engine.stop();
+        self.buried_engines.extend(engine.into_group());
+        Ok(())
+    }
+
+    fn remove_agent(&mut self, token: u64, agent_id: AgentId, uid: u32) {
+        match self.try_remove_agent(agent_id, uid) {
+            Ok(Some(removal)) => {
+                self.removals.push_back(removal);
+                self.wait(token, Waits::ForRemoval(agent_id));
+            }
+            Ok(None) => self.respond(token, &Response::Done),
+            Err(report) => self.respond(token, &Response::Refused(report)),
+        }
+    }
+
+    fn try_remove_agent(&mut self, agent_id: AgentId, uid: u32) -> Result<Option<Removal>, Report> {
+        check::check_uid(uid)?;
+        if self.runs.values().any(|run| run.plan.agent_id == agent_id) {
+            return Err(refused("conflict", format!("agent {agent_id} is running"), "stop it first"));
+        }
+        if self.removals.iter().any(|removal| removal.agent_id == agent_id) {
+            return Err(refused("conflict", format!("agent {agent_id} is being removed"), "wait for it"));
+        }
+        Removal::begin(&self.options, agent_id, uid)
+    }
+
+    fn listing(&self, after: Option<RunId>) -> Listing {
+        let mut listing = Listing::default();
+        if after.is_none() {
+            listing.engines = self.engines.values().map(Engine::info).collect();
+            listing.problems = self.problems.clone();
+        }
+        let size = |listing: &Listing| serde_json::to_vec(listing).map_or(0, |bytes| bytes.len());
+        let mut bytes = size(&listing);
+        let mut ids: Vec<RunId> = self.runs.keys().chain(self.records.kept.keys()).copied().collect();
+        ids.sort_unstable();
+        let mut last = after;
+        for id in ids.into_iter().filter(|id| after.is_none_or(|after| *id > after)) {
+            if bytes > LISTING_BYTES {
+                listing.next = last;
+                break;
+            }
+            let mut one = Listing::default();
+            one.runs.extend(self.runs.get(&id).map(Run::info));
+            one.exits.extend(self.records.kept.get(&id).cloned());
+            bytes += size(&one);
+            listing.runs.append(&mut one.runs);
+            listing.exits.append(&mut one.exits);
+            last = Some(id);
+        }
+        listing
+    }
+}
+
+fn unknown(run_id: RunId) -> Report {
+    refused("not_found", format!("no run {run_id} is alive here"), "`agentctl agent ls` lists runs")
+}
