@@ -257,10 +257,10 @@ fn agents_folder(options: &Options) -> Result<OwnedFd, Errno> {
         OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
         Mode::empty(),
     )?;
-    if make_folder(&data, "agents", 0o700)? {
-        give(&beneath(&data, "agents")?, 0, options.agentd_uid, 0o750)?;
-    }
-    beneath(&data, "agents")
+    make_folder(&data, "agents", 0o700)?;
+    let agents = beneath(&data, "agents")?;
+    give(&agents, 0, options.agentd_uid, 0o750)?;
+    Ok(agents)
 }
 
 /// Which other agent's volume has this uid.
@@ -286,11 +286,10 @@ fn beneath(folder: &OwnedFd, path: &str) -> Result<OwnedFd, Errno> {
     openat2(folder, path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), resolve)
 }
 
-/// True when it was not there before.
-fn make_folder(parent: &OwnedFd, name: &str, mode: u32) -> Result<bool, Errno> {
+/// One that is there already is left as it is.
+fn make_folder(parent: &OwnedFd, name: &str, mode: u32) -> Result<(), Errno> {
     match mkdirat(parent, name, Mode::from_raw_mode(mode)) {
-        Ok(()) => Ok(true),
-        Err(Errno::EXIST) => Ok(false),
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(error) => Err(error),
     }
 }
