@@ -15,7 +15,7 @@ use crate::memory::Memories;
 use crate::store::{AgentRow, Db};
 use agentd_capability::{Package, Subject, compile, parse_manifest, quota};
 use agentd_domain::api::AgentState;
-use agentd_domain::fault::Report;
+use agentd_domain::fault::{Fault, Report};
 use agentd_domain::ids::{AgentId, RunId};
 use agentd_domain::launcher::{ExitCause, ExitRecord, Listing, RunInfo};
 use agentd_domain::manifest::Manifest;
@@ -184,7 +184,9 @@ impl Loop {
                 self.ending.insert(run);
                 self.order(Order::List);
             }
-            Input::Answer(Answer::Started { agent, run, result }) => self.started(agent, run, result).await,
+            Input::Answer(Answer::Started { agent, run, result }) => {
+                return self.started(agent, run, result).await;
+            }
             Input::Answer(Answer::Removed { agent, result }) => self.removed(agent, result).await,
             Input::Answer(Answer::Listed(Ok(listing))) => {
                 self.links.board.clear("launcher");
@@ -275,6 +277,7 @@ impl Loop {
 
     async fn forget(&mut self, agent: AgentId) -> Result<(), Report> {
         let Some(known) = self.known.remove(&agent) else { return Ok(()) };
+        self.links.board.clear(&place_of(agent));
         self.links.inbox.forget(agent);
         self.links.logs.forget(agent).await;
         let row = known.row;
@@ -283,14 +286,19 @@ impl Loop {
         forgotten.map_err(|error| error.report("the agent was not forgotten"))
     }
 
-    async fn started(&mut self, agent: AgentId, run: RunId, result: Result<RunHandles, launcher::Failure>) {
+    /// True when the launcher's list is wanted soon.
+    async fn started(
+        &mut self,
+        agent: AgentId,
+        run: RunId,
+        result: Result<RunHandles, launcher::Failure>,
+    ) -> bool {
         match result {
             Ok(handles) => {
                 self.attach(agent, run, handles);
                 if let Some(known) = self.known.get_mut(&agent) {
                     known.problem = None;
                 }
-                self.links.board.clear(&wall_place(agent));
                 self.step(Event::Started { agent, run }).await;
             }
             Err(failure) => {
@@ -302,15 +310,17 @@ impl Loop {
                 let why = match failure.kind {
                     FailureKind::NotAsked => NotStarted::NotAsked,
                     FailureKind::Unsure => NotStarted::Unsure,
-                    FailureKind::Refused => {
-                        // The launcher found no honest way to start it: no agent of this kind can run.
-                        self.links.board.set(&wall_place(agent), Weight::Broken, failure.report);
-                        NotStarted::Refused
-                    }
+                    FailureKind::Refused => NotStarted::Refused,
                 };
                 self.step(Event::NotStarted { agent, run, why }).await;
+                if why == NotStarted::NotAsked {
+                    self.links.board.set("launcher", Weight::Broken, failure.report);
+                    self.step(Event::LauncherLost).await;
+                    return true;
+                }
             }
         }
+        false
     }
 
     /// Serves a run's API. Also for a run that is to be killed: its end must be seen.
@@ -385,10 +395,9 @@ impl Loop {
         tracing::info!(agent_id = %agent, run_id = %run, cause = %told, "a run ended");
         if let Some(known) = self.known.get_mut(&agent) {
             self.links.logs.say(agent, format!("run {run} ended: {told}"));
-            if let ExitCause::WallFailed { why } = &exit.cause {
-                let report = wall_failed(&known.row, why);
-                self.links.board.set(&wall_place(agent), Weight::Broken, report.clone());
-                known.problem = Some(report);
+            // The answer to the start has said it better, unless that was to a former agentd.
+            if let (ExitCause::WallFailed { why }, None) = (&exit.cause, &known.problem) {
+                known.problem = Some(wall_failed(&known.row, why));
             }
             known.last_exit = Some(exit.clone());
         }
@@ -453,7 +462,23 @@ impl Loop {
         let _ = self.orders.send(order);
     }
 
+    /// An agent that does not do what its owner wants is a problem; one that has no walls makes the health red.
+    fn show_problem(&self, agent: AgentId, known: &Known) {
+        let phase = self.state.agents.get(&agent).map(|entry| entry.phase);
+        let weight = match (phase, &known.problem) {
+            (Some(Phase::Refused { .. }), Some(report)) if is_about_walls(report) => Weight::Broken,
+            (Some(Phase::Refused { .. } | Phase::Quarantined { .. }) | None, Some(_)) => Weight::Degraded,
+            _ => return self.links.board.clear(&place_of(agent)),
+        };
+        if let Some(report) = &known.problem {
+            self.links.board.set(&place_of(agent), weight, report.clone());
+        }
+    }
+
     fn show(&self) {
+        for (agent, known) in &self.known {
+            self.show_problem(*agent, known);
+        }
         let view = |(agent, known): (&AgentId, &Known)| {
             let entry = self.state.agents.get(agent);
             let run = entry.and_then(|entry| entry.phase.run()).and_then(|run_id| {
@@ -480,8 +505,14 @@ impl Loop {
     }
 }
 
-fn wall_place(agent: AgentId) -> String {
-    format!("agent {agent} refused")
+/// On the board.
+fn place_of(agent: AgentId) -> String {
+    format!("agent {agent}")
+}
+
+/// Whether a refusal says that this machine cannot keep its agents in, rather than that this agent is ill made.
+fn is_about_walls(report: &Report) -> bool {
+    report.fault != Fault::Caller
 }
 
 /// How a run ended, for people.
@@ -503,12 +534,15 @@ fn unknown_agent(what: &str) -> Report {
 }
 
 fn wall_failed(row: &AgentRow, why: &str) -> Report {
-    Report::environment(
-        "wall_failed",
-        format!("the agent {} was not started", row.name),
-        why.to_owned(),
-        "start the appliance with its own kernel and command line; no agent runs without all its walls",
-    )
+    let what = format!("the agent {} was not started", row.name);
+    // The launcher names the step that failed; the last one is the agent's own program.
+    if why.starts_with("exec: ") {
+        let fix =
+            "check `agent.exec`: the program must be in the package, executable, and made for this machine";
+        return Report::caller("exec_failed", what, why, fix);
+    }
+    let fix = "start the appliance with its own kernel and command line; no agent runs without all its walls";
+    Report::environment("wall_failed", what, why, fix)
 }
 
 fn quarantined(row: &AgentRow, last_exit: Option<&ExitRecord>) -> Report {
