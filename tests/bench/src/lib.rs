@@ -1,1 +1,10 @@
-//! Skeleton.
+//! How long and how much? Measured, never asserted: machines are noisy, so what is compared is measured side by
+//! side in one run and told as medians and ratios.
+//!
+//! Each benchmark prints a table and writes `target/bench/<name>.json`, from which the README's table is made.
+#![forbid(unsafe_code)]
+
+pub mod boot;
+pub mod debian;
+pub mod report;
+pub mod size;

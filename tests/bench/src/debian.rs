@@ -1,0 +1,55 @@
+//! The peer of the boot benchmark: a minimal Debian that serves a page, made by `tests/bench/debian-peer.sh`.
+
+use crate::boot::{Answered, ask, first_answer};
+use anyhow::{Context, Result, ensure};
+use image::cache::Cache;
+use image::qemu::{self, Accelerator, Boot, Drive, Machine, Network};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+pub struct Peer {
+    folder: PathBuf,
+}
+
+/// Builds it when it is missing; needs root and a few minutes.
+pub fn ensure_peer(cache: &Cache, checkout: &Path) -> Result<Peer> {
+    let folder = cache.path("debian-peer");
+    let status = Command::new("bash")
+        .arg(checkout.join("tests/bench/debian-peer.sh"))
+        .arg(&folder)
+        .status()
+        .context("cannot start bash")?;
+    ensure!(status.success(), "the Debian peer was not built");
+    Ok(Peer { folder })
+}
+
+impl Peer {
+    /// A disk that has been booted before, as ours has when it is measured.
+    pub fn disk(&self, to: &Path) -> Result<()> {
+        qemu::copy_disk(&self.folder.join("disk.img"), to)
+    }
+
+    /// Boots it once and returns when its page came, in milliseconds since its kernel started.
+    pub fn boot(&self, accelerator: Accelerator, disk: &Path, port: u16) -> Result<f64> {
+        let boot = Boot::Direct {
+            kernel: self.folder.join("vmlinuz"),
+            command_line: "root=/dev/vda ro quiet console=ttyS0".to_owned(),
+            initrd: Some(self.folder.join("initrd.img")),
+        };
+        let machine = Machine {
+            memory_mib: 1024,
+            cpus: 2,
+            drives: vec![Drive::raw(disk)],
+            network: Some(Network { forwards: vec![(port, 80)], ..Network::default() }),
+            ..Machine::new(accelerator, boot)
+        };
+        let mut guest = machine.start(None)?;
+        let Answered { at } = first_answer(&format!("http://127.0.0.1:{port}/"), &mut guest)?;
+        // Served by a program of the page's own server, so it needs nothing else in the guest.
+        let uptime = ask(&format!("http://127.0.0.1:{port}/cgi-bin/uptime"))?;
+        let asked = std::time::Instant::now();
+        let seconds: f64 = uptime.split_whitespace().next().context("no uptime")?.parse()?;
+        guest.power_down(tests_qemu::BOOT)?;
+        Ok(seconds * 1000.0 - asked.duration_since(at).as_secs_f64() * 1000.0)
+    }
+}

@@ -1,0 +1,16 @@
+//! The real kernel and image, as an owner meets them. One machine at a time: `--test-threads=1`.
+//!
+//! Each test is a scene of its own disk. What a test needs of an earlier one stands in the same scene, because
+//! a boot under emulation takes ten seconds.
+#![forbid(unsafe_code)]
+
+#[path = "suite/bad_machines.rs"]
+mod bad_machines;
+#[path = "suite/first_day.rs"]
+mod first_day;
+#[path = "suite/packages.rs"]
+mod packages;
+#[path = "suite/uefi.rs"]
+mod uefi;
+#[path = "suite/walls.rs"]
+mod walls;
