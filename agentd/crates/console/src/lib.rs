@@ -9,7 +9,7 @@
 //!
 //! The binary wires it:
 //!
-//! ```ignore
+//! ```text
 //! let auth = Arc::new(Auth::open(files.clone(), boot_clock())?);
 //! let authority = Authority::open(files)?;
 //! authority.refresh(&addresses, now_unix_s)?;

@@ -1,5 +1,9 @@
 //! `agent-jail`: pid 1 of one run. Started by `agent-launcher` only, with the plan coming on descriptor 3.
 #![allow(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)
+)]
 
 use agentd_sandbox::jail;
 use std::os::fd::{FromRawFd, OwnedFd};

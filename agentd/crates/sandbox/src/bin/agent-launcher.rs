@@ -1,5 +1,9 @@
 //! `agent-launcher`: the one program of the appliance that has root's powers while agents run. Started by init.
 #![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)
+)]
 
 use agentd_sandbox::launcher::{Options, serve};
 use std::process::ExitCode;
