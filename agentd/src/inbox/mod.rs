@@ -97,7 +97,6 @@ impl Inbox {
             text,
             sent_unix_ms: clock::unix_ms(),
             key,
-            attempts: 0,
             state: MessageState::Waiting,
         };
         let queued = self.db.call(move |store| {
@@ -137,12 +136,7 @@ impl Inbox {
 
     async fn take(&self, agent: AgentId, run: RunId) -> Result<Option<Message>, StoreError> {
         loop {
-            let rows = self.db.call(move |store| store.messages(agent)).await?;
-            let waiting: Vec<_> = rows
-                .iter()
-                .filter(|(_, row)| row.state == MessageState::Waiting)
-                .map(|(seq, row)| (*seq, row.attempts))
-                .collect();
+            let waiting = self.db.call(move |store| store.waiting_messages(agent)).await?;
             let now_boot_ms = clock::boot_ms();
             let pick = self.with_box(agent, |agent_box| {
                 let pick = plan::pick(&waiting, &agent_box.leases, run, now_boot_ms);
@@ -155,8 +149,12 @@ impl Inbox {
                 Pick::Nothing => return Ok(None),
                 Pick::GiveUp(seq) => self.settle(agent, seq, Outcome::Failed { report: given_up() }).await?,
                 Pick::Deliver(seq) => {
-                    let row = match self.db.call(move |store| store.deliver_message(agent, seq)).await {
-                        Ok(row) => row,
+                    let delivered = self.db.call(move |store| {
+                        let row = store.deliver_message(agent, seq)?;
+                        Ok((row, store.messages_before(agent, seq, plan::HISTORY_TURNS * 2)?))
+                    });
+                    let (row, before) = match delivered.await {
+                        Ok(delivered) => delivered,
                         Err(error) => {
                             self.release(agent, seq, run);
                             return Err(error);
@@ -170,7 +168,7 @@ impl Inbox {
                     }
                     return Ok(Some(Message {
                         id: seq.to_string(),
-                        history: plan::history(&rows, seq, &row.from),
+                        history: plan::history(&before, &row.from),
                         from: row.from,
                         text: row.text,
                         sent_unix_ms: row.sent_unix_ms,

@@ -13,7 +13,7 @@ pub const LEASE_MS: u64 = 15 * 60_000;
 /// A message that ended so many deliveries is not given out again: it may be what ends the agent.
 pub const ATTEMPTS_MOST: u32 = 5;
 /// Earlier turns that go with a message.
-const HISTORY_TURNS: usize = 10;
+pub const HISTORY_TURNS: usize = 10;
 const HISTORY_BYTES: usize = 8 * 1024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,12 +43,11 @@ pub fn pick(waiting: &[(u64, u32)], leases: &HashMap<u64, Lease>, run: RunId, no
     }
 }
 
-/// The newest answered turns with this sender before `seq`, oldest first.
-pub fn history(rows: &[(u64, MessageRow)], seq: u64, from: &str) -> Vec<ChatMessage> {
+/// The newest answered turns with this sender, oldest first; `rows` come newest first.
+pub fn history(rows: &[MessageRow], from: &str) -> Vec<ChatMessage> {
     let mut turns = Vec::new();
     let mut bytes = 0;
-    let answered = rows.iter().rev().filter(|(at, row)| *at < seq && row.from == from);
-    for (_, row) in answered {
+    for row in rows.iter().filter(|row| row.from == from) {
         let MessageState::Answered { outcome: Outcome::Done { text, .. }, .. } = &row.state else { continue };
         bytes += row.text.len() + text.len();
         if turns.len() == HISTORY_TURNS || bytes > HISTORY_BYTES {
@@ -96,7 +95,6 @@ mod tests {
             text: text.to_owned(),
             sent_unix_ms: 0,
             key: None,
-            attempts: 1,
             state: match answer {
                 None => MessageState::Waiting,
                 Some(text) => MessageState::Answered {
@@ -106,18 +104,17 @@ mod tests {
             },
         };
         let rows = [
-            (1, row("a", "1", Some("one"))),
-            (2, row("b", "2", Some("two"))),
-            (3, row("a", "3", None)),
-            (4, row("a", "4", Some("four"))),
-            (5, row("a", "5", Some("five"))),
+            row("a", "4", Some("four")),
+            row("a", "3", None),
+            row("b", "2", Some("two")),
+            row("a", "1", Some("one")),
         ];
-        let said: Vec<_> = history(&rows, 5, "a").into_iter().map(|m| (m.role, m.content)).collect();
+        let said: Vec<_> = history(&rows, "a").into_iter().map(|m| (m.role, m.content)).collect();
         let expect = [("user", "1"), ("assistant", "one"), ("user", "4"), ("assistant", "four")];
         assert_eq!(said, expect.map(|(role, text)| (role.to_owned(), text.to_owned())));
         let long = "x".repeat(HISTORY_BYTES);
-        assert!(history(&[(1, row("a", &long, Some("y")))], 2, "a").is_empty());
-        let many: Vec<_> = (0..40).map(|n| (n, row("a", "q", Some("r")))).collect();
-        assert_eq!(history(&many, 40, "a").len(), 2 * HISTORY_TURNS);
+        assert!(history(&[row("a", &long, Some("y"))], "a").is_empty());
+        let many: Vec<_> = (0..40).map(|_| row("a", "q", Some("r"))).collect();
+        assert_eq!(history(&many, "a").len(), 2 * HISTORY_TURNS);
     }
 }

@@ -122,7 +122,7 @@ impl Store {
             txn.open_table(AGENT)?.remove(agent)?;
             txn.open_table(NAME)?.remove(name.as_str())?;
             txn.open_table(RUN)?.retain_in((agent, 0)..=(agent, u128::MAX), |_, _| false)?;
-            super::messages::forget(txn, agent)?;
+            super::messages::forget(txn, row.agent_id)?;
             super::once::forget(txn, row.agent_id)?;
             Ok(Ok(()))
         })

@@ -8,11 +8,15 @@ use serde::{Deserialize, Serialize};
 
 /// Agent and sequence number to [`MessageRow`].
 const MESSAGE: TableDefinition<(u128, u64), &[u8]> = TableDefinition::new("message");
+/// The same key to the number of deliveries, for messages without an answer.
+const WAITING: TableDefinition<(u128, u64), u32> = TableDefinition::new("message_waiting");
+/// `<agent>/<the sender's key>` to the message's number.
+const KEY: TableDefinition<&str, u64> = TableDefinition::new("message_key");
 /// Agent to the next sequence number: they are never reused, even when old messages are dropped.
 const NEXT: TableDefinition<u128, u64> = TableDefinition::new("message_next");
 
-/// Answered messages beyond these are forgotten, oldest first.
-const KEPT: usize = 500;
+/// Messages further back than these are forgotten once they are answered.
+const KEPT: u64 = 500;
 /// More unanswered messages than this mean that nobody answers.
 pub const WAITING_MOST: usize = 100;
 
@@ -24,8 +28,6 @@ pub struct MessageRow {
     pub sent_unix_ms: i64,
     /// The sender's idempotency key.
     pub key: Option<String>,
-    /// How often an agent has been given it.
-    pub attempts: u32,
     pub state: MessageState,
 }
 
@@ -45,49 +47,58 @@ pub enum Outcome {
 
 pub(super) fn create_tables(txn: &WriteTransaction) -> Result<(), redb::Error> {
     txn.open_table(MESSAGE)?;
+    txn.open_table(WAITING)?;
+    txn.open_table(KEY)?;
     txn.open_table(NEXT)?;
     Ok(())
 }
 
-pub(super) fn forget(txn: &WriteTransaction, agent: u128) -> Result<(), redb::Error> {
-    txn.open_table(MESSAGE)?.retain_in((agent, 0)..=(agent, u64::MAX), |_, _| false)?;
-    txn.open_table(NEXT)?.remove(agent)?;
+pub(super) fn forget(txn: &WriteTransaction, agent: AgentId) -> Result<(), redb::Error> {
+    let id = agent.0.as_u128();
+    txn.open_table(MESSAGE)?.retain_in((id, 0)..=(id, u64::MAX), |_, _| false)?;
+    txn.open_table(WAITING)?.retain_in((id, 0)..=(id, u64::MAX), |_, _| false)?;
+    let (first, last) = super::keys_of(agent);
+    txn.open_table(KEY)?.retain_in(first.as_str()..last.as_str(), |_, _| false)?;
+    txn.open_table(NEXT)?.remove(id)?;
     Ok(())
 }
 
 impl Store {
     /// Queues a message and gives its number. With a key that a kept message carries, that one's number.
     pub fn add_message(&self, agent: AgentId, row: &MessageRow) -> Result<u64, StoreError> {
-        let agent = agent.0.as_u128();
+        let id = agent.0.as_u128();
         self.write(|txn| {
-            let mut messages = txn.open_table(MESSAGE)?;
-            let mut waiting = 0;
-            let mut answered = Vec::new();
-            for entry in messages.range((agent, 0)..=(agent, u64::MAX))? {
-                let (key, bytes) = entry?;
-                let (_, seq) = key.value();
-                let old: MessageRow = match self.decode(&format!("message {seq}"), bytes.value()) {
-                    Ok(old) => old,
-                    Err(error) => return Ok(Err(error)),
-                };
-                if old.key.is_some() && old.key == row.key {
-                    return Ok(Ok(seq));
-                }
-                match old.state {
-                    MessageState::Waiting => waiting += 1,
-                    MessageState::Answered { .. } => answered.push(seq),
-                }
+            let mut keys = txn.open_table(KEY)?;
+            let key = row.key.as_ref().map(|key| format!("{agent}/{key}"));
+            if let Some(key) = &key
+                && let Some(seq) = keys.get(key.as_str())?
+            {
+                return Ok(Ok(seq.value()));
             }
-            if waiting >= WAITING_MOST {
-                return Ok(Err(StoreError::InboxFull { waiting }));
-            }
-            for &seq in answered.iter().take(answered.len().saturating_sub(KEPT - 1)) {
-                messages.remove((agent, seq))?;
+            let mut waiting = txn.open_table(WAITING)?;
+            let count = waiting.range((id, 0)..=(id, u64::MAX))?.count();
+            if count >= WAITING_MOST {
+                return Ok(Err(StoreError::InboxFull { waiting: count }));
             }
             let mut next = txn.open_table(NEXT)?;
-            let seq = next.get(agent)?.map_or(1, |row| row.value());
-            next.insert(agent, seq + 1)?;
-            messages.insert((agent, seq), encode(row).as_slice())?;
+            let seq = next.get(id)?.map_or(1, |row| row.value());
+            next.insert(id, seq + 1)?;
+            let mut messages = txn.open_table(MESSAGE)?;
+            messages.insert((id, seq), encode(row).as_slice())?;
+            waiting.insert((id, seq), 0)?;
+            if let Some(key) = &key {
+                keys.insert(key.as_str(), seq)?;
+            }
+            let before = (id, seq.saturating_sub(KEPT));
+            let old = messages.range((id, 0)..before)?.map(|entry| entry.map(|(key, _)| key.value()));
+            for old in old.collect::<Result<Vec<_>, _>>()? {
+                if waiting.get(old)?.is_none()
+                    && let Some(bytes) = messages.remove(old)?
+                    && let Ok(MessageRow { key: Some(key), .. }) = serde_json::from_slice(bytes.value())
+                {
+                    keys.remove(format!("{agent}/{key}").as_str())?;
+                }
+            }
             Ok(Ok(seq))
         })
     }
@@ -100,16 +111,33 @@ impl Store {
         })
     }
 
-    /// All that are kept, oldest first.
-    pub fn messages(&self, agent: AgentId) -> Result<Vec<(u64, MessageRow)>, StoreError> {
-        let agent = agent.0.as_u128();
+    /// Numbers of messages without an answer and how often each was delivered, oldest first.
+    pub fn waiting_messages(&self, agent: AgentId) -> Result<Vec<(u64, u32)>, StoreError> {
+        let id = agent.0.as_u128();
+        self.read(|txn| {
+            let mut waiting = Vec::new();
+            for entry in txn.open_table(WAITING)?.range((id, 0)..=(id, u64::MAX))? {
+                let (key, attempts) = entry?;
+                waiting.push((key.value().1, attempts.value()));
+            }
+            Ok(Ok(waiting))
+        })
+    }
+
+    /// The newest messages before this one, newest first.
+    pub fn messages_before(
+        &self,
+        agent: AgentId,
+        seq: u64,
+        most: usize,
+    ) -> Result<Vec<MessageRow>, StoreError> {
+        let id = agent.0.as_u128();
         self.read(|txn| {
             let mut rows = Vec::new();
-            for entry in txn.open_table(MESSAGE)?.range((agent, 0)..=(agent, u64::MAX))? {
+            for entry in txn.open_table(MESSAGE)?.range((id, 0)..(id, seq))?.rev().take(most) {
                 let (key, bytes) = entry?;
-                let (_, seq) = key.value();
-                match self.decode(&format!("message {seq}"), bytes.value()) {
-                    Ok(row) => rows.push((seq, row)),
+                match self.decode(&format!("message {}", key.value().1), bytes.value()) {
+                    Ok(row) => rows.push(row),
                     Err(error) => return Ok(Err(error)),
                 }
             }
@@ -117,9 +145,20 @@ impl Store {
         })
     }
 
-    /// Counts one delivery more.
+    /// Counts one delivery more, and gives the message.
     pub fn deliver_message(&self, agent: AgentId, seq: u64) -> Result<MessageRow, StoreError> {
-        self.change_message(agent, seq, |row| row.attempts += 1)
+        let key = (agent.0.as_u128(), seq);
+        self.write(|txn| {
+            let mut waiting = txn.open_table(WAITING)?;
+            let attempts = waiting.get(key)?.map_or(0, |attempts| attempts.value());
+            waiting.insert(key, attempts.saturating_add(1))?;
+            let table = txn.open_table(MESSAGE)?;
+            let row = table.get(key)?;
+            Ok(match row {
+                Some(bytes) => self.decode(&format!("message {seq}"), bytes.value()),
+                None => Err(StoreError::NoMessage(seq.to_string())),
+            })
+        })
     }
 
     /// Enters the answer. The first one stays.
@@ -129,19 +168,6 @@ impl Store {
         seq: u64,
         outcome: Outcome,
         unix_ms: i64,
-    ) -> Result<MessageRow, StoreError> {
-        self.change_message(agent, seq, |row| {
-            if row.state == MessageState::Waiting {
-                row.state = MessageState::Answered { outcome, unix_ms };
-            }
-        })
-    }
-
-    fn change_message(
-        &self,
-        agent: AgentId,
-        seq: u64,
-        change: impl FnOnce(&mut MessageRow),
     ) -> Result<MessageRow, StoreError> {
         let key = (agent.0.as_u128(), seq);
         self.write(|txn| {
@@ -154,8 +180,11 @@ impl Store {
                 Ok(row) => row,
                 Err(error) => return Ok(Err(error)),
             };
-            change(&mut row);
-            table.insert(key, encode(&row).as_slice())?;
+            if row.state == MessageState::Waiting {
+                row.state = MessageState::Answered { outcome, unix_ms };
+                table.insert(key, encode(&row).as_slice())?;
+                txn.open_table(WAITING)?.remove(key)?;
+            }
             Ok(Ok(row))
         })
     }

@@ -17,7 +17,7 @@ pub use messages::{MessageRow, MessageState, Outcome};
 pub use once::Kept;
 
 use agentd_domain::fault::Report;
-use agentd_domain::ids::OwnerId;
+use agentd_domain::ids::{AgentId, OwnerId};
 use redb::{
     Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
 };
@@ -210,6 +210,12 @@ impl Store {
             why: error.to_string(),
         })
     }
+}
+
+/// Where the keys that begin with an agent's id begin and end, as a half-open range.
+fn keys_of(agent: AgentId) -> (String, String) {
+    // `0` is the character after `/`.
+    (format!("{agent}/"), format!("{agent}0"))
 }
 
 /// Our own rows always encode: they hold no map with keys that are not text.

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 /// `<agent>/<method and path>/<key>` to [`Kept`].
 const ONCE: TableDefinition<&str, &[u8]> = TableDefinition::new("once");
+/// The same key to when the answer was made: what is over its time is found without reading answers.
+const MADE: TableDefinition<&str, i64> = TableDefinition::new("once_made");
 
 /// For how long a retry gets the first answer.
 const KEPT_MS: i64 = 24 * 3600 * 1000;
@@ -26,13 +28,14 @@ pub struct Kept {
 
 pub(super) fn create_tables(txn: &WriteTransaction) -> Result<(), redb::Error> {
     txn.open_table(ONCE)?;
+    txn.open_table(MADE)?;
     Ok(())
 }
 
 pub(super) fn forget(txn: &WriteTransaction, agent: AgentId) -> Result<(), redb::Error> {
-    let (first, last) = (format!("{agent}/"), format!("{agent}0"));
-    // `0` is the character after `/`.
+    let (first, last) = super::keys_of(agent);
     txn.open_table(ONCE)?.retain_in(first.as_str()..last.as_str(), |_, _| false)?;
+    txn.open_table(MADE)?.retain_in(first.as_str()..last.as_str(), |_, _| false)?;
     Ok(())
 }
 
@@ -50,29 +53,30 @@ impl Store {
 
     /// Keeps an answer and drops what is over its time.
     pub fn keep(&self, agent: AgentId, key: &str, kept: &Kept) -> Result<(), StoreError> {
-        let (first, last) = (format!("{agent}/"), format!("{agent}0"));
+        let (first, last) = super::keys_of(agent);
         let key = format!("{agent}/{key}");
         self.write(|txn| {
-            let mut table = txn.open_table(ONCE)?;
+            let (mut answers, mut made) = (txn.open_table(ONCE)?, txn.open_table(MADE)?);
             let mut alive = Vec::new();
             let mut dead = Vec::new();
-            for entry in table.range(first.as_str()..last.as_str())? {
-                let (key, bytes) = entry?;
-                let unix_ms =
-                    serde_json::from_slice::<Kept>(bytes.value()).map_or(i64::MIN, |old| old.unix_ms);
-                if unix_ms == i64::MIN || (kept.unix_ms - unix_ms).abs() > KEPT_MS {
-                    dead.push(key.value().to_owned());
+            for entry in made.range(first.as_str()..last.as_str())? {
+                let (key, unix_ms) = entry?;
+                let (key, unix_ms) = (key.value().to_owned(), unix_ms.value());
+                if (kept.unix_ms - unix_ms).abs() > KEPT_MS {
+                    dead.push(key);
                 } else {
-                    alive.push((unix_ms, key.value().to_owned()));
+                    alive.push((unix_ms, key));
                 }
             }
             alive.sort();
             let surplus = (alive.len() + 1).saturating_sub(KEPT_PER_AGENT);
             dead.extend(alive.into_iter().take(surplus).map(|(_, key)| key));
             for key in dead {
-                table.remove(key.as_str())?;
+                answers.remove(key.as_str())?;
+                made.remove(key.as_str())?;
             }
-            table.insert(key.as_str(), encode(kept).as_slice())?;
+            answers.insert(key.as_str(), encode(kept).as_slice())?;
+            made.insert(key.as_str(), kept.unix_ms)?;
             Ok(Ok(()))
         })
     }

@@ -27,7 +27,6 @@ fn message(text: &str, key: Option<&str>) -> MessageRow {
         text: text.to_owned(),
         sent_unix_ms: 1,
         key: key.map(str::to_owned),
-        attempts: 0,
         state: MessageState::Waiting,
     }
 }
@@ -72,7 +71,8 @@ fn what_was_acknowledged_is_there_after_a_reopening() {
     assert_eq!(store.owner, owner);
     assert_eq!(store.agents().expect("read"), std::slice::from_ref(&row));
     assert_eq!(store.last_exit(row.agent_id).expect("read"), Some(exit));
-    assert_eq!(store.messages(row.agent_id).expect("read"), [(1, message("hello", None))]);
+    assert_eq!(store.waiting_messages(row.agent_id).expect("read"), [(1, 0)]);
+    assert_eq!(store.message(row.agent_id, 1).expect("read"), Some(message("hello", None)));
 }
 
 #[test]
@@ -110,9 +110,10 @@ fn a_removed_agent_leaves_nothing_and_takes_nothing_of_others() {
     }
     store.remove_agent(&gone).expect("removed");
     assert_eq!(store.agents().expect("read"), std::slice::from_ref(&stays));
-    assert_eq!(store.messages(gone.agent_id).expect("read"), []);
+    assert_eq!(store.waiting_messages(gone.agent_id).expect("read"), []);
+    assert_eq!(store.message(gone.agent_id, 1).expect("read"), None);
     assert_eq!(store.kept(gone.agent_id, "POST /x/k", 1).expect("read"), None);
-    assert_eq!(store.messages(stays.agent_id).expect("read").len(), 1);
+    assert_eq!(store.waiting_messages(stays.agent_id).expect("read").len(), 1);
     assert!(store.kept(stays.agent_id, "POST /x/k", 1).expect("read").is_some());
 }
 
@@ -124,7 +125,7 @@ fn a_message_with_a_known_key_is_the_same_message() {
     let first = store.add_message(agent, &message("a", Some("k"))).expect("queued");
     assert_eq!(store.add_message(agent, &message("a", Some("k"))).expect("queued"), first);
     assert_ne!(store.add_message(agent, &message("a", Some("l"))).expect("queued"), first);
-    assert_eq!(store.messages(agent).expect("read").len(), 2);
+    assert_eq!(store.waiting_messages(agent).expect("read").len(), 2);
 }
 
 #[test]
@@ -133,11 +134,38 @@ fn the_first_answer_stays() {
     let store = scene.open();
     let agent = AgentId(Uuid::from_u128(1));
     let seq = store.add_message(agent, &message("a", None)).expect("queued");
-    assert_eq!(store.deliver_message(agent, seq).expect("counted").attempts, 1);
+    store.deliver_message(agent, seq).expect("counted");
+    assert_eq!(store.waiting_messages(agent).expect("read"), [(seq, 1)]);
     let done = |text: &str| Outcome::Done { text: text.to_owned(), notes: vec![] };
     store.answer_message(agent, seq, done("one"), 1).expect("answered");
     let row = store.answer_message(agent, seq, done("two"), 2).expect("answered");
     assert_eq!(row.state, MessageState::Answered { outcome: done("one"), unix_ms: 1 });
+    assert_eq!(store.waiting_messages(agent).expect("read"), []);
+}
+
+#[test]
+fn old_messages_and_their_keys_are_forgotten_and_waiting_ones_are_not() {
+    let scene = Scene::new();
+    let store = scene.open();
+    let agent = AgentId(Uuid::from_u128(1));
+    let done = Outcome::Done { text: String::new(), notes: vec![] };
+    let stays = store.add_message(agent, &message("waits", Some("waits"))).expect("queued");
+    for n in 0..520 {
+        let seq = store.add_message(agent, &message("a", Some(&format!("key {n}")))).expect("queued");
+        store.answer_message(agent, seq, done.clone(), 1).expect("answered");
+    }
+    assert!(store.message(agent, stays).expect("read").is_some());
+    assert!(store.message(agent, 2).expect("read").is_none());
+    assert_eq!(store.add_message(agent, &message("waits", Some("waits"))).expect("queued"), stays);
+    assert_eq!(store.add_message(agent, &message("a", Some("key 519"))).expect("queued"), 521);
+    assert_eq!(
+        store.add_message(agent, &message("a", Some("key 0"))).expect("queued"),
+        522,
+        "long forgotten"
+    );
+    let newest = store.messages_before(agent, 522, 3).expect("read");
+    let keys: Vec<_> = newest.iter().filter_map(|row| row.key.as_deref()).collect();
+    assert_eq!(keys, ["key 519", "key 518", "key 517"]);
 }
 
 #[test]
