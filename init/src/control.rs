@@ -101,7 +101,9 @@ fn may_ask(uid: u32, request: &Request) -> bool {
     match request {
         Request::Status | Request::LastErrors | Request::Reboot | Request::PowerOff => may_connect(uid),
         Request::Report(_) => uid == UID_AGENTD,
-        Request::SetNetwork(_) | Request::AllowFormat { .. } => uid == UID_CONSOLE_TTY || uid == ROOT,
+        Request::SetNetwork(_) | Request::AllowFormat { .. } | Request::Repair { .. } => {
+            uid == UID_CONSOLE_TTY || uid == ROOT
+        }
     }
 }
 
@@ -140,6 +142,13 @@ fn answer(machine: &mut Machine, uid: u32, request: Request) -> Response {
             }
             Err(report) => Response::Refused(report),
         },
+        Request::Repair { volume } => match steps::volumes::unusable(machine, volume) {
+            Ok(_) => {
+                machine.facts.repair = Some(volume);
+                Response::Done
+            }
+            Err(report) => Response::Refused(report),
+        },
         Request::SetNetwork(settings) => {
             set_network(machine, settings).map_or_else(Response::Refused, |()| Response::Done)
         }
@@ -167,21 +176,23 @@ fn malformed(why: &str) -> Report {
 mod tests {
     use super::*;
     use agentd_domain::initctl::AgentdReport;
+    use agentd_domain::marker::Volume;
 
     #[test]
     fn each_request_has_its_senders() {
         let report = Request::Report(AgentdReport::default());
         let network = Request::SetNetwork(NetworkSettings::Dhcp);
-        let format = Request::AllowFormat { volume: agentd_domain::marker::Volume::Data };
+        let format = Request::AllowFormat { volume: Volume::Data };
+        let repair = Request::Repair { volume: Volume::Data };
         for (uid, expected) in [
-            (ROOT, [true, true, true, false, true, true]),
-            (UID_AGENTD, [true, true, true, true, false, false]),
-            (UID_CONSOLE_TTY, [true, true, true, false, true, true]),
-            (1_000_000, [false; 6]),
-            (201, [false; 6]),
+            (ROOT, [true, true, true, false, true, true, true]),
+            (UID_AGENTD, [true, true, true, true, false, false, false]),
+            (UID_CONSOLE_TTY, [true, true, true, false, true, true, true]),
+            (1_000_000, [false; 7]),
+            (201, [false; 7]),
         ] {
             let requests =
-                [&Request::Status, &Request::Reboot, &Request::PowerOff, &report, &network, &format];
+                [&Request::Status, &Request::Reboot, &Request::PowerOff, &report, &network, &format, &repair];
             assert_eq!(requests.map(|request| may_ask(uid, request)), expected, "uid {uid}");
         }
     }

@@ -131,6 +131,9 @@ impl Machine {
             if let Some(goal) = self.finished {
                 return (self, goal);
             }
+            if let Some(volume) = self.facts.repair.take() {
+                crate::steps::volumes::repair(&mut self, volume);
+            }
             self.pump(u64::MAX);
         }
     }

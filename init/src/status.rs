@@ -45,8 +45,10 @@ pub struct Facts {
     /// What is wrong with the configuration.
     pub config_problems: Vec<Report>,
     pub state_is_mounted: bool,
-    /// Partitions that hold something else, by device: only the owner's yes gives them up.
-    pub foreign: Vec<(Volume, String)>,
+    /// Partitions with foreign or damaged content, by device: only the owner's yes changes them.
+    pub unusable: Vec<(Volume, String)>,
+    /// The owner has asked for this repair; the main loop does it.
+    pub repair: Option<Volume>,
     pub steps: Vec<StepStatus>,
     pub agentd: Option<AgentdReport>,
     /// When agentd reported last, by the boot clock.

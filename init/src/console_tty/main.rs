@@ -78,8 +78,8 @@ impl Watch {
             Some(Response::Status(status)) => Some(*status),
             _ => None,
         };
-        let foreign = self.status.as_ref().and_then(screen::foreign_volume);
-        terminals.iter_mut().for_each(|terminal| terminal.menu.offer_format(foreign));
+        let unusable = self.status.as_ref().and_then(screen::unusable);
+        terminals.iter_mut().for_each(|terminal| terminal.menu.offer(unusable));
         let green = self.status.as_ref().is_some_and(|status| status.health == Health::Green);
         let patience_ms = if green || now_ms > STARTING_MS { ASK_LATER_MS } else { ASK_EARLY_MS };
         self.next_ask_ms = now_ms.saturating_add(patience_ms);

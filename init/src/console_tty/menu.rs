@@ -1,11 +1,11 @@
 //! What happens on a key?
 //!
 //! Pure. States: Idle -> Confirm(restart | power off) -> Idle;
-//!       Idle -> Format(volume, typed) -> Idle, offered only while a partition holds foreign data;
+//!       Idle -> GiveUp(format | repair, typed) -> Idle, offered only while a partition is foreign or damaged;
 //!       Idle -> Network -> Field(interface, addresses, gateways, dns) -> Apply -> Idle.
 //! Always: Escape leads back to Idle from everywhere; nothing is changed without a `y`.
 
-use crate::screen;
+use crate::screen::{self, Unusable};
 use agentd_domain::config;
 use agentd_domain::initctl::{NetworkSettings, Request};
 use agentd_domain::marker::Volume;
@@ -34,18 +34,49 @@ pub enum Effect {
 pub struct Menu {
     terminal: String,
     state: State,
-    /// Waits for the owner's yes to be formatted.
-    foreign: Option<Volume>,
+    /// Waits for the owner's yes.
+    unusable: Option<Unusable>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
     Idle,
     Confirm(End),
-    Format { volume: Volume, typed: String },
+    GiveUp { how: GiveUp, volume: Volume, typed: String },
     Network,
     Field { field: usize, typed: String, answers: Vec<String> },
     Apply(NetworkSettings),
+}
+
+/// What may lose the owner's data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum GiveUp {
+    Format,
+    Repair,
+}
+
+impl GiveUp {
+    /// To be typed: a single key is too easily pressed for this.
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Format => "format",
+            Self::Repair => "repair",
+        }
+    }
+
+    const fn loss(self) -> &'static str {
+        match self {
+            Self::Format => "everything on the partition will be lost",
+            Self::Repair => "damaged files on the partition may be lost",
+        }
+    }
+
+    const fn request(self, volume: Volume) -> Request {
+        match self {
+            Self::Format => Request::AllowFormat { volume },
+            Self::Repair => Request::Repair { volume },
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,8 +87,6 @@ enum End {
 
 const KEYS: &str = "keys: s status, e last errors, n network, r restart, p power off";
 const LONGEST_LINE: usize = 400;
-/// A single key is too easily pressed for this.
-const FORMAT_WORD: &str = "format";
 
 const FIELDS: [&str; 4] = [
     "interface (name or MAC address): ",
@@ -68,28 +97,40 @@ const FIELDS: [&str; 4] = [
 
 impl Menu {
     pub fn new(terminal: String) -> Self {
-        Self { terminal, state: State::Idle, foreign: None }
+        Self { terminal, state: State::Idle, unusable: None }
     }
 
     /// Tells the menu what the owner may give up now.
-    pub fn offer_format(&mut self, foreign: Option<Volume>) {
-        self.foreign = foreign;
+    pub fn offer(&mut self, unusable: Option<Unusable>) {
+        self.unusable = unusable;
+    }
+
+    /// What the key may do now.
+    fn offered(&self, key: Key) -> Option<(GiveUp, Volume)> {
+        let unusable = self.unusable?;
+        match key {
+            Key::Char('f') => Some((GiveUp::Format, unusable.volume)),
+            Key::Char('c') if unusable.can_be_repaired => Some((GiveUp::Repair, unusable.volume)),
+            _ => None,
+        }
     }
 
     fn keys(&self) -> String {
-        match self.foreign {
-            Some(volume) => format!("{KEYS}, f format the {} partition\r\n", volume.partition_name()),
-            None => format!("{KEYS}\r\n"),
-        }
+        let Some(unusable) = self.unusable else { return format!("{KEYS}\r\n") };
+        let name = unusable.volume.partition_name();
+        let repair = if unusable.can_be_repaired { ", c repair it" } else { "" };
+        format!("{KEYS}, f format the {name} partition{repair}\r\n")
     }
 
     /// What stands at the cursor, to be drawn again after other lines came between.
     pub fn prompt(&self) -> String {
         match &self.state {
             State::Idle => self.keys(),
-            State::Format { volume, typed } => format!(
-                "everything on the {} partition will be lost; type `{FORMAT_WORD}` and Enter: {typed}",
-                volume.partition_name()
+            State::GiveUp { how, volume, typed } => format!(
+                "{} ({}); type `{}` and Enter: {typed}",
+                how.loss(),
+                volume.partition_name(),
+                how.word()
             ),
             State::Confirm(End::Restart) => "restart now? y or n: ".to_owned(),
             State::Confirm(End::PowerOff) => "power off now? y or n: ".to_owned(),
@@ -110,14 +151,13 @@ impl Menu {
 pub fn step(menu: &mut Menu, key: Key) -> Vec<Effect> {
     let state = std::mem::replace(&mut menu.state, State::Idle);
     let (next, mut effects) = match (state, key) {
-        (State::Idle, Key::Char('f')) if menu.foreign.is_some() => match menu.foreign {
-            Some(volume) => (State::Format { volume, typed: String::new() }, Vec::new()),
-            None => (State::Idle, Vec::new()),
+        (State::Idle, key) => match menu.offered(key) {
+            Some((how, volume)) => (State::GiveUp { how, volume, typed: String::new() }, Vec::new()),
+            None => idle(key, &menu.terminal, &menu.keys()),
         },
-        (State::Idle, key) => idle(key, &menu.terminal, &menu.keys()),
         (_, Key::Escape) => (State::Idle, vec![line("left as it was"), Effect::Prompt(menu.keys())]),
         (State::Confirm(end), key) => confirm(end, key),
-        (State::Format { volume, typed }, key) => format_key(volume, typed, key),
+        (State::GiveUp { how, volume, typed }, key) => give_up_key(how, volume, typed, key),
         (State::Network, key) => network(key),
         (State::Field { field, typed, answers }, key) => field_key(field, typed, answers, key),
         (State::Apply(settings), key) => apply(settings, key),
@@ -162,15 +202,13 @@ fn confirm(end: End, key: Key) -> (State, Vec<Effect>) {
     }
 }
 
-fn format_key(volume: Volume, mut typed: String, key: Key) -> (State, Vec<Effect>) {
+fn give_up_key(how: GiveUp, volume: Volume, mut typed: String, key: Key) -> (State, Vec<Effect>) {
     match key {
-        Key::Enter if typed == FORMAT_WORD => {
-            (State::Idle, vec![line(""), Effect::Ask(Request::AllowFormat { volume })])
-        }
+        Key::Enter if typed == how.word() => (State::Idle, vec![line(""), Effect::Ask(how.request(volume))]),
         Key::Enter | Key::Escape => (State::Idle, vec![line(""), line("left as it was")]),
         key => {
             let echo = edit(&mut typed, key);
-            (State::Format { volume, typed }, vec![Effect::Echo(echo)])
+            (State::GiveUp { how, volume, typed }, vec![Effect::Echo(echo)])
         }
     }
 }
@@ -318,20 +356,38 @@ mod tests {
         assert!(menu.is_idle());
     }
 
+    const DAMAGED: Unusable = Unusable { volume: Volume::Data, can_be_repaired: true };
+    const FOREIGN: Unusable = Unusable { volume: Volume::Data, can_be_repaired: false };
+
     #[test]
-    fn formatting_is_offered_only_for_foreign_data_and_needs_the_whole_word() {
+    fn formatting_is_offered_only_when_needed_and_needs_the_whole_word() {
         assert!(asked(type_in(&mut menu(), "fformat\n")).is_empty(), "nothing is foreign");
         let mut menu = menu();
-        menu.offer_format(Some(Volume::Data));
+        menu.offer(Some(FOREIGN));
         assert!(menu.prompt().contains("f format the data partition"));
         assert!(asked(type_in(&mut menu, "fy\n")).is_empty());
         assert!(asked(type_in(&mut menu, "fforma\n")).is_empty());
+        assert!(asked(type_in(&mut menu, "cepai!")).is_empty(), "foreign data is not repaired");
         let requests = asked(type_in(&mut menu, "ffoo<rmat\n"));
         assert!(
             matches!(requests.as_slice(), [Request::AllowFormat { volume: Volume::Data }]),
             "{requests:?}"
         );
         assert!(menu.is_idle());
+    }
+
+    #[test]
+    fn a_damaged_partition_can_be_repaired_or_formatted() {
+        let mut menu = menu();
+        menu.offer(Some(DAMAGED));
+        assert!(asked(type_in(&mut menu, "cformat\n")).is_empty());
+        let requests = asked(type_in(&mut menu, "crepair\n"));
+        assert!(matches!(requests.as_slice(), [Request::Repair { volume: Volume::Data }]), "{requests:?}");
+        let requests = asked(type_in(&mut menu, "fformat\n"));
+        assert!(
+            matches!(requests.as_slice(), [Request::AllowFormat { volume: Volume::Data }]),
+            "{requests:?}"
+        );
     }
 
     #[test]
@@ -347,7 +403,7 @@ mod tests {
         #[test]
         fn noise_without_a_yes_asks_for_nothing(text in "[a-xz0-9\n<!,./:]{0,60}") {
             let mut menu = menu();
-            menu.offer_format(Some(Volume::Data));
+            menu.offer(Some(DAMAGED));
             prop_assert!(asked(type_in(&mut menu, &text)).is_empty());
             type_in(&mut menu, "!");
             prop_assert!(menu.is_idle());

@@ -63,11 +63,23 @@ fn addresses(status: &SystemStatus) -> Vec<String> {
     lines
 }
 
-/// The partition that waits for the owner's yes to be formatted, if one does.
-pub fn foreign_volume(status: &SystemStatus) -> Option<Volume> {
-    [Volume::State, Volume::Data].into_iter().find(|volume| {
-        let code = format!("{}_partition_foreign", volume.partition_name());
+/// A partition that waits for the owner's yes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unusable {
+    pub volume: Volume,
+    /// It is ours, and a repair can be tried.
+    pub can_be_repaired: bool,
+}
+
+/// The first partition that waits for the owner's yes, if one does.
+pub fn unusable(status: &SystemStatus) -> Option<Unusable> {
+    let has = |volume: Volume, what: &str| {
+        let code = format!("{}_partition_{what}", volume.partition_name());
         status.problems.iter().any(|problem| problem.code == code)
+    };
+    [Volume::State, Volume::Data].into_iter().find_map(|volume| {
+        let can_be_repaired = has(volume, "damaged");
+        (can_be_repaired || has(volume, "foreign")).then_some(Unusable { volume, can_be_repaired })
     })
 }
 
@@ -228,11 +240,13 @@ mod tests {
     }
 
     #[test]
-    fn foreign_data_is_offered_for_formatting() {
+    fn foreign_data_is_offered_for_formatting_and_damaged_data_for_repair() {
         let mut status = status();
-        assert_eq!(foreign_volume(&status), None);
+        assert_eq!(unusable(&status), None);
         status.problems.push(Report::environment("data_partition_foreign", "a", "b", "c"));
-        assert_eq!(foreign_volume(&status), Some(Volume::Data));
+        assert_eq!(unusable(&status), Some(Unusable { volume: Volume::Data, can_be_repaired: false }));
+        status.problems.push(Report::environment("state_partition_damaged", "a", "b", "c"));
+        assert_eq!(unusable(&status), Some(Unusable { volume: Volume::State, can_be_repaired: true }));
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub enum Check {
     Journal,
     /// It has errors: everything is read, for as long as that takes.
     Repair,
+    /// Its superblock is lost, the spare one stands in; everything is read.
+    RepairFromSpare,
 }
 
 /// The superblock in the first bytes of a partition.

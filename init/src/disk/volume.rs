@@ -45,9 +45,9 @@ pub fn decide(volume: Volume, seen: Seen<'_>) -> Decision {
     if let Some(superblock) = primary.as_ref().filter(|superblock| ours(superblock)) {
         return Decision::Use { check: superblock.check, size_bytes: superblock.size_bytes };
     }
-    // A primary superblock that was lost: e2fsck -p restores it from the spare.
+    // A primary superblock that was lost.
     if let (None, Some(superblock)) = (&primary, seen.spare.and_then(ext4::parse).filter(ours)) {
-        return Decision::Use { check: Check::Repair, size_bytes: superblock.size_bytes };
+        return Decision::Use { check: Check::RepairFromSpare, size_bytes: superblock.size_bytes };
     }
     let found = match primary {
         Some(superblock) => format!("an ext4 file system named `{}`", superblock.label),
@@ -137,7 +137,7 @@ mod tests {
     fn a_lost_superblock_is_restored_from_its_spare() {
         let spare = superblock(marker::LABEL_DATA);
         let decision = decided(&[0; ext4::HEAD_BYTES], Some(&spare), false);
-        assert_eq!(decision, Decision::Use { check: Check::Repair, size_bytes: 409_600 });
+        assert_eq!(decision, Decision::Use { check: Check::RepairFromSpare, size_bytes: 409_600 });
         let other = superblock("photos");
         assert!(matches!(decided(&[0; ext4::HEAD_BYTES], Some(&other), false), Decision::Foreign { .. }));
     }

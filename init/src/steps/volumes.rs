@@ -8,8 +8,8 @@ use crate::disk::ext4::Check;
 use crate::disk::table::{BootLoader, Entry};
 use crate::disk::volume::{self, Decision, Seen};
 use crate::disk::{ext4, find};
-use crate::machine::Machine;
-use crate::plan::Event;
+use crate::machine::{Machine, ToolResult};
+use crate::plan::{Event, Goal};
 use crate::steps::disk::note_formatted;
 use crate::steps::kernel::make_folder;
 use agentd_domain::fault::Report;
@@ -32,6 +32,9 @@ const CHECK_LIMIT_S: u64 = 4 * 3600;
 const GROW_LIMIT_S: u64 = 1800;
 /// A file system ends at a whole block group; less than this is no reason to call resize2fs.
 const NOT_WORTH_GROWING_BYTES: u64 = 16 << 20;
+
+/// Where `ext4::SPARE_OFFSET_BYTES` is, in blocks, and the size of a block.
+const SPARE_SUPERBLOCK: [&str; 4] = ["-b", "32768", "-B", "4096"];
 
 /// What ext4 leaves to a boot loader, before its superblock.
 const BOOT_BLOCK_BYTES: usize = 1024;
@@ -110,32 +113,21 @@ fn open(machine: &mut Machine, volume: Volume) -> Result<Opened, Report> {
             entry.length_bytes
         }
         Decision::Use { check, size_bytes } => {
-            if check != Check::Nothing {
-                self::check(machine, volume, &device, check)?;
-            }
+            self::check(machine, volume, &device, check)?;
             size_bytes
         }
         Decision::Foreign { found } => {
             let report = volume::foreign(volume, &device, &found);
-            machine.facts.foreign.push((volume, device));
+            machine.facts.unusable.push((volume, device));
             return Err(report);
         }
     };
     Ok(Opened { volume, device, length_bytes: entry.length_bytes, size_bytes })
 }
 
-/// The owner's yes: the marker goes where the foreign data is, and the next boot formats. Only what this boot
-/// found to be foreign, and so has not mounted, can be given up.
+/// The owner's yes: the marker goes where the volume was, and the next boot formats.
 pub fn allow_format(machine: &mut Machine, volume: Volume) -> Result<(), Report> {
-    let found = machine.facts.foreign.iter().find(|(foreign, _)| *foreign == volume);
-    let Some(device) = found.map(|(_, device)| device.clone()) else {
-        return Err(Report::caller(
-            "nothing_to_format",
-            "nothing was changed",
-            format!("the {} partition does not hold foreign data", volume.partition_name()),
-            "no action is needed",
-        ));
-    };
+    let device = unusable(machine, volume)?;
     let written = OpenOptions::new().write(true).open(&device).and_then(|mut file| {
         file.write_all(&marker::block(volume))?;
         file.sync_all()
@@ -143,6 +135,33 @@ pub fn allow_format(machine: &mut Machine, volume: Volume) -> Result<(), Report>
     written.map_err(|error| format_report(volume, &device, &error.to_string()))?;
     machine.log.alarm(&format!("the owner allowed {device} to be formatted"));
     Ok(())
+}
+
+/// The device of a volume that this boot could not use, and so has not mounted. No other can be given up.
+pub fn unusable(machine: &Machine, volume: Volume) -> Result<String, Report> {
+    let found = machine.facts.unusable.iter().find(|(unusable, _)| *unusable == volume);
+    found.map(|(_, device)| device.clone()).ok_or_else(|| {
+        Report::caller(
+            "nothing_to_repair",
+            "nothing was changed",
+            format!("the {} partition is in use, or there is none", volume.partition_name()),
+            "no action is needed",
+        )
+    })
+}
+
+/// A repair that answers every question with yes, for which the owner has asked. Called by the main loop, because
+/// it takes long; the machine restarts afterwards, whatever came of it.
+pub fn repair(machine: &mut Machine, volume: Volume) {
+    let Ok(device) = unusable(machine, volume) else { return };
+    machine.log.alarm(&format!("repairing {device}, this may take long; do not switch off"));
+    let words = match machine.run_tool(E2FSCK, &["-f", "-y", &device], CHECK_LIMIT_S) {
+        Ok(result) if matches!(result.ended, Ended::Exit(0..=3)) => format!("{device} is repaired"),
+        Ok(result) => format!("{device} could not be repaired: {}", beginning(&result.output)),
+        Err(error) => error.to_string(),
+    };
+    machine.log.alarm(&words);
+    machine.end(Goal::Restart, "the repair has ended");
 }
 
 /// The volume's device file and its entry in the table.
@@ -217,30 +236,40 @@ fn clear_marker(device: &Path) -> io::Result<()> {
 }
 
 fn check(machine: &mut Machine, volume: Volume, device: &str, check: Check) -> Result<(), Report> {
-    let why = if check == Check::Repair { "it has errors" } else { "it was not unmounted" };
+    let why = match check {
+        Check::Nothing => return Ok(()),
+        Check::Journal => "it was not unmounted",
+        Check::Repair => "it has errors",
+        Check::RepairFromSpare => "its superblock is lost",
+    };
     machine.log.info(&format!("checking {device}: {why}"));
-    if volume == Volume::Data && check == Check::Repair {
+    if volume == Volume::Data && check != Check::Journal {
         // Hours, maybe. The web console is to say so meanwhile; agentd begins again when data has come.
         machine.event(Event::Start(Child::Agentd));
     }
-    let report = |why: String| {
-        Report::environment(
-            &format!("{}_partition_damaged", volume.partition_name()),
-            format!("the {} partition was not mounted", volume.partition_name()),
-            why,
-            format!(
-                "attach the disk to another machine, copy what matters, and run `e2fsck -f {device}` there"
-            ),
-        )
-    };
-    let result = machine
-        .run_tool(E2FSCK, &["-p", device], CHECK_LIMIT_S)
-        .map_err(|error| report(error.to_string()))?;
+    let spare: &[&str] = if check == Check::RepairFromSpare { &SPARE_SUPERBLOCK } else { &[] };
+    let arguments: Vec<&str> = ["-p"].into_iter().chain(spare.iter().copied()).chain([device]).collect();
+    let ended = machine.run_tool(E2FSCK, &arguments, CHECK_LIMIT_S);
     // e2fsck(8): 1 and 2 mean that errors were corrected. 2 asks for a restart, which is for a mounted root.
-    match result.ended {
-        Ended::Exit(0..=3) => Ok(()),
-        ended => Err(report(format!("e2fsck ended with {ended}: {}", result.output.trim()))),
-    }
+    let why = match ended {
+        Ok(ToolResult { ended: Ended::Exit(0..=3), .. }) => return Ok(()),
+        Ok(ToolResult { ended, output }) => format!("e2fsck ended with {ended}: {}", beginning(&output)),
+        Err(error) => error.to_string(),
+    };
+    machine.facts.unusable.push((volume, device.to_owned()));
+    let name = volume.partition_name();
+    Err(Report::environment(
+        &format!("{name}_partition_damaged"),
+        format!("the {name} partition was not mounted"),
+        why,
+        "press `c` on the local console to repair it, which may lose damaged files; to save them first, power off \
+         and copy the disk on another machine",
+    ))
+}
+
+/// The first words of a tool's output: enough to look the error up.
+fn beginning(output: &str) -> String {
+    output.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(300).collect()
 }
 
 /// To the end of its partition, while mounted. Failing is no reason not to use what there is.

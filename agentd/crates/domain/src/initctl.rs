@@ -25,6 +25,10 @@ pub enum Request {
     AllowFormat {
         volume: Volume,
     },
+    /// From console-tty: the owner's yes to a repair that may lose damaged files. init does it and restarts.
+    Repair {
+        volume: Volume,
+    },
     /// From console-tty: network settings, checked, stored on state and given to netd.
     SetNetwork(NetworkSettings),
 }
