@@ -101,7 +101,8 @@ fn bad_agents_are_held(appliance: &mut Appliance) -> Result<()> {
     let packages = appliance.file("packages");
     for way in ["exit", "eat-memory"] {
         let folder = packages::misbehaving(&packages, way)?;
-        let installed: Agent = appliance.ctl().json(&["agent", "install", folder.to_str().context("path")?])?;
+        let installed: Agent =
+            appliance.ctl().json(&["agent", "install", folder.to_str().context("path")?])?;
         ensure!(installed.name.as_str() == way);
         appliance.ctl().run(&["agent", "start", way])?.success()?;
     }
@@ -126,16 +127,19 @@ fn bad_agents_are_held(appliance: &mut Appliance) -> Result<()> {
     Ok(())
 }
 
-/// Whatever the machine sent since it was switched on, with a minute of idleness and a chat in it.
+/// Whatever the machine sent since it was switched on, with a chat and idleness in it: a minute, and in the long
+/// run as many seconds as `AGENTD_SILENCE_S` says.
 fn silence(appliance: &mut Appliance) -> Result<()> {
-    let minute = Capture::read(&appliance.capture_file())?.frames.last().map_or(Duration::ZERO, |last| last.0)
-        + Duration::from_secs(60);
+    let idle_s = std::env::var("AGENTD_SILENCE_S").ok().map_or(Ok(60), |text| text.parse())?;
+    let idle = Duration::from_secs(idle_s);
+    let end =
+        Capture::read(&appliance.capture_file())?.frames.last().map_or(Duration::ZERO, |last| last.0) + idle;
     chat(&appliance.ctl(), "Good morning, how are you today?")?;
-    appliance.until("a minute of idleness", Duration::from_secs(180), |ctl| {
+    appliance.until("idleness", idle + Duration::from_secs(120), |ctl| {
         // Asking is the tester's own connection; it makes frames, so the capture's clock goes on.
         ctl.run(&["status"])?.success()?;
         let capture = Capture::read(&appliance_capture(ctl)?)?;
-        Ok(capture.frames.last().is_some_and(|last| last.0 >= minute).then_some(()))
+        Ok(capture.frames.last().is_some_and(|last| last.0 >= end).then_some(()))
     })?;
     let capture = Capture::read(&appliance.capture_file())?;
     let mut unexpected = Vec::new();
