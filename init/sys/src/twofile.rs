@@ -270,58 +270,60 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 6, ..ProptestConfig::default() })]
-
         #[test]
         fn a_write_torn_at_any_byte_leaves_the_old_or_the_new(
-            history in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..40), 1..5),
+            old in proptest::collection::vec(any::<u8>(), 0..60),
+            before in proptest::collection::vec(any::<u8>(), 0..60),
             new in proptest::collection::vec(any::<u8>(), 0..60),
         ) {
-            let (folder, file) = file();
-            for content in &history {
-                file.write(content).unwrap();
-            }
-            let old = history.last().unwrap();
-            let target = folder.path().join(if history.len() % 2 == 1 { "clock.a" } else { "clock.b" });
-            let before = std::fs::read(&target).unwrap_or_default();
-            let whole = encode(history.len() as u64 + 2, &new);
+            // The newest copy is `.a`; what is being written over in `.b` is older.
+            let (a, b) = (encode(8, &old), encode(7, &before));
+            let whole = encode(9, &new);
             for cut in 0..=whole.len() {
                 for rest in [Rest::Nothing, Rest::Before, Rest::Zeros] {
-                    let bytes = torn(&before, &whole, cut, rest);
-                    std::fs::write(&target, &bytes).unwrap();
-                    let read = file.read().unwrap().unwrap();
-                    if bytes == whole {
-                        prop_assert_eq!(&read, &new);
-                    } else {
-                        prop_assert!(&read == old, "cut at {} with {:?}", cut, rest);
-                    }
-                    // The next write must succeed and be read, whatever lies there.
-                    file.write(b"after the cut").unwrap();
-                    prop_assert_eq!(file.read().unwrap().unwrap(), b"after the cut");
-                    // Put the scene back for the next cut.
-                    file.remove().unwrap();
-                    for content in &history {
-                        file.write(content).unwrap();
-                    }
+                    let bytes = torn(&b, &whole, cut, rest);
+                    let read = match newest(Some(&a), Some(&bytes)) {
+                        Newest::A(_, content) | Newest::B(_, content) => Some(content),
+                        Newest::Neither => None,
+                    };
+                    let expected = if bytes == whole { &new } else { &old };
+                    prop_assert_eq!(read, Some(expected.as_slice()), "cut at {} with {:?}", cut, rest);
                 }
             }
+        }
+
+        /// The same with files: after any cut the next write succeeds and is read.
+        #[test]
+        fn a_write_after_a_cut_is_read(
+            old in proptest::collection::vec(any::<u8>(), 0..60),
+            new in proptest::collection::vec(any::<u8>(), 0..60),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let (folder, file) = file();
+            file.write(&old).unwrap();
+            // The first write made both; `.b` is the newest, so the second goes to `.a`.
+            let whole = encode(3, &new);
+            let cut = cut.index(whole.len());
+            std::fs::write(folder.path().join("clock.a"), &whole[..cut]).unwrap();
+            prop_assert_eq!(file.read().unwrap().unwrap(), old);
+            file.write(b"after the cut").unwrap();
+            prop_assert_eq!(file.read().unwrap().unwrap(), b"after the cut");
         }
 
         #[test]
         fn a_first_write_torn_at_any_byte_leaves_nothing_or_the_new(
             new in proptest::collection::vec(any::<u8>(), 0..60),
+            cut in any::<prop::sample::Index>(),
         ) {
             let (folder, file) = file();
             let (a, b) = (encode(1, &new), encode(2, &new));
-            for cut in 0..=a.len() + b.len() {
-                file.remove().unwrap();
-                std::fs::write(folder.path().join("clock.a"), &a[..cut.min(a.len())]).unwrap();
-                if cut > a.len() {
-                    std::fs::write(folder.path().join("clock.b"), &b[..cut - a.len()]).unwrap();
-                }
-                let expected = (cut >= a.len()).then(|| new.clone());
-                prop_assert_eq!(file.read().unwrap(), expected, "cut at {}", cut);
+            let cut = cut.index(a.len() + b.len() + 1);
+            std::fs::write(folder.path().join("clock.a"), &a[..cut.min(a.len())]).unwrap();
+            if cut > a.len() {
+                std::fs::write(folder.path().join("clock.b"), &b[..cut - a.len()]).unwrap();
             }
+            let expected = (cut >= a.len()).then(|| new.clone());
+            prop_assert_eq!(file.read().unwrap(), expected, "cut at {}", cut);
         }
 
         #[test]
