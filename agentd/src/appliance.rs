@@ -3,7 +3,7 @@
 //! The one implementation of [`Appliance`]: it asks the parts of agentd and puts their answers together.
 //! Always: a part that is missing (no data partition, no launcher, no init) costs what needs it and nothing else.
 
-use crate::agents::{Agents, View, Views, package};
+use crate::agents::{Agents, View, Views};
 use crate::clock;
 use crate::engine::{Engine, Stage};
 use crate::health::Board;
@@ -13,8 +13,8 @@ use crate::logs::Logs;
 use crate::models::Models;
 use crate::places::Places;
 use crate::readings;
-use crate::store::{AgentRow, Db};
-use agentd_capability::{Package, Subject, compile, parse_manifest, quota};
+use crate::store::Db;
+use agentd_capability::{Package, Subject, compile, parse_manifest};
 use agentd_console::{Appliance, Flow, Follow, LogQuery, Pending, Upload};
 use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::{
@@ -28,12 +28,8 @@ use agentd_domain::paths;
 use agentd_domain::plan::SandboxPlan;
 use agentd_sandbox::client::Launcher;
 use futures::{StreamExt, stream};
-use std::fs::File;
-use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
 use tokio::sync::broadcast;
 use tokio::time::timeout;
 
@@ -65,7 +61,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    fn parts(&self) -> Result<&Parts, Report> {
+    pub(crate) fn parts(&self) -> Result<&Parts, Report> {
         self.parts.as_ref().map_err(Clone::clone)
     }
 
@@ -117,7 +113,7 @@ impl Machine {
         }
     }
 
-    fn shown(&self, agent: AgentId) -> Result<Agent, Report> {
+    pub(crate) fn shown(&self, agent: AgentId) -> Result<Agent, Report> {
         let (agent, view) = self.find(&AgentKey::Id(agent))?;
         Ok(self.show(agent, &view))
     }
@@ -194,102 +190,6 @@ impl Machine {
                 },
                 Err(report) => EngineState::Down { report },
             },
-        }
-    }
-
-    async fn install_package(&self, package: Upload) -> Result<Agent, Report> {
-        let parts = self.parts()?.clone();
-        let folder = self.places.data.join("incoming");
-        let tar = folder.join(format!("{}.tar", clock::fresh_id()));
-        let received = receive(&folder, &tar, package).await;
-        let installed = match received {
-            Ok(()) => self.install_tar(&parts, tar.clone()).await,
-            Err(report) => Err(report),
-        };
-        let _ = tokio::fs::remove_file(&tar).await;
-        self.shown(installed?)
-    }
-
-    async fn install_tar(&self, parts: &Parts, tar: PathBuf) -> Result<AgentId, Report> {
-        let what = "the agent was not installed";
-        let for_manifest = tar.clone();
-        let text = blocking(move || {
-            let file = File::open(&for_manifest).map_err(|error| not_received(&error))?;
-            package::manifest_of_tar(io::BufReader::new(file)).map_err(|error| error.report())
-        });
-        let manifest = checked(&text.await?)?;
-        let name = manifest.name.clone();
-        let taken =
-            parts.agents.views().values().find(|view| view.row.name == name).map(|view| view.row.clone());
-        let agent = AgentId(clock::fresh_id());
-        let uid = parts.db.call(|store| store.next_uid()).await.map_err(|error| error.report(what))?;
-        let (launcher, quota) = (self.launcher.clone(), quota(&manifest));
-        blocking(move || launcher.prepare_agent(agent, uid, quota).map_err(Report::from)).await?;
-        let target = self.places.agents().join(agent.to_string()).join("package");
-        let unpacked = blocking(move || {
-            let file = File::open(&tar).map_err(|error| not_received(&error))?;
-            package::unpack(io::BufReader::new(file), &target).map_err(|error| error.report())
-        });
-        let stored = match unpacked.await {
-            Ok(unpacked) => {
-                if let Some(taken) = taken {
-                    self.drop_folder(agent, uid).await;
-                    // Installing the same package again is no mistake.
-                    let same = taken.digest == unpacked.digest;
-                    return if same { Ok(taken.agent_id) } else { Err(name_taken(&taken)) };
-                }
-                self.enter(parts, &manifest, unpacked, agent, uid).await
-            }
-            Err(report) => Err(report),
-        };
-        match stored {
-            Ok(row) => {
-                parts.agents.installed(row).await?;
-                Ok(agent)
-            }
-            Err(report) => {
-                self.drop_folder(agent, uid).await;
-                Err(report)
-            }
-        }
-    }
-
-    async fn enter(
-        &self,
-        parts: &Parts,
-        manifest: &Manifest,
-        unpacked: package::Unpacked,
-        agent: AgentId,
-        uid: u32,
-    ) -> Result<AgentRow, Report> {
-        let row = AgentRow {
-            v: 1,
-            agent_id: agent,
-            owner_id: parts.db.owner(),
-            name: manifest.name.clone(),
-            version: manifest.version.clone(),
-            digest: unpacked.digest,
-            manifest: unpacked.manifest,
-            uid,
-            // Its owner has looked at the plan or not: starting is a wish of its own.
-            wanted: false,
-            bundled: false,
-            restarts: 0,
-            installed_unix_ms: clock::unix_ms(),
-        };
-        let stored = row.clone();
-        let added = parts.db.call(move |store| store.add_agent(&stored)).await;
-        added.map_err(|error| error.report("the agent was not installed"))?;
-        tracing::info!(agent_id = %agent, name = %row.name, "an agent is installed");
-        Ok(row)
-    }
-
-    /// Of an installation that came to nothing.
-    async fn drop_folder(&self, agent: AgentId, uid: u32) {
-        let launcher = self.launcher.clone();
-        let dropped = blocking(move || launcher.remove_agent(agent, uid).map_err(Report::from)).await;
-        if let Err(problem) = dropped {
-            tracing::warn!(agent_id = %agent, %problem, "a folder of no agent was left");
         }
     }
 
@@ -494,52 +394,7 @@ async fn until_away(mut views: tokio::sync::watch::Receiver<Views>, agent: Agent
     }
 }
 
-async fn receive(folder: &std::path::Path, tar: &std::path::Path, mut upload: Upload) -> Result<(), Report> {
-    let write = async {
-        tokio::fs::create_dir_all(folder).await?;
-        let mut file = tokio::fs::File::create(tar).await?;
-        let mut taken_bytes = 0u64;
-        while let Some(piece) = upload.pieces.next().await {
-            let piece = piece?;
-            taken_bytes += piece.len() as u64;
-            if taken_bytes > package::PACKAGE_MOST_BYTES {
-                return Err(io::ErrorKind::FileTooLarge.into());
-            }
-            file.write_all(&piece).await?;
-        }
-        file.flush().await
-    };
-    write.await.map_err(|error: io::Error| match error.kind() {
-        io::ErrorKind::FileTooLarge => package::PackageError::TooLarge.report(),
-        _ => not_received(&error),
-    })
-}
-
-fn not_received(error: &io::Error) -> Report {
-    Report::environment(
-        "package_not_received",
-        "the agent was not installed",
-        error.to_string(),
-        "install it again; when the disk is full, remove a model with `agentctl model rm NAME`",
-    )
-}
-
-fn name_taken(row: &AgentRow) -> Report {
-    Report::caller(
-        "conflict",
-        "the agent was not installed",
-        format!("the name {} is taken by another package", row.name),
-        format!("remove it first (`agentctl agent rm {}`), or choose another `agent.name`", row.name),
-    )
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Report> + Send + 'static,
-) -> Result<T, Report> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| thread_lost(&error.to_string()))?
-}
-
-fn thread_lost(why: &str) -> Report {
+pub(crate) fn thread_lost(why: &str) -> Report {
     Report::bug("thread_lost", "it was not done", why, "try again")
 }
 

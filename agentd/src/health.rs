@@ -34,7 +34,24 @@ impl Default for Board {
     }
 }
 
+/// Until the launcher has answered for the first time, nothing is known and nothing may be called good.
+pub const START: &str = "start";
+
 impl Board {
+    /// A board that waits for [`Board::clear`] of [`START`].
+    pub fn starting() -> Self {
+        let board = Self::default();
+        let report = Report::environment(
+            "starting",
+            "no agent runs yet",
+            "agentd is asking the launcher what lives",
+            "wait a moment",
+        );
+        let start = (START.to_owned(), (Weight::Broken, report));
+        board.problems.lock().unwrap_or_else(PoisonError::into_inner).extend([start]);
+        board
+    }
+
     /// Puts a problem at its place, instead of what was there.
     pub fn set(&self, place: &str, weight: Weight, report: Report) {
         let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
@@ -100,6 +117,14 @@ mod tests {
         board.clear("walls");
         assert_eq!(board.health(), Health::Yellow);
         board.clear("engine");
+        assert_eq!(board.health(), Health::Green);
+    }
+
+    #[test]
+    fn nothing_is_good_before_it_is_known() {
+        let board = Board::starting();
+        assert_eq!(board.health(), Health::Red);
+        board.clear(START);
         assert_eq!(board.health(), Health::Green);
     }
 

@@ -24,6 +24,7 @@ mod engine;
 mod health;
 mod inbox;
 mod initlink;
+mod install;
 mod launcher;
 mod logs;
 mod memory;

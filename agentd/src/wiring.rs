@@ -9,7 +9,7 @@ use crate::appliance::{Machine, Parts};
 use crate::bundled;
 use crate::confine;
 use crate::engine::{self, Engine, Stage};
-use crate::health::{Board, Weight};
+use crate::health::{Board, START, Weight};
 use crate::inbox::Inbox;
 use crate::initlink::Init;
 use crate::logs::Logs;
@@ -52,7 +52,7 @@ const STACK_BYTES: usize = 1024 * 1024;
 pub fn run(options: &Options) -> Result<(), Report> {
     let places = options.places();
     let port = options.https_port(&places);
-    let board = Arc::new(Board::default());
+    let board = Arc::new(Board::starting());
     let walls = match options.walls {
         Walls::Down => {
             board.set("own walls", Weight::Degraded, walls_left_down());
@@ -110,6 +110,7 @@ async fn live(
     };
     if let Err(report) = &parts {
         board.set("agents", Weight::Broken, report.clone());
+        board.clear(START);
         tokio::spawn(end_when_data_comes(places.clone(), over.clone()));
     }
     models.refresh().await;

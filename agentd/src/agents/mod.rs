@@ -8,6 +8,7 @@
 pub mod package;
 pub mod plan;
 mod run;
+mod words;
 
 pub use run::{Links, Serve, start};
 

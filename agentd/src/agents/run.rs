@@ -5,9 +5,10 @@
 //! plane.
 
 use super::plan::{self, Effect, Event, NotStarted, Now, Phase, State};
+use super::words::{is_about_walls, place_of, quarantined, told, unknown_agent, wall_failed};
 use super::{Agents, LivingRun, QUEUE, View, Views};
 use crate::clock;
-use crate::health::{Board, Weight};
+use crate::health::{Board, START, Weight};
 use crate::inbox::Inbox;
 use crate::launcher::{self, Answer, FailureKind, Order};
 use crate::logs::Logs;
@@ -15,7 +16,7 @@ use crate::memory::Memories;
 use crate::store::{AgentRow, Db};
 use agentd_capability::{Package, Subject, compile, parse_manifest, quota};
 use agentd_domain::api::AgentState;
-use agentd_domain::fault::{Fault, Report};
+use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, RunId};
 use agentd_domain::launcher::{ExitCause, ExitRecord, Listing, RunInfo};
 use agentd_domain::manifest::Manifest;
@@ -191,10 +192,12 @@ impl Loop {
             Input::Answer(Answer::Listed(Ok(listing))) => {
                 self.links.board.clear("launcher");
                 self.listed(listing).await;
+                self.links.board.clear(START);
                 return !self.ending.is_empty();
             }
             Input::Answer(Answer::Listed(Err(report))) => {
                 self.links.board.set("launcher", Weight::Broken, report);
+                self.links.board.clear(START);
                 self.step(Event::LauncherLost).await;
                 return true;
             }
@@ -503,60 +506,4 @@ impl Loop {
         };
         self.shown.send_replace(Arc::new(self.known.iter().map(view).collect()));
     }
-}
-
-/// On the board.
-fn place_of(agent: AgentId) -> String {
-    format!("agent {agent}")
-}
-
-/// Whether a refusal says that this machine cannot keep its agents in, rather than that this agent is ill made.
-fn is_about_walls(report: &Report) -> bool {
-    report.fault != Fault::Caller
-}
-
-/// How a run ended, for people.
-pub fn told(exit: &ExitRecord) -> String {
-    match &exit.cause {
-        ExitCause::Exited { code } => format!("exit code {code}"),
-        ExitCause::Signalled { signal } => format!("signal {signal}"),
-        ExitCause::OutOfMemory => {
-            format!("over its memory limit, with {} MiB at its peak", exit.memory_peak_bytes / (1024 * 1024))
-        }
-        ExitCause::Seccomp => "a system call that is forbidden".to_owned(),
-        ExitCause::WallFailed { why } => format!("a wall could not be raised: {why}"),
-        ExitCause::Stopped => "stopped".to_owned(),
-    }
-}
-
-fn unknown_agent(what: &str) -> Report {
-    Report::caller("not_found", what, "there is no such agent", "`agentctl agent ls` shows the agents")
-}
-
-fn wall_failed(row: &AgentRow, why: &str) -> Report {
-    let what = format!("the agent {} was not started", row.name);
-    // The launcher names the step that failed; the last one is the agent's own program.
-    if why.starts_with("exec: ") {
-        let fix =
-            "check `agent.exec`: the program must be in the package, executable, and made for this machine";
-        return Report::caller("exec_failed", what, why, fix);
-    }
-    let fix = "start the appliance with its own kernel and command line; no agent runs without all its walls";
-    Report::environment("wall_failed", what, why, fix)
-}
-
-fn quarantined(row: &AgentRow, last_exit: Option<&ExitRecord>) -> Report {
-    Report::environment(
-        "quarantined",
-        format!("the agent {} is in quarantine", row.name),
-        format!(
-            "it keeps ending by itself, last with: {}",
-            last_exit.map_or_else(|| "nothing known".to_owned(), told)
-        ),
-        format!(
-            "`agentctl agent logs {name}` shows why; `agentctl agent start {name}` tries at once, a timer in {} minutes",
-            plan::QUARANTINE_MS / 60_000,
-            name = row.name
-        ),
-    )
 }
