@@ -23,7 +23,7 @@ use tokio::io::AsyncWriteExt;
 impl Machine {
     pub(crate) async fn install_package(&self, package: Upload) -> Result<Agent, Report> {
         let parts = self.parts()?.clone();
-        let folder = self.places.data.join("incoming");
+        let folder = self.places.incoming();
         let tar = folder.join(format!("{}.tar", clock::fresh_id()));
         let received = receive(&folder, &tar, package).await;
         let installed = match received {

@@ -54,6 +54,11 @@ impl Places {
         self.data.join("models")
     }
 
+    /// Packages on their way in.
+    pub fn incoming(&self) -> PathBuf {
+        self.data.join("incoming")
+    }
+
     pub fn logs(&self) -> PathBuf {
         self.data.join("logs")
     }

@@ -221,6 +221,12 @@ async fn start_agents(
 
 /// What agentd itself writes to. The engine reads models with its own uid.
 fn make_folders(places: &Places) -> io::Result<()> {
+    // What an installation left that was broken off.
+    if let Err(error) = std::fs::remove_dir_all(places.incoming())
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        return Err(error);
+    }
     for folder in [places.models(), places.logs()] {
         match DirBuilder::new().mode(0o755).create(&folder) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
