@@ -36,6 +36,8 @@ use std::time::Instant;
 /// Tokens of one decode. Larger batches read prompts a little faster, cost memory, and make everybody who
 /// answers wait longer; must be at least `MAX_SEQUENCES`, so that every sequence gets a token.
 const BATCH_TOKENS: u32 = 256;
+/// Requests that may wait for a place; more are refused at once, so that their clients can do something else.
+pub(crate) const MAX_WAITING: usize = 256;
 /// Tokens that the repetition penalty looks back on, llama.cpp's own default.
 const PENALTY_TOKENS: usize = 64;
 
@@ -163,8 +165,12 @@ impl Decoder<'_> {
                 if idle { inbox.recv().map_err(|_| TryRecvError::Disconnected) } else { inbox.try_recv() };
             match received {
                 Ok(ChatJob::Unload) | Err(TryRecvError::Disconnected) => return self.abandon(inbox),
-                Ok(job) => {
+                Ok(job) if self.waiting.len() < MAX_WAITING => {
                     self.waiting.push_back(job);
+                    continue;
+                }
+                Ok(job) => {
+                    job.fail(busy());
                     continue;
                 }
                 Err(TryRecvError::Empty) => {}
@@ -338,15 +344,31 @@ impl Decoder<'_> {
             sequence.fail(report.clone());
         }
         for job in self.waiting.drain(..).chain(inbox.try_iter()) {
-            match job {
-                ChatJob::Generate(job) => job.generation.fail(report.clone(), Instant::now()),
-                ChatJob::Logits { listener, .. } => {
-                    listener.send(Event::Error(report.clone()));
-                }
-                ChatJob::Unload => {}
-            }
+            job.fail(report.clone());
         }
     }
+}
+
+impl ChatJob {
+    fn fail(self, report: Report) {
+        match self {
+            Self::Generate(job) => job.generation.fail(report, Instant::now()),
+            Self::Logits { listener, .. } => {
+                listener.send(Event::Error(report));
+            }
+            Self::Unload => {}
+        }
+    }
+}
+
+/// Of requests that found the queue full.
+pub(crate) fn busy() -> Report {
+    Report::environment(
+        "too_many_requests",
+        "the request was not run",
+        format!("{MAX_WAITING} others wait for this model"),
+        "try again in some seconds",
+    )
 }
 
 impl Sequence {

@@ -6,6 +6,7 @@
 //! True: a decode has at most [`BATCH_TOKENS`] tokens and [`SEQUENCES`] texts, and no text has more tokens
 //! than the model has positions: llama.cpp aborts on a position that does not exist.
 
+use crate::chat::{MAX_WAITING, busy};
 use crate::generations::Listener;
 use crate::model::{Gauge, Settings};
 use agentd_domain::engine::Event;
@@ -118,6 +119,10 @@ impl Embedder<'_> {
             };
             match received {
                 Ok(EmbedJob::Unload) | Err(TryRecvError::Disconnected) => return self.abandon(inbox),
+                Ok(EmbedJob::Embed(request)) if self.jobs.len() >= MAX_WAITING => {
+                    request.listener.send(Event::Error(busy()));
+                    continue;
+                }
                 Ok(EmbedJob::Embed(request)) => {
                     self.jobs.push_back(Job::new(request, self.longest));
                     continue;

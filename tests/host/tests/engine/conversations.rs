@@ -151,6 +151,35 @@ fn unloading_tells_who_waits_and_frees_the_name() {
     assert_eq!(client.generate(greedy("k2", text("Hello"), 5)).piece_tokens, 5);
 }
 
+/// More than run and wait at once: the rest is told so, nobody is forgotten.
+#[test]
+fn a_queue_has_an_end() {
+    let Some((_engine, mut client)) = with_tiny() else { return };
+    let ids: Vec<u64> = (0..400)
+        .map(|n| client.send(Request::Generate(greedy(&format!("k{n}"), text("Hello"), 0))))
+        .collect();
+    for n in 0..400 {
+        client.send(Request::Cancel { key: format!("k{n}") });
+    }
+    let (mut ended, mut refused, mut answered) = (0, 0, 0);
+    while ended + refused + answered < 800 {
+        let frame = client.receive();
+        match frame.body {
+            Event::Piece { .. } => {}
+            Event::Done(_) => ended += 1,
+            Event::Error(report) if ids.contains(&frame.id) => {
+                assert_eq!(report.code, "too_many_requests");
+                refused += 1;
+            }
+            Event::Cancelled { .. } => answered += 1,
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    assert_eq!((ended + refused, answered), (400, 400));
+    assert!(refused > 0, "400 at once found places");
+    assert_eq!(client.generate(greedy("next", text("Hello"), 5)).piece_tokens, 5);
+}
+
 #[test]
 fn sampling_with_a_seed_repeats_and_without_one_varies() {
     let Some((_engine, mut client)) = with_tiny() else { return };
