@@ -54,12 +54,13 @@ pub const STEPS: &[Step] = &[
     step("kernel log", Optional("lines go to the console instead"), &[], kernel::open_log),
     step("watchdogs", Optional("without one the machine does not restart by itself"), &[], kernel::feed_watchdogs),
     step("Ctrl-Alt-Del", Optional("the power button and the console remain"), &[], kernel::take_ctrl_alt_del),
+    // Early, because the reader of its partition table runs beside the steps up to `partition table`.
+    step("disk", Required("state and data lie on the disk of the running root"), &[], disk::find),
     step("kernel settings", Required("the walls around agents lean on them"), &[], sysctl::apply),
     step("control groups", Required("agents have no limits without them"), &[], control_groups::make_tree),
     step("walls", Required("an agent is not started unless all its walls stand"), &[], walls::check),
     step("control socket", Required("the local console and agentd ask here"), &[], kernel::listen),
     step("local console", Optional("the web console remains"), &[], start_console_tty),
-    step("disk", Required("state and data lie on the disk of the running root"), &[], disk::find),
     step("partition table", Required("state and data are found in it"), &["disk"], disk::set_up_table),
     step("state", Required("it holds what lets the owner in"), &["partition table"], volumes::open_state),
     step("crash records", Optional("they only explain the past"), &["state"], crashes::keep),
@@ -173,7 +174,7 @@ mod tests {
     #[test]
     fn the_console_does_not_wait_for_the_disk() {
         let index = |name: &str| STEPS.iter().position(|step| step.name == name).unwrap();
-        assert!(index("local console") < index("disk"));
+        assert!(index("local console") < index("partition table"));
         assert!(index("watchdogs") < index("disk"));
     }
 }

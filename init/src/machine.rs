@@ -46,6 +46,8 @@ pub struct Machine {
     pub buttons: Buttons,
     /// Partitions of our disk, once it has been found.
     pub disk: Option<OurDisk>,
+    /// The reader of its partition table, from the time the disk is found.
+    pub table_reader: Option<Started>,
     /// `cgroup.procs` of each child's cgroup.
     pub cgroups: BTreeMap<Child, File>,
     pids: BTreeMap<Child, Pid>,
@@ -73,6 +75,15 @@ struct Tool {
     pid: Pid,
     ended: Option<Ended>,
     output: String,
+}
+
+/// A program that was started and whose result is wanted.
+#[derive(Debug)]
+pub struct Started {
+    pid: Pid,
+    program: String,
+    limit_s: u64,
+    deadline_ms: u64,
 }
 
 /// Why a tool gave no result.
@@ -105,6 +116,7 @@ impl Machine {
             control: None,
             buttons: Buttons::default(),
             disk: None,
+            table_reader: None,
             cgroups: BTreeMap::new(),
             pids: BTreeMap::new(),
             outputs: Vec::new(),
@@ -188,30 +200,18 @@ impl Machine {
         arguments: &[&str],
         limit_s: u64,
     ) -> Result<ToolResult, ToolError> {
-        let deadline_ms = clock::boot_ms().saturating_add(limit_s.saturating_mul(1000));
-        let name = Path::new(program).file_name().map_or(program.into(), |name| name.to_string_lossy());
-        let pid = self.start_tool(program, &name, arguments)?;
-        loop {
-            if let Some(result) = self.take_finished(pid) {
-                return Ok(result);
-            }
-            let too_late = clock::boot_ms() >= deadline_ms;
-            if too_late || self.is_ending() {
-                // What it leaves behind is what a power cut would leave; the next boot deals with it.
-                let _ = rustix::process::kill_process(pid, Signal::KILL);
-                self.tools.retain(|tool| tool.pid != pid);
-                let program = program.to_owned();
-                return Err(if too_late {
-                    ToolError::TooLong { program, limit_s }
-                } else {
-                    ToolError::Interrupted { program }
-                });
-            }
-            self.pump(deadline_ms);
-        }
+        let started = self.start_tool(program, arguments, limit_s)?;
+        self.finish_tool(started)
     }
 
-    fn start_tool(&mut self, program: &str, name: &str, arguments: &[&str]) -> Result<Pid, ToolError> {
+    /// Starts a program; [`Machine::finish_tool`] takes its result.
+    pub fn start_tool(
+        &mut self,
+        program: &str,
+        arguments: &[&str],
+        limit_s: u64,
+    ) -> Result<Started, ToolError> {
+        let name = Path::new(program).file_name().map_or(program.into(), |name| name.to_string_lossy());
         let started = spawn::output_pipe().and_then(|(reader, writer)| {
             let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
             let pid = spawn::spawn(Program {
@@ -226,11 +226,37 @@ impl Machine {
             })?;
             Ok((pid, reader))
         });
-        let (pid, reader) =
-            started.map_err(|source| ToolError::Start { program: program.to_owned(), source })?;
+        let program = program.to_owned();
+        let (pid, reader) = match started {
+            Ok(started) => started,
+            Err(source) => return Err(ToolError::Start { program, source }),
+        };
         self.outputs.push(Output::new(reader, name).of_tool(pid));
         self.tools.push(Tool { pid, ended: None, output: String::new() });
-        Ok(pid)
+        let deadline_ms = clock::boot_ms().saturating_add(limit_s.saturating_mul(1000));
+        Ok(Started { pid, program, limit_s, deadline_ms })
+    }
+
+    /// Waits for the end of a program while everything else goes on.
+    pub fn finish_tool(&mut self, started: Started) -> Result<ToolResult, ToolError> {
+        let Started { pid, program, limit_s, deadline_ms } = started;
+        loop {
+            if let Some(result) = self.take_finished(pid) {
+                return Ok(result);
+            }
+            let too_late = clock::boot_ms() >= deadline_ms;
+            if too_late || self.is_ending() {
+                // What it leaves behind is what a power cut would leave; the next boot deals with it.
+                let _ = rustix::process::kill_process(pid, Signal::KILL);
+                self.tools.retain(|tool| tool.pid != pid);
+                return Err(if too_late {
+                    ToolError::TooLong { program, limit_s }
+                } else {
+                    ToolError::Interrupted { program }
+                });
+            }
+            self.pump(deadline_ms);
+        }
     }
 
     /// The result of a tool that has ended and whose output has been read to its end.

@@ -3,7 +3,7 @@
 use crate::boot::{Done, Outcome};
 use crate::disk::find::{self, FindError};
 use crate::disk::table::{BootLoader, Job, Outcome as TableOutcome, RESULT_PREFIX};
-use crate::machine::{Machine, OurDisk};
+use crate::machine::{Machine, OurDisk, Started};
 use agentd_domain::fault::Report;
 use agentd_domain::marker;
 
@@ -23,6 +23,8 @@ pub fn find(machine: &mut Machine) -> Outcome {
         partitions: Vec::new(),
         boot_loader: BootLoader::Unknown,
     });
+    // Its reader runs beside the next steps; `set_up_table` takes its result.
+    machine.table_reader = Some(start_job(machine, Vec::new())?);
     Ok(Done::Well)
 }
 
@@ -36,8 +38,8 @@ fn no_disk(error: &FindError) -> Report {
 }
 
 pub fn set_up_table(machine: &mut Machine) -> Outcome {
-    let boot_loader_partition = boot_loader_partition();
-    run_job(machine, boot_loader_partition, Vec::new())?;
+    let Some(reader) = machine.table_reader.take() else { return Err(table_report("it is not being read")) };
+    finish_job(machine, reader)?;
     let Some(disk) = &machine.disk else { return Err(table_report("the disk is gone")) };
     machine.facts.slot = slot(disk);
     if disk.boot_loader == BootLoader::AnotherDisk {
@@ -49,23 +51,24 @@ pub fn set_up_table(machine: &mut Machine) -> Outcome {
 
 /// Tells the table that these volumes are formatted.
 pub fn note_formatted(machine: &mut Machine, names: Vec<String>) -> Result<(), Report> {
-    run_job(machine, boot_loader_partition(), names)
+    let writer = start_job(machine, names)?;
+    finish_job(machine, writer)
 }
 
-/// Runs `init disk-setup` and takes its result.
-fn run_job(
-    machine: &mut Machine,
-    boot_loader_partition: Option<String>,
-    formatted: Vec<String>,
-) -> Result<(), Report> {
+/// Starts `init disk-setup`.
+fn start_job(machine: &mut Machine, formatted: Vec<String>) -> Result<Started, Report> {
     let Some(name) = machine.disk.as_ref().map(|disk| disk.name.clone()) else {
         return Err(table_report("no disk was found"));
     };
-    let job = Job { disk: name, boot_loader_partition, formatted };
+    let job = Job { disk: name, boot_loader_partition: boot_loader_partition(), formatted };
     let job = serde_json::to_string(&job).map_err(|error| table_report(&error.to_string()))?;
-    let result = machine
-        .run_tool("/proc/self/exe", &["disk-setup", &job], TABLE_LIMIT_S)
-        .map_err(|error| table_report(&error.to_string()))?;
+    machine
+        .start_tool("/proc/self/exe", &["disk-setup", &job], TABLE_LIMIT_S)
+        .map_err(|error| table_report(&error.to_string()))
+}
+
+fn finish_job(machine: &mut Machine, started: Started) -> Result<(), Report> {
+    let result = machine.finish_tool(started).map_err(|error| table_report(&error.to_string()))?;
     let line = result.output.lines().find_map(|line| line.strip_prefix(RESULT_PREFIX));
     let outcome = line.and_then(|line| serde_json::from_str::<TableOutcome>(line).ok());
     match outcome {
