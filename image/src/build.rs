@@ -53,7 +53,7 @@ pub fn root_only(cache: &Cache, prebuilt: Option<Programs>) -> Result<Root> {
 fn build_root(cache: &Cache, checkout: &Checkout, programs: &Programs) -> Result<Root> {
     let models = model_entries(cache)?;
     let root = root::ensure_root(cache, checkout, programs, &models)?;
-    // Models are packed without gain, so what they take is their size.
+    // Models are not packed, so what they take is their size.
     let model_bytes = total_bytes(&models)?;
     let own = root.about.bytes.saturating_sub(model_bytes);
     ensure!(own <= MAX_ROOT_BYTES, "the root has {own} bytes without models, more than {MAX_ROOT_BYTES}");

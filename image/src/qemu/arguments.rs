@@ -1,16 +1,22 @@
 //! Which arguments does QEMU get? Pure.
 
-use super::{Accelerator, Boot, Bus, Drive, Machine, Mode, Network, OnReboot, Screen};
+use super::{Accelerator, Boot, Bus, Drive, KernelText, Machine, Mode, Network, OnReboot, Screen};
 use std::path::Path;
 
 /// Debian's ovmf, in the size that bookworm and trixie share.
 const OVMF_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
 pub(super) const OVMF_VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 
-pub(super) fn all(machine: &Machine, qmp: &Path) -> Vec<String> {
+/// The first QEMU that translates code while it holds the page's lock.
+const TRANSLATES_SAFELY: (u32, u32) = (8, 1);
+
+pub(super) fn all(machine: &Machine, qmp: &Path, qemu: (u32, u32)) -> Vec<String> {
     let mut arguments = words(&["-nodefaults", "-no-user-config", "-machine", "q35,smm=off"]);
     arguments.extend(words(match machine.accelerator {
         Accelerator::Kvm => &["-accel", "kvm", "-cpu", "host"],
+        Accelerator::Tcg if machine.kernel_text == KernelText::Patched && qemu < TRANSLATES_SAFELY => {
+            &["-accel", "tcg,thread=single", "-cpu", "max"]
+        }
         Accelerator::Tcg => &["-accel", "tcg,thread=multi", "-cpu", "max"],
     }));
     let mut push = |name: &str, value: String| {
@@ -100,6 +106,12 @@ fn netdev(network: &Network) -> String {
     text
 }
 
+/// `QEMU emulator version 7.2.22 (Debian ...)`.
+pub(super) fn version(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.split_once("version ")?.1.split(['.', ' ']);
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
 /// QEMU splits option lists at commas; a doubled one stands for itself.
 fn escape(value: &str) -> String {
     value.replace(',', ",,")
@@ -125,11 +137,24 @@ mod tests {
 
     #[test]
     fn a_direct_machine_gets_kernel_and_command_line_whole() {
-        let all = all(&machine(), Path::new("/q"));
+        let all = all(&machine(), Path::new("/q"), (7, 2));
         assert_eq!(after(&all, "-kernel"), ["/k"]);
         assert_eq!(after(&all, "-append"), ["quiet a=\"b c\""]);
-        assert_eq!(after(&all, "-accel"), ["tcg,thread=multi"]);
+        assert_eq!(after(&all, "-accel"), ["tcg,thread=single"]);
         assert_eq!(all.last().unwrap(), "-no-reboot");
+    }
+
+    #[test]
+    fn a_kernel_that_patches_itself_gets_one_thread_on_an_old_qemu() {
+        let patched = Machine { kernel_text: KernelText::Patched, ..machine() };
+        let accelerator =
+            |machine: &Machine, qemu| after(&all(machine, Path::new("/q"), qemu), "-accel").concat();
+        assert_eq!(accelerator(&patched, (7, 2)), "tcg,thread=single");
+        assert_eq!(accelerator(&patched, (8, 1)), "tcg,thread=multi");
+        let constant = Machine { kernel_text: KernelText::Constant, ..machine() };
+        assert_eq!(accelerator(&constant, (7, 2)), "tcg,thread=multi");
+        assert_eq!(version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)"), Some((7, 2)));
+        assert_eq!(version("QEMU emulator version 10.0.2"), Some((10, 0)));
     }
 
     #[test]
@@ -144,7 +169,7 @@ mod tests {
             },
             Drive { bus: Bus::Nvme, mode: Mode::Discard, ..Drive::raw(Path::new("/n")) },
         ];
-        let all = all(&machine, Path::new("/q"));
+        let all = all(&machine, Path::new("/q"), (7, 2));
         let drives = after(&all, "-drive");
         assert!(drives[0].ends_with("file=/a,,b"), "{drives:?}");
         assert!(drives[1].contains("read-only=on") && drives[2].contains("snapshot=on"), "{drives:?}");

@@ -31,6 +31,7 @@ const EXIT_POLL: Duration = Duration::from_millis(20);
 pub struct Machine {
     pub accelerator: Accelerator,
     pub boot: Boot,
+    pub kernel_text: KernelText,
     pub memory_mib: u32,
     pub cpus: u32,
     pub drives: Vec<Drive>,
@@ -51,6 +52,7 @@ impl Machine {
         Self {
             accelerator,
             boot,
+            kernel_text: KernelText::Patched,
             memory_mib: 1024,
             cpus: 1,
             drives: Vec::new(),
@@ -62,6 +64,17 @@ impl Machine {
             extra: Vec::new(),
         }
     }
+}
+
+/// Does the guest's kernel change its own code while several processors run it?
+///
+/// QEMU before 8.1 translates code without holding its page's lock, so that a processor may keep running an
+/// instruction that another one has just replaced; Linux then dies with `Oops: int3`. Such a guest gets one
+/// translating thread there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KernelText {
+    Constant,
+    Patched,
 }
 
 #[derive(Debug, Clone)]
@@ -157,7 +170,7 @@ impl Machine {
         let qmp = folder.path().join("qmp");
         let said = std::fs::File::create(folder.path().join("stderr"))?;
         let mut child = Command::new(QEMU)
-            .args(arguments::all(self, &qmp))
+            .args(arguments::all(self, &qmp, version()?))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(said)
@@ -279,6 +292,12 @@ impl Drop for Running {
         self.child.kill().ok();
         self.child.wait().ok();
     }
+}
+
+/// Major and minor version of the QEMU on this machine.
+fn version() -> Result<(u32, u32)> {
+    let text = crate::command::version(QEMU, "--version")?;
+    arguments::version(&text).with_context(|| format!("{QEMU} --version says {text:?}"))
 }
 
 /// Copies OVMF's empty variables, so that a machine has its own.
