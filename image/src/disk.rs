@@ -335,7 +335,7 @@ mod tests {
         file.write_all(&[1; 4096]).unwrap();
         file.sync_all().unwrap();
         let end = last_data(&file, layout::MIB, 32 * layout::MIB).unwrap();
-        assert!(end >= 5 * layout::MIB + 4096 && end <= 32 * layout::MIB, "{end}");
+        assert!((5 * layout::MIB + 4096..=32 * layout::MIB).contains(&end), "{end}");
         assert_eq!(last_data(&file, 50 * layout::MIB, 60 * layout::MIB).unwrap(), 50 * layout::MIB);
     }
 
