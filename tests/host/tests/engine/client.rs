@@ -199,25 +199,30 @@ impl Client {
 
     /// Reads generations that run at once, in the order of `ids`.
     pub fn read_answers(&mut self, ids: &[u64]) -> Vec<Answer> {
-        let mut open: Vec<(String, u32, Option<Result<Done, Report>>)> =
-            ids.iter().map(|_| (String::new(), 0, None)).collect();
-        while open.iter().any(|(_, _, end)| end.is_none()) {
+        let mut texts = vec![String::new(); ids.len()];
+        let mut tokens = vec![0; ids.len()];
+        let mut ends: Vec<Option<Result<Done, Report>>> = ids.iter().map(|_| None).collect();
+        while ends.iter().any(Option::is_none) {
             let frame = self.receive();
             let index = ids.iter().position(|id| *id == frame.id).expect("a frame of these requests");
-            let (text, tokens, end) = &mut open[index];
-            assert!(end.is_none(), "a frame after the end: {:?}", frame.body);
+            assert!(ends[index].is_none(), "a frame after the end: {:?}", frame.body);
             match frame.body {
-                Event::Piece { text: piece, tokens: count } => {
-                    text.push_str(&piece);
-                    *tokens += count;
+                Event::Piece { text, tokens: count } => {
+                    texts[index].push_str(&text);
+                    tokens[index] += count;
                 }
-                Event::Done(done) => *end = Some(Ok(done)),
-                Event::Error(report) => *end = Some(Err(report)),
+                Event::Done(done) => ends[index] = Some(Ok(done)),
+                Event::Error(report) => ends[index] = Some(Err(report)),
                 other => panic!("unexpected {other:?}"),
             }
         }
-        open.into_iter()
-            .map(|(text, piece_tokens, end)| Answer { text, piece_tokens, end: end.expect("all have ended") })
+        let answers = texts.into_iter().zip(tokens).zip(ends);
+        answers
+            .map(|((text, piece_tokens), end)| Answer {
+                text,
+                piece_tokens,
+                end: end.expect("all have ended"),
+            })
             .collect()
     }
 
