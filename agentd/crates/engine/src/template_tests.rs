@@ -90,6 +90,16 @@ fn real_shapes_render_as_in_python() {
     );
 }
 
+/// Found with the templates that llama.cpp collects: each of these was on the way of several of them.
+#[test]
+fn what_some_templates_need_besides() {
+    let marked = "{% for m in messages %}\n  {%- generation -%}\n  {{ m.content }}\n  {%- endgeneration -%} {% endfor %}.";
+    assert_eq!(render(marked, &[message("user", "a"), message("user", "b")]), "ab.");
+    let counted = "{% if tools is iterable and tools | length > 0 %}tools{% else %}none{% endif %}\
+        {{ messages is iterable }}{{ 'x' is iterable }}{{ 1 is iterable }}";
+    assert_eq!(render(counted, &[message("user", "a")]).to_lowercase(), "nonetruetruefalse");
+}
+
 #[test]
 fn a_template_that_never_ends_is_stopped() {
     let endless = "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}";
