@@ -31,6 +31,8 @@ pub struct Programs {
     pub programs: Vec<Program>,
     /// Where llama.cpp's own libraries are, which the engine looks for beside itself.
     pub library_folder: PathBuf,
+    /// What compiled them, for the record.
+    pub toolchain: String,
     /// llama.cpp's back ends, loaded at run time from `paths::BACKENDS`.
     pub backends: Vec<PathBuf>,
 }
@@ -83,7 +85,9 @@ fn build_all(cache: &Cache, checkout: &Checkout) -> Result<Programs> {
     // The engine's build script puts them beside the program.
     let library_folder = engine.join("release");
     let backends = backends(&library_folder.join("backends"))?;
-    Ok(Programs { programs, library_folder, backends })
+    let toolchain =
+        format!("{}; {}", command::version("rustc", "--version")?, command::version("gcc", "--version")?);
+    Ok(Programs { programs, library_folder, toolchain, backends })
 }
 
 /// The engine's target folder; tests that need a real engine use it too, so llama.cpp is compiled once.

@@ -48,7 +48,7 @@ pub(super) fn all(machine: &Machine, qmp: &Path, qemu: (u32, u32)) -> Vec<String
         if drive.bus == Bus::Usb && index == 0 {
             push("-device", "qemu-xhci".to_owned());
         }
-        push("-device", frontend(index, drive));
+        push("-device", frontend(index, drive, &machine.boot));
     }
     if let Some(network) = &machine.network {
         push("-netdev", netdev(network));
@@ -82,7 +82,7 @@ fn backend(index: usize, drive: &Drive) -> String {
     format!("if=none,id=drive{index},format={},discard=unmap{mode},file={file}", drive.format)
 }
 
-fn frontend(index: usize, drive: &Drive) -> String {
+fn frontend(index: usize, drive: &Drive, boot: &Boot) -> String {
     let kind = match drive.bus {
         Bus::Virtio => "virtio-blk-pci",
         Bus::Nvme => "nvme",
@@ -92,7 +92,9 @@ fn frontend(index: usize, drive: &Drive) -> String {
     // QEMU insists on a serial number for NVMe.
     let fallback = (drive.bus == Bus::Nvme).then(|| format!("drive{index}"));
     let serial = drive.serial.clone().or(fallback).map(|s| format!(",serial={s}")).unwrap_or_default();
-    format!("{kind},drive=drive{index},bootindex={index}{serial}")
+    // With `-kernel` nothing boots from a drive, and QEMU's own loader for it has already taken the first place.
+    let order = if matches!(boot, Boot::Uefi { .. }) { format!(",bootindex={index}") } else { String::new() };
+    format!("{kind},drive=drive{index}{order}{serial}")
 }
 
 fn netdev(network: &Network) -> String {
@@ -174,8 +176,8 @@ mod tests {
         assert!(drives[0].ends_with("file=/a,,b"), "{drives:?}");
         assert!(drives[1].contains("read-only=on") && drives[2].contains("snapshot=on"), "{drives:?}");
         let devices = after(&all, "-device");
-        assert!(devices.contains(&"virtio-blk-pci,drive=drive1,bootindex=1,serial=agentd-models"));
-        assert!(devices.contains(&"nvme,drive=drive2,bootindex=2,serial=drive2"));
+        assert!(devices.contains(&"virtio-blk-pci,drive=drive1,serial=agentd-models"));
+        assert!(devices.contains(&"nvme,drive=drive2,serial=drive2"));
     }
 
     #[test]

@@ -68,8 +68,7 @@ pub fn ensure_root(
         .text("veritysetup", command::version("veritysetup", "--version")?)
         .text("tree", tree::FORMAT)
         .fact("commit", checkout.commit.clone())
-        .fact("rustc", command::version("rustc", "--version")?)
-        .fact("gcc", command::version("gcc", "--version")?);
+        .fact("toolchain", programs.toolchain.clone());
     for entry in &entries {
         inputs.text(&entry.place, entry.fingerprint()?);
     }
