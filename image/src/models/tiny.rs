@@ -11,12 +11,12 @@ use super::bpe::{self, Vocabulary};
 use super::gguf::{Storage, Tensor, Value, Writer};
 use anyhow::Result;
 
-const LAYERS: usize = 3;
-const WIDTH: usize = 128;
+const LAYERS: usize = 2;
+const WIDTH: usize = 32;
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 const HEAD_WIDTH: usize = WIDTH / HEADS;
-const FEED_FORWARD: usize = 256;
+const FEED_FORWARD: usize = 64;
 const CONTEXT_TOKENS: u32 = 4096;
 const SEED: u64 = 0x6167_656e_7464_6f73;
 /// Standard deviation of logits: wide enough that greedy choices are not ties.

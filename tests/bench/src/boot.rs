@@ -84,7 +84,11 @@ pub fn measure(runs: usize, peer: bool) -> Result<Bench> {
     let started = direct.guest()?.started();
     let url = format!("{}/claim", direct.ctl().host());
     let first = first_answer(&url, direct.guest()?)?;
-    rows.push(Row::new("first boot of a new disk, direct: from power to the claim page", millis(first.at - started), "ms"));
+    rows.push(Row::new(
+        "first boot of a new disk, direct: from power to the claim page",
+        millis(first.at - started),
+        "ms",
+    ));
     direct.claim()?;
     direct.power_off()?;
 
@@ -109,7 +113,8 @@ pub fn measure(runs: usize, peer: bool) -> Result<Bench> {
         let pages: Vec<f64> = ours.iter().map(|boot| boot.page_ms).collect();
         let ratios: Vec<f64> = theirs.iter().zip(&pages).map(|(their, our)| their / our).collect();
         rows.push(Row::median("minimal Debian, direct: first HTTP answer", &theirs, "ms"));
-        let mut ratio = Row::median("Debian's first HTTP answer over our first HTTPS answer", &ratios, "x").at_least(5.0);
+        let mut ratio =
+            Row::median("Debian's first HTTP answer over our first HTTPS answer", &ratios, "x").at_least(5.0);
         ratio.spread = format!("{} pairs", ratios.len());
         rows.push(ratio);
     }
@@ -118,8 +123,9 @@ pub fn measure(runs: usize, peer: bool) -> Result<Bench> {
     uefi.boot(&Start { uefi: true, ..Start::default() })?;
     uefi.claim()?;
     uefi.power_off()?;
-    let booted: Vec<Ours> =
-        (0..runs).map(|_| one(&mut uefi, &Start { uefi: true, ..Start::default() })).collect::<Result<_>>()?;
+    let booted: Vec<Ours> = (0..runs)
+        .map(|_| one(&mut uefi, &Start { uefi: true, ..Start::default() }))
+        .collect::<Result<_>>()?;
     stages(&mut rows, "UEFI", &booted);
 
     let accelerator = if setup.accelerator == Accelerator::Kvm { "KVM" } else { "TCG (emulated)" };

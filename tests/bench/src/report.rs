@@ -69,14 +69,18 @@ impl Bench {
     }
 
     pub fn table(&self) -> String {
-        let mut text = format!("{} at {} on {}\n\n| what | measured | spread | goal |\n|---|---|---|---|\n", self.name, self.commit, self.machine);
+        let mut text = format!(
+            "{} at {} on {}\n\n| what | measured | spread | goal |\n|---|---|---|---|\n",
+            self.name, self.commit, self.machine
+        );
         for row in &self.rows {
             let goal = match &row.goal {
                 Some((words, true)) => format!("{words}: reached"),
                 Some((words, false)) => format!("{words}: NOT reached"),
                 None => String::new(),
             };
-            let value = if row.value >= 100.0 { format!("{:.0}", row.value) } else { format!("{:.1}", row.value) };
+            let value =
+                if row.value >= 100.0 { format!("{:.0}", row.value) } else { format!("{:.1}", row.value) };
             text.push_str(&format!("| {} | {value} {} | {} | {goal} |\n", row.what, row.unit, row.spread));
         }
         text
@@ -87,7 +91,11 @@ impl Bench {
 pub fn machine(accelerator: &str) -> String {
     let cpus = std::thread::available_parallelism().map_or(0, usize::from);
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("").trim_start_matches([' ', '\t', ':']);
+    let model = info
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .unwrap_or("")
+        .trim_start_matches([' ', '\t', ':']);
     format!("{cpus} x {model}, {accelerator}")
 }
 

@@ -27,11 +27,25 @@ pub fn measure() -> Result<Bench> {
     };
     // The files are mapped, so their pages count as available; what the engine allocated for them does not.
     let names: Vec<&str> = loaded.iter().map(|model| model.model.as_str()).collect();
-    rows.push(Row::new("idle memory in use, engine and its buffers included", used as f64 / MIB, "MiB").at_most(128.0));
-    rows.push(Row::new(format!("of it mapped or allocated by the engine with {}", names.join(", ")), *rss_bytes as f64 / MIB, "MiB"));
+    rows.push(
+        Row::new("idle memory in use, engine and its buffers included", used as f64 / MIB, "MiB")
+            .at_most(128.0),
+    );
+    rows.push(Row::new(
+        format!("of it mapped or allocated by the engine with {}", names.join(", ")),
+        *rss_bytes as f64 / MIB,
+        "MiB",
+    ));
     rows.push(Row::new("agentd, idle", status.agentd_rss_bytes as f64 / MIB, "MiB").at_most(40.0));
     let smallest = idle(512).context("a guest of 512 MiB does not work")?;
-    rows.push(Row::new("smallest guest that was shown to work", smallest.memory_total_bytes as f64 / MIB, "MiB of MemTotal").at_most(512.0));
+    rows.push(
+        Row::new(
+            "smallest guest that was shown to work",
+            smallest.memory_total_bytes as f64 / MIB,
+            "MiB of MemTotal",
+        )
+        .at_most(512.0),
+    );
     Ok(Bench {
         name: "size".to_owned(),
         command: "scripts/bench size".to_owned(),

@@ -129,7 +129,8 @@ mod tests {
 
     #[test]
     fn frames_are_named_by_what_they_are_for() {
-        let question = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04pool\x03ntp\x03org\x00\x00\x01\x00\x01";
+        let question =
+            b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04pool\x03ntp\x03org\x00\x00\x01\x00\x01";
         assert_eq!(name(&udp(5000, 53, question)), Traffic::Dns("pool.ntp.org".to_owned()));
         assert_eq!(name(&udp(68, 67, &[])), Traffic::Dhcp);
         assert_eq!(name(&udp(40000, 123, &[])), Traffic::Sntp);

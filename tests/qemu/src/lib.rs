@@ -180,10 +180,9 @@ impl Appliance {
     pub fn login(&mut self) -> Result<()> {
         self.said("agentd-os: ready")?;
         let fingerprint = self.said("fingerprint: ")?;
-        let answer = self.ctl().input(
-            &["login", "--fingerprint", &fingerprint, "--password-stdin"],
-            &format!("{PASSWORD}\n"),
-        )?;
+        let answer = self
+            .ctl()
+            .input(&["login", "--fingerprint", &fingerprint, "--password-stdin"], &format!("{PASSWORD}\n"))?;
         answer.success().map(drop)
     }
 

@@ -130,7 +130,9 @@ fn write_config(appliance: &Appliance, text: &str) -> Result<()> {
         for request in [format!("rm {name}.{copy}"), format!("write {} {name}.{copy}", from.display())] {
             Command::new("/usr/sbin/debugfs").args(["-w", "-R", &request, &device]).output()?;
         }
-        let read = Command::new("/usr/sbin/debugfs").args(["-R", &format!("cat {name}.{copy}"), &device]).output()?;
+        let read = Command::new("/usr/sbin/debugfs")
+            .args(["-R", &format!("cat {name}.{copy}"), &device])
+            .output()?;
         ensure!(read.stdout == std::fs::read(&from)?, "debugfs did not write {name}.{copy}: {read:?}");
     }
     Ok(())
