@@ -80,7 +80,11 @@ fn finish_job(machine: &mut Machine, started: Started) -> Result<(), Report> {
             }
             if let Some(disk) = &mut machine.disk {
                 disk.partitions = partitions;
-                disk.boot_loader = boot_loader;
+                // The first answer of this boot counts: the first job of a first boot gives the partitions
+                // GUIDs of their own, and the boot loader told the old one.
+                if disk.boot_loader == BootLoader::Unknown {
+                    disk.boot_loader = boot_loader;
+                }
             }
             Ok(())
         }
