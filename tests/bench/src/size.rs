@@ -36,7 +36,6 @@ pub fn measure() -> Result<Bench> {
         *rss_bytes as f64 / MIB,
         "MiB",
     ));
-    rows.push(Row::new("agentd, idle", status.agentd_rss_bytes as f64 / MIB, "MiB").at_most(40.0));
     let smallest = idle(512).context("a guest of 512 MiB does not work")?;
     rows.push(
         Row::new(

@@ -27,18 +27,31 @@ struct Pair {
 }
 
 #[test]
-fn from_the_factory_to_an_agent_that_remembers() -> Result<()> {
+fn an_owners_first_day() -> Result<()> {
     let mut appliance = Appliance::new()?;
-    appliance.boot(&Start { capture: true, ..Start::default() })?;
+    appliance.boot(&Start::default())?;
     appliance.claim()?;
     everything_is_there(&mut appliance)?;
     bad_input_is_refused(&mut appliance)?;
     bad_agents_are_held(&mut appliance)?;
-    silence(&mut appliance)?;
-    told_facts_survive_the_plug(&mut appliance)?;
     let serial = appliance.power_off()?;
     ensure!(serial.contains("reached power off"), "no orderly end: {serial}");
     Ok(())
+}
+
+/// Under emulation one answer takes the better part of a minute, and this scene has sixty.
+#[test]
+fn from_the_factory_to_an_agent_that_remembers() -> Result<()> {
+    if std::env::var_os("AGENTD_LONG").is_none() {
+        println!("SKIP: thirty facts and thirty questions take an hour under emulation; set AGENTD_LONG=1");
+        return Ok(());
+    }
+    let mut appliance = Appliance::new()?;
+    appliance.boot(&Start { capture: true, ..Start::default() })?;
+    appliance.claim()?;
+    everything_is_there(&mut appliance)?;
+    silence(&mut appliance)?;
+    told_facts_survive_the_plug(&mut appliance)
 }
 
 fn everything_is_there(appliance: &mut Appliance) -> Result<()> {
