@@ -145,19 +145,13 @@ impl Appliance {
     /// The value after `words` on the serial line, for example the code after `claim code: `.
     pub fn said(&mut self, words: &str) -> Result<String> {
         let heard = self.guest()?.wait_for(words, BOOT)?;
-        let after = heard.line.split_once(words).map(|(_, after)| after.trim().to_owned());
-        match after {
-            Some(value) if !value.is_empty() => Ok(value),
-            // The words came with the first half of the line: read it again once the line has ended.
-            _ => {
-                self.guest()?.wait_for_from(heard.end, "\n", BOOT)?;
-                let text = self.guest()?.serial_text();
-                text.lines()
-                    .find_map(|line| line.split_once(words))
-                    .map(|(_, after)| after.trim().to_owned())
-                    .with_context(|| format!("nothing follows {words:?}"))
-            }
-        }
+        // The words may have come with the first half of their line.
+        self.guest()?.wait_for_from(heard.end, "\n", BOOT)?;
+        let text = self.guest()?.serial_text();
+        text.lines()
+            .find_map(|line| line.split_once(words))
+            .map(|(_, after)| after.trim().to_owned())
+            .with_context(|| format!("nothing follows {words:?}"))
     }
 
     /// `agentctl` with a home of its own, aimed at this appliance.
@@ -178,7 +172,7 @@ impl Appliance {
 
     /// Signs in again after a boot.
     pub fn login(&mut self) -> Result<()> {
-        self.said("agentd-os: ready")?;
+        self.said("console: ")?;
         let fingerprint = self.said("fingerprint: ")?;
         let answer = self
             .ctl()

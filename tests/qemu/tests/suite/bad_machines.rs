@@ -4,6 +4,7 @@ use agentd_domain::api::{Agent, ApplianceStatus};
 use agentd_domain::initctl::Health;
 use agentd_domain::{marker, paths};
 use anyhow::{Context, Result, ensure};
+use image::disk::{ImageGuids, write_table};
 use image::layout;
 use std::process::Command;
 use tests_qemu::{Appliance, BOOT, PASSWORD, Start, patch};
@@ -93,9 +94,15 @@ fn twenty_wrong_claim_codes_open_nothing() -> Result<()> {
 #[test]
 fn a_disk_that_is_too_small_is_named() -> Result<()> {
     let mut appliance = Appliance::new()?;
-    // The partition table promises more than the disk has: the data partition's end is cut off.
+    // A table that fits a disk which ends a megabyte behind the data partition's first 64.
     let data = layout::partition(marker::PARTITION_DATA).context("no data partition")?;
-    std::fs::OpenOptions::new().write(true).open(appliance.disk())?.set_len(data.start_bytes + (16 << 20))?;
+    let bytes = data.start_bytes + data.size_bytes + layout::MIB;
+    let about = &tests_qemu::setup().built.root.about;
+    let guids = ImageGuids { version: &about.version, root_hash: &about.root_hash };
+    let mut disk = std::fs::OpenOptions::new().read(true).write(true).open(appliance.disk())?;
+    disk.set_len(bytes)?;
+    write_table(&mut disk, bytes, &guids)?;
+    drop(disk);
     appliance.boot(&Start::default())?;
     appliance.claim()?;
     appliance.until("the small disk is named", BOOT, |ctl| {

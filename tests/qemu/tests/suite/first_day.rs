@@ -65,8 +65,10 @@ fn everything_is_there(appliance: &mut Appliance) -> Result<()> {
     ensure!(status.slot == "direct", "slot is {}", status.slot);
     ensure!(status.memory_total_bytes > 512 << 20 && status.data_total_bytes > 4 << 30, "{status:?}");
     ensure!(status.devices.iter().any(|device| device.kind == "cpu"), "{:?}", status.devices);
-    let models: Vec<Model> = appliance.ctl().json(&["model", "ls"])?;
-    ensure!(models.iter().any(|model| model.default && model.loaded), "{models:?}");
+    appliance.until("a default model of each kind is loaded", BOOT, |ctl| {
+        let models: Vec<Model> = ctl.json(&["model", "ls"])?;
+        Ok((models.iter().filter(|model| model.default && model.loaded).count() == 2).then_some(()))
+    })?;
     let logs = appliance.ctl().run(&["agent", "logs", "echo"])?.success()?;
     ensure!(!logs.trim().is_empty(), "echo's log is empty");
     Ok(())
