@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 struct Scene {
     folder: tempfile::TempDir,
-    _fake: FakeEngine,
+    fake: FakeEngine,
     caller: Caller,
 }
 
@@ -45,7 +45,7 @@ impl Scene {
             rights: Arc::new(rights.iter().map(|right| (*right).to_owned()).collect()),
             services,
         };
-        Self { folder, _fake: fake, caller }
+        Self { folder, fake, caller }
     }
 
     async fn ask(&self, method: Method, path: &str, key: Option<&str>, body: String) -> (u16, String) {
@@ -93,6 +93,18 @@ async fn a_repeated_remember_is_one_record() {
     assert_eq!(first.1["id"], second.1["id"]);
     let (_, answer) = scene.post("/agent/v1/memory/recall", None, &json!({ "query": "plum" })).await;
     assert_eq!(answer["hits"].as_array().map(Vec::len), Some(1));
+}
+
+#[tokio::test]
+async fn a_text_that_is_told_and_asked_is_embedded_once() {
+    let scene = Scene::new(&ALL).await;
+    let text = "my grandfather built a ship";
+    scene.post("/agent/v1/memory/recall", None, &json!({ "query": text })).await;
+    scene.post("/agent/v1/memory/remember", None, &fact(text)).await;
+    let (_, answer) = scene.post("/agent/v1/memory/recall", None, &json!({ "query": text })).await;
+    assert_eq!(answer["hits"][0]["text"], json!(text));
+    let embedded = scene.fake.seen.lock().expect("unpoisoned").embedded.clone();
+    assert_eq!(embedded, [text]);
 }
 
 #[tokio::test]
@@ -161,7 +173,7 @@ async fn a_completion_asked_for_twice_is_made_once() {
         let (status, answer) = scene.post("/v1/chat/completions", Some(&key), &other).await;
         assert_eq!((status, &answer["error"]["code"]), (409, &json!("conflict")));
     }
-    assert_eq!(scene._fake.seen.lock().expect("unpoisoned").generated.len(), 2);
+    assert_eq!(scene.fake.seen.lock().expect("unpoisoned").generated.len(), 2);
 }
 
 #[tokio::test]

@@ -18,6 +18,8 @@ pub struct Seen {
     pub loads: Vec<String>,
     pub cancelled: Vec<String>,
     pub generated: Vec<String>,
+    /// Texts that got a vector, each as often as it was asked for.
+    pub embedded: Vec<String>,
 }
 
 pub struct FakeEngine {
@@ -94,6 +96,7 @@ fn answer(request: Request, seen: &mut Seen) -> std::io::Result<Vec<Event>> {
         }
         Request::Embed { inputs, .. } => {
             let vectors = inputs.iter().map(|text| vector(text)).collect();
+            seen.embedded.extend(inputs);
             vec![Event::Embeddings { vectors, tokens: 1, truncated: Default::default() }]
         }
         Request::Generate(generate) => {

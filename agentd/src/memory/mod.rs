@@ -4,21 +4,25 @@
 //! In:    `remember` and `recall` of agents; the engine's embedder as it comes and goes.
 //! Out:   what `agentd_memory` answers.
 //! Always: a text is stored whether or not the engine answers; without a vector it is found by its words, and gets
-//!         its vector when the embedder is there. Two completions of one store never run at once.
+//!         its vector when the embedder is there. Two completions of one store never run at once, and a text that
+//!         is wanted twice in a row is embedded once (`vectors.rs`).
 //! Threads: the stores block, so they are called on blocking threads; the engine is asked from tasks.
+
+mod vectors;
 
 use crate::clock;
 use crate::engine::{Embedder, Engine, Stage};
 use agentd_domain::agent_api::{EmbedState, Recall, Recalled, Remember, Remembered, Signals, Tier};
 use agentd_domain::fault::Report;
-use agentd_domain::ids::{AgentId, OwnerId};
-use agentd_memory::{Budgets, Embedding, Identity, NewRecord, Options, Store, StoreError};
+use agentd_domain::ids::{AgentId, OwnerId, RecordId};
+use agentd_memory::{Budgets, Embedding, Identity, NewRecord, Options, Pending, Store, StoreError};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Mutex, Notify};
 use tokio::time::timeout;
+use vectors::Vectors;
 
 /// A text is embedded before it is stored if the engine answers so soon; otherwise afterwards.
 const REMEMBER_PATIENCE: Duration = Duration::from_secs(3);
@@ -46,8 +50,11 @@ struct Inner {
 
 struct Memory {
     store: Arc<Store>,
-    /// The embedder that the store was told of; held while vectors are being made.
+    /// The embedder that the store was told of.
     embedder: Mutex<Option<Embedder>>,
+    /// Held while vectors are being made for what waits.
+    completing: Mutex<()>,
+    vectors: Vectors,
 }
 
 impl Memories {
@@ -115,7 +122,12 @@ impl Memories {
             Ok(Err(error)) => return Err(error.report()),
             Err(_) => return Err(thread_lost()),
         };
-        let memory = Arc::new(Memory { store: Arc::new(store), embedder: Mutex::new(None) });
+        let memory = Arc::new(Memory {
+            store: Arc::new(store),
+            embedder: Mutex::default(),
+            completing: Mutex::default(),
+            vectors: Vectors::default(),
+        });
         open.insert(agent, Arc::clone(&memory));
         drop(open);
         // Its records may wait since before a restart.
@@ -130,11 +142,8 @@ impl Memories {
             tracing::warn!(problem = %report, "an embedder was not taken");
             return None;
         }
-        let asked = self.0.engine.embed_with(embedder.name.clone(), vec![text.to_owned()]);
-        match timeout(patience, asked).await {
-            Ok(Ok(mut answer)) => {
-                Some(Embedding { embedder: embedder.digest, vector: answer.vectors.pop()? })
-            }
+        match timeout(patience, memory.vectors.of(&self.0.engine, &embedder, text)).await {
+            Ok(Ok(vector)) => Some(Embedding { embedder: embedder.digest, vector: vector.to_vec() }),
             Ok(Err(report)) => {
                 tracing::debug!(problem = %report, "a text was not embedded now");
                 None
@@ -170,14 +179,13 @@ impl Memories {
     async fn complete(&self, memory: &Memory) -> Result<(), Report> {
         let Some(embedder) = self.0.engine.view().embedder() else { return Ok(()) };
         self.introduce(memory, &embedder).await?;
+        let _alone = memory.completing.lock().await;
         loop {
             let batch = blocking(memory, |store| store.pending_batch(BATCH)).await?;
             if batch.is_empty() {
                 return Ok(());
             }
-            let texts = batch.iter().map(|pending| pending.text.clone()).collect();
-            let answer = self.0.engine.embed_with(embedder.name.clone(), texts).await?;
-            let vectors = batch.into_iter().map(|pending| pending.id).zip(answer.vectors).collect();
+            let vectors = self.vectors_of(memory, &embedder, batch).await?;
             let digest = embedder.digest;
             let completed = blocking(memory, move |store| store.complete_embedding(digest, vectors)).await?;
             if let Some(refused) = completed.refused.first() {
@@ -190,6 +198,31 @@ impl Memories {
                 ));
             }
         }
+    }
+
+    /// Joins what is being made already, and asks for all the others at once.
+    async fn vectors_of(
+        &self,
+        memory: &Memory,
+        embedder: &Embedder,
+        batch: Vec<Pending>,
+    ) -> Result<Vec<(RecordId, Vec<f32>)>, Report> {
+        let mut vectors = Vec::with_capacity(batch.len());
+        let (mut ids, mut texts) = (Vec::new(), Vec::new());
+        for Pending { id, text } in batch {
+            match memory.vectors.known(embedder, &text) {
+                Some(making) => vectors.push((id, making.await?.to_vec())),
+                None => {
+                    ids.push(id);
+                    texts.push(text);
+                }
+            }
+        }
+        if !texts.is_empty() {
+            let answer = self.0.engine.embed_with(embedder.name.clone(), texts).await?;
+            vectors.extend(ids.into_iter().zip(answer.vectors));
+        }
+        Ok(vectors)
     }
 
     /// Completes whenever something waits or another embedder is there.
