@@ -101,9 +101,10 @@ fn may_ask(uid: u32, request: &Request) -> bool {
     match request {
         Request::Status | Request::LastErrors | Request::Reboot | Request::PowerOff => may_connect(uid),
         Request::Report(_) => uid == UID_AGENTD,
-        Request::SetNetwork(_) | Request::AllowFormat { .. } | Request::Repair { .. } => {
-            uid == UID_CONSOLE_TTY || uid == ROOT
-        }
+        Request::SetNetwork(_)
+        | Request::AllowFormat { .. }
+        | Request::Repair { .. }
+        | Request::RestartAgentd => uid == UID_CONSOLE_TTY || uid == ROOT,
     }
 }
 
@@ -133,6 +134,11 @@ fn answer(machine: &mut Machine, uid: u32, request: Request) -> Response {
         }
         Request::PowerOff => {
             machine.end(Goal::PowerOff, &format!("asked by uid {uid}"));
+            Response::Done
+        }
+        Request::RestartAgentd => {
+            machine.log.warn("agentd is killed and started again, as the local console asks");
+            machine.signal(Child::Agentd, Signal::KILL);
             Response::Done
         }
         Request::AllowFormat { volume } => match steps::volumes::allow_format(machine, volume) {
@@ -184,15 +190,24 @@ mod tests {
         let network = Request::SetNetwork(NetworkSettings::Dhcp);
         let format = Request::AllowFormat { volume: Volume::Data };
         let repair = Request::Repair { volume: Volume::Data };
+        let restart = Request::RestartAgentd;
         for (uid, expected) in [
-            (ROOT, [true, true, true, false, true, true, true]),
-            (UID_AGENTD, [true, true, true, true, false, false, false]),
-            (UID_CONSOLE_TTY, [true, true, true, false, true, true, true]),
-            (1_000_000, [false; 7]),
-            (201, [false; 7]),
+            (ROOT, [true, true, true, false, true, true, true, true]),
+            (UID_AGENTD, [true, true, true, true, false, false, false, false]),
+            (UID_CONSOLE_TTY, [true, true, true, false, true, true, true, true]),
+            (1_000_000, [false; 8]),
+            (201, [false; 8]),
         ] {
-            let requests =
-                [&Request::Status, &Request::Reboot, &Request::PowerOff, &report, &network, &format, &repair];
+            let requests = [
+                &Request::Status,
+                &Request::Reboot,
+                &Request::PowerOff,
+                &report,
+                &network,
+                &format,
+                &repair,
+                &restart,
+            ];
             assert_eq!(requests.map(|request| may_ask(uid, request)), expected, "uid {uid}");
         }
     }

@@ -1,6 +1,6 @@
 //! What happens on a key?
 //!
-//! Pure. States: Idle -> Confirm(restart | power off) -> Idle;
+//! Pure. States: Idle -> Confirm(restart agentd | restart | power off) -> Idle;
 //!       Idle -> GiveUp(format | repair, typed) -> Idle, offered only while a partition is foreign or damaged;
 //!       Idle -> Network -> Field(interface, addresses, gateways, dns) -> Apply -> Idle.
 //! Always: Escape leads back to Idle from everywhere; nothing is changed without a `y`.
@@ -79,13 +79,34 @@ impl GiveUp {
     }
 }
 
+/// What the owner may end with a key and a yes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
+    /// The web console and the APIs, when they hang; agents go on.
+    Agentd,
     Restart,
     PowerOff,
 }
 
-const KEYS: &str = "keys: s status, e last errors, n network, r restart, p power off";
+impl End {
+    const fn question(self) -> &'static str {
+        match self {
+            Self::Agentd => "restart agentd now? web console and APIs are away for seconds, agents go on; y or n: ",
+            Self::Restart => "restart now? y or n: ",
+            Self::PowerOff => "power off now? y or n: ",
+        }
+    }
+
+    const fn request(self) -> Request {
+        match self {
+            Self::Agentd => Request::RestartAgentd,
+            Self::Restart => Request::Reboot,
+            Self::PowerOff => Request::PowerOff,
+        }
+    }
+}
+
+const KEYS: &str = "keys: s status, e last errors, n network, a restart agentd, r restart, p power off";
 const LONGEST_LINE: usize = 400;
 
 const FIELDS: [&str; 4] = [
@@ -132,8 +153,7 @@ impl Menu {
                 volume.partition_name(),
                 how.word()
             ),
-            State::Confirm(End::Restart) => "restart now? y or n: ".to_owned(),
-            State::Confirm(End::PowerOff) => "power off now? y or n: ".to_owned(),
+            State::Confirm(end) => end.question().to_owned(),
             State::Network => "network: d automatic (DHCP), s static, Escape to leave: ".to_owned(),
             State::Field { field, typed, .. } => {
                 format!("{}{typed}", FIELDS.get(*field).copied().unwrap_or_default())
@@ -180,6 +200,7 @@ fn idle(key: Key, terminal: &str, keys: &str) -> (State, Vec<Effect>) {
         Key::Char('s') => (State::Idle, vec![Effect::Status]),
         Key::Char('e') => (State::Idle, vec![Effect::LastErrors]),
         Key::Char('n') => (State::Network, Vec::new()),
+        Key::Char('a') => (State::Confirm(End::Agentd), Vec::new()),
         Key::Char('r') => (State::Confirm(End::Restart), Vec::new()),
         Key::Char('p') => (State::Confirm(End::PowerOff), Vec::new()),
         Key::Enter => (State::Idle, vec![Effect::Facts]),
@@ -195,9 +216,8 @@ fn idle(key: Key, terminal: &str, keys: &str) -> (State, Vec<Effect>) {
 }
 
 fn confirm(end: End, key: Key) -> (State, Vec<Effect>) {
-    match (key, end) {
-        (Key::Char('y'), End::Restart) => (State::Idle, vec![line("y"), Effect::Ask(Request::Reboot)]),
-        (Key::Char('y'), End::PowerOff) => (State::Idle, vec![line("y"), Effect::Ask(Request::PowerOff)]),
+    match key {
+        Key::Char('y') => (State::Idle, vec![line("y"), Effect::Ask(end.request())]),
         _ => (State::Idle, vec![line("no")]),
     }
 }
@@ -320,6 +340,8 @@ mod tests {
     fn the_end_needs_a_yes() {
         assert!(asked(type_in(&mut menu(), "rn")).is_empty());
         assert!(asked(type_in(&mut menu(), "p\n")).is_empty());
+        assert!(asked(type_in(&mut menu(), "an")).is_empty());
+        assert!(matches!(asked(type_in(&mut menu(), "ay")).as_slice(), [Request::RestartAgentd]));
         assert!(matches!(asked(type_in(&mut menu(), "ry")).as_slice(), [Request::Reboot]));
         assert!(matches!(asked(type_in(&mut menu(), "py")).as_slice(), [Request::PowerOff]));
     }

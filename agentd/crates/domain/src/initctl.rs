@@ -20,6 +20,9 @@ pub enum Request {
     /// From console-tty and agentd.
     Reboot,
     PowerOff,
+    /// From console-tty: the owner finds that the web console hangs. init kills agentd (SIGKILL, because a process
+    /// that hangs may not answer anything milder) and starts it again; agents and models go on.
+    RestartAgentd,
     /// From console-tty: the owner's yes to formatting a partition that holds something else. init writes the
     /// marker there and restarts the machine.
     AllowFormat {
