@@ -18,3 +18,14 @@ impl StateFiles for TwoFiles {
         TwoFile::new(self.folder.join(name)).write(content).map_err(io::Error::other)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use agentd_console::auth::OWNER_FILE;
+    use agentd_domain::paths;
+
+    #[test]
+    fn init_and_console_mean_the_same_file() {
+        assert_eq!(paths::STATE_OWNER, format!("{}/{OWNER_FILE}", paths::STATE_AGENTD));
+    }
+}

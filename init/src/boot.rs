@@ -7,7 +7,9 @@
 use crate::children::Child;
 use crate::machine::Machine;
 use crate::plan::Event;
-use crate::steps::{clock, config, control_groups, crashes, disk, kernel, medium, sysctl, volumes, walls};
+use crate::steps::{
+    clock, config, control_groups, crashes, disk, kernel, medium, provisioning, sysctl, volumes, walls,
+};
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::{StepOutcome, StepStatus};
 
@@ -64,6 +66,7 @@ pub const STEPS: &[Step] = &[
     step("partition table", Required("state and data are found in it"), &["disk"], disk::set_up_table),
     step("state", Required("it holds what lets the owner in"), &["partition table"], volumes::open_state),
     step("crash records", Optional("they only explain the past"), &["state"], crashes::keep),
+    step("settings on the boot partition", Optional("they can be entered on the console"), &["state"], provisioning::take_settings),
     step("configuration", Optional("safe defaults stand in"), &[], config::load),
     step("clock", Optional("time servers set it later"), &[], clock::raise_to_floor),
     step("no more modules", Required("root in the kernel would pass every wall"), &[], sysctl::end_module_loading),

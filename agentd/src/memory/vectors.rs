@@ -75,5 +75,10 @@ fn find(recent: &mut VecDeque<(Key, Making)>, key: Key) -> Option<Making> {
 }
 
 fn lost() -> Report {
-    Report::bug("embedding_lost", "a text got no vector", "the task that asked for it ended early", "try again")
+    Report::bug(
+        "embedding_lost",
+        "a text got no vector",
+        "the task that asked for it ended early",
+        "try again",
+    )
 }

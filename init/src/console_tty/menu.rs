@@ -91,7 +91,9 @@ enum End {
 impl End {
     const fn question(self) -> &'static str {
         match self {
-            Self::Agentd => "restart agentd now? web console and APIs are away for seconds, agents go on; y or n: ",
+            Self::Agentd => {
+                "restart agentd now? web console and APIs are away for seconds, agents go on; y or n: "
+            }
             Self::Restart => "restart now? y or n: ",
             Self::PowerOff => "power off now? y or n: ",
         }

@@ -7,6 +7,7 @@ pub mod crashes;
 pub mod disk;
 pub mod kernel;
 pub mod medium;
+pub mod provisioning;
 pub mod sysctl;
 pub mod terminals;
 pub mod volumes;

@@ -12,9 +12,11 @@ mod ctl;
 pub use capture::{Capture, Traffic};
 pub use ctl::{Answer, Ctl, Talking, post_zeros};
 
-use anyhow::{Context, Result, bail};
+use agentd_domain::marker;
+use anyhow::{Context, Result, bail, ensure};
 use image::build::{self, Built};
 use image::cache::Cache;
+use image::layout;
 use image::qemu::{self, Accelerator, Boot, Drive, Machine, Network, OnReboot, Running, Screen, accelerator};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -57,6 +59,23 @@ pub struct Start {
     pub rtc_base: String,
     pub capture: bool,
     pub drives: Vec<Drive>,
+    pub disk: Disk,
+    pub uplink: Uplink,
+}
+
+/// The appliance's own disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disk {
+    Attached,
+    Absent,
+}
+
+/// The network card and what is at the other end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Uplink {
+    Connected,
+    /// There is no card.
+    Absent,
 }
 
 impl Default for Start {
@@ -68,6 +87,8 @@ impl Default for Start {
             rtc_base: "utc".to_owned(),
             capture: false,
             drives: Vec::new(),
+            disk: Disk::Attached,
+            uplink: Uplink::Connected,
         }
     }
 }
@@ -119,14 +140,22 @@ impl Appliance {
             let command_line = format!("{} {}", setup.built.disk.command_line, start.command_line);
             Boot::Direct { kernel: setup.built.kernel.image.clone(), command_line, initrd: None }
         };
-        let mut drives = vec![Drive::raw(&self.disk())];
+        let own = match start.disk {
+            Disk::Attached => Some(Drive::raw(&self.disk())),
+            Disk::Absent => None,
+        };
+        let mut drives: Vec<Drive> = own.into_iter().collect();
         drives.extend(start.drives.iter().cloned());
         let capture = start.capture.then(|| self.capture_file());
+        let network = match start.uplink {
+            Uplink::Connected => Some(Network { forwards: vec![(self.port, 8443)], capture, cut_off: false }),
+            Uplink::Absent => None,
+        };
         Ok(Machine {
             memory_mib: start.memory_mib,
             cpus: 2,
             drives,
-            network: Some(Network { forwards: vec![(self.port, 8443)], capture, cut_off: false }),
+            network,
             rtc_base: start.rtc_base.clone(),
             screen: Screen::None,
             on_reboot: OnReboot::Exit,
@@ -152,6 +181,14 @@ impl Appliance {
             .find_map(|line| line.split_once(words))
             .map(|(_, after)| after.trim().to_owned())
             .with_context(|| format!("nothing follows {words:?}"))
+    }
+
+    /// Types on the serial line and waits for words that come after.
+    pub fn type_and_hear(&mut self, keys: &str, words: &str) -> Result<String> {
+        let guest = self.guest()?;
+        let mark = guest.mark();
+        guest.send(keys)?;
+        guest.wait_for_from(mark, words, BOOT).map(|heard| heard.line)
     }
 
     /// `agentctl` with a home of its own, aimed at this appliance.
@@ -242,6 +279,18 @@ pub fn builtin_model(name: &str) -> Result<PathBuf> {
         .find(|path| path.file_name().is_some_and(|file| file == name))
         .map(Path::to_owned)
         .with_context(|| format!("the image carries no {name}"))
+}
+
+/// Puts a file into a disk image's boot partition, as somebody who prepares a disk would.
+pub fn put_on_boot_partition(disk: &Path, file: &Path) -> Result<()> {
+    let boot = layout::partition(marker::PARTITION_ESP).context("no boot partition")?;
+    let status = std::process::Command::new("mcopy")
+        .args(["-o", "-i", &format!("{}@@{}", disk.display(), boot.start_bytes)])
+        .args([file, Path::new("::")])
+        .status()
+        .context("cannot start mcopy: apt-get install mtools")?;
+    ensure!(status.success(), "mcopy {} failed: {status}", file.display());
+    Ok(())
 }
 
 /// A port that nobody listens on now.

@@ -4,6 +4,8 @@
 //! a boot under emulation takes ten seconds.
 #![forbid(unsafe_code)]
 
+#[path = "suite/alone.rs"]
+mod alone;
 #[path = "suite/bad_machines.rs"]
 mod bad_machines;
 #[path = "suite/first_day.rs"]

@@ -24,6 +24,8 @@ pub const RESOLV_CONF: &str = "/run/netd/resolv.conf";
 pub const STATE: &str = "/state";
 /// agentd's own folder on the state partition: authority, credentials.
 pub const STATE_AGENTD: &str = "/state/agentd";
+/// The owner's credential, in two copies; the appliance is claimed when it is there.
+pub const STATE_OWNER: &str = "/state/agentd/owner.json";
 pub const STATE_INIT: &str = "/state/init";
 pub const STATE_NETD: &str = "/state/netd";
 /// The appliance's configuration, two copies (see `init_sys::twofile`).
