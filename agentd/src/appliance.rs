@@ -28,6 +28,8 @@ use agentd_domain::paths;
 use agentd_domain::plan::SandboxPlan;
 use agentd_sandbox::client::Launcher;
 use futures::{StreamExt, stream};
+use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::broadcast;
@@ -87,6 +89,7 @@ impl Machine {
             Run {
                 run_id: run.run_id,
                 pid: run.pid,
+                started_boot_ms: run.started_boot_ms,
                 uptime_ms: clock::boot_ms().saturating_sub(run.started_boot_ms),
                 memory_bytes: used.memory_bytes,
                 cpu_ms: used.cpu_ms,
@@ -151,6 +154,7 @@ impl Machine {
             problems: Vec::new(),
             memory_total_bytes: memory.total_bytes,
             memory_available_bytes: memory.available_bytes,
+            agentd_rss_bytes: own_rss_bytes(),
             data_total_bytes: disk.total_bytes,
             data_available_bytes: disk.available_bytes,
             devices: self.engine.view().devices.clone(),
@@ -187,6 +191,7 @@ impl Machine {
                     backend: status.backend,
                     models: status.models,
                     rss_bytes: status.rss_bytes,
+                    private_bytes: engines_private_bytes(&self.places.cgroup_root),
                 },
                 Err(report) => EngineState::Down { report },
             },
@@ -398,6 +403,27 @@ pub(crate) fn thread_lost(why: &str) -> Report {
     Report::bug("thread_lost", "it was not done", why, "try again")
 }
 
+/// `VmRSS` of proc_pid_status(5).
+fn own_rss_bytes() -> u64 {
+    number_after(&fs::read_to_string("/proc/self/status").unwrap_or_default(), "VmRSS:").saturating_mul(1024)
+}
+
+/// `anon` of cgroup-v2's memory.stat, which counts the groups below too.
+fn engines_private_bytes(cgroup_root: &Path) -> u64 {
+    let file = cgroup_root.join(paths::CGROUP_ENGINES).join("memory.stat");
+    number_after(&fs::read_to_string(file).unwrap_or_default(), "anon")
+}
+
+/// The number after a word at the beginning of a line; 0 when there is none: it is shown and decides nothing.
+fn number_after(text: &str, word: &str) -> u64 {
+    text.lines()
+        .find_map(|line| {
+            let mut words = line.split_whitespace();
+            (words.next() == Some(word)).then(|| words.next()?.parse().ok()).flatten()
+        })
+        .unwrap_or(0)
+}
+
 fn worse(a: Health, b: Health) -> Health {
     let rank = |health| match health {
         Health::Green => 0,
@@ -405,4 +431,25 @@ fn worse(a: Health, b: Health) -> Health {
         Health::Red => 2,
     };
     if rank(a) >= rank(b) { a } else { b }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_has_memory() {
+        let mib = own_rss_bytes() >> 20;
+        assert!((1..1 << 20).contains(&mib), "{mib} MiB");
+    }
+
+    #[test]
+    fn a_word_is_a_whole_word_at_the_beginning_of_a_line() {
+        let text = "anon_thp 3\nfile 2\nanon 4096\ninactive_anon 5\n";
+        assert_eq!(number_after(text, "anon"), 4096);
+        assert_eq!(number_after("VmHWM:\t  9 kB\nVmRSS:\t   38012 kB\n", "VmRSS:"), 38_012);
+        for nothing in ["", "anon", "anon much", "anon -1"] {
+            assert_eq!(number_after(nothing, "anon"), 0, "{nothing:?}");
+        }
+    }
 }

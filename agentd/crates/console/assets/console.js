@@ -107,7 +107,7 @@ function randomKey() {
 function chat(card) {
   const agent = card.dataset.chat;
   const talk = card.querySelector(".talk");
-  const form = card.querySelector("form");
+  const form = card.querySelector("form.say");
   const field = form.elements.text;
   const button = form.querySelector("button");
 

@@ -91,7 +91,7 @@ fn web_routes() -> Router<Shared> {
         .route("/agents/{name}/start", post(web::start))
         .route("/agents/{name}/stop", post(web::stop))
         .route("/agents/{name}/remove", post(web::remove))
-        .route("/agents/{name}/chat", post(web::chat))
+        .route("/agents/{name}/chat", get(web::to_agent).post(web::chat))
         .route("/models", get(web::models))
         .route("/models/{name}/remove", post(web::remove_model))
         .route("/reboot", post(web::reboot))

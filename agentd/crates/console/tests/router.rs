@@ -122,6 +122,7 @@ const GATED_WEB: &[(&str, &str)] = &[
     ("POST", "/agents/echo/start"),
     ("POST", "/agents/echo/stop"),
     ("POST", "/agents/echo/remove"),
+    ("GET", "/agents/echo/chat"),
     ("POST", "/agents/echo/chat"),
     ("GET", "/models"),
     ("POST", "/models/tiny/remove"),
@@ -520,6 +521,7 @@ async fn the_pages_work_as_plain_forms() {
             .await;
     assert_eq!(differ.status, StatusCode::BAD_REQUEST);
     assert!(differ.text().contains("The two passwords differ"));
+    assert!(differ.text().contains(&format!("value=\"{code}\"")), "the code need not be typed again");
     let claimed = browse(
         Method::POST,
         "/claim",
@@ -543,12 +545,30 @@ async fn the_pages_work_as_plain_forms() {
                 "cpu-haswell",
                 "all-minilm-l6-v2",
                 "echo",
-                "Boot",
+                "boot",
                 "not confirmed",
+                "276 MiB of 978 MiB",
+                "31 MiB of it for agentd",
+                "118 MiB, 71 MiB of it allocated",
+                "2 h 14 min",
+                "AMD EPYC-Milan Processor",
+                "tiny",
+                "10.0.2.15/24",
             ][..],
         ),
-        ("/agents", &["23 MiB of 256 MiB", "Quarantined", "5 restarts"]),
-        ("/agents/echo", &["Stop", "&lt;script&gt;alert", "Chat", "at most 1.0 GiB"]),
+        (
+            "/agents",
+            &[
+                "23 MiB of 256 MiB",
+                "3 of 64",
+                "at most 50 % of one core",
+                "Quarantined",
+                "5 restarts",
+                "at most 256 MiB",
+                "at most 64<",
+            ],
+        ),
+        ("/agents/echo", &["Stop", "&lt;script&gt;alert", "times in UTC", "Chat", "at most 1.0 GiB"]),
         (
             "/agents/indexer",
             &[
@@ -572,6 +592,8 @@ async fn the_pages_work_as_plain_forms() {
     let said =
         browse(Method::POST, "/agents/echo/chat", cookie.clone(), "text=where+is+%3Cb%3E".into()).await;
     assert!(said.text().contains("where is &lt;b&gt;") && said.text().contains("stored as a memory"));
+    let reloaded = browse(Method::GET, "/agents/echo/chat", cookie.clone(), String::new()).await;
+    assert_eq!(reloaded.header("location"), "/agents/echo", "the address of an answer is no dead end");
     let stopped = browse(Method::POST, "/agents/echo/stop", cookie.clone(), String::new()).await;
     assert_eq!(stopped.header("location"), "/agents/echo");
     let missing = browse(Method::GET, "/agents/nobody", cookie.clone(), String::new()).await;
@@ -581,6 +603,39 @@ async fn the_pages_work_as_plain_forms() {
     assert!(out.header("set-cookie").contains("Max-Age=0"));
     assert_eq!(browse(Method::GET, "/", cookie, String::new()).await.header("location"), "/sign-in");
     assert_eq!(scene.fake.calls(), ["chat echo where is <b>", "stop echo"]);
+}
+
+/// Under emulation a reply takes minutes: without a script, a person looks again, and does not say it twice.
+#[tokio::test(start_paused = true)]
+async fn a_slow_reply_is_shown_as_far_as_it_has_come() {
+    let scene = Scene::new();
+    let token = scene.claim().await;
+    let page = scene.get("/agents/echo", Some(&token)).await.text();
+    let key = hidden_key(&page);
+    assert_eq!(key.len(), 32);
+    let next = scene.get("/agents/echo", Some(&token)).await.text();
+    assert_ne!(hidden_key(&next), key, "each page has a key of its own");
+    let say = async |key: &str| {
+        let form = format!("key={key}&text=slow+%22one%22%0D%0Atwo");
+        let request = with(Some(&token), Request::post("/agents/echo/chat"))
+            .header("content-type", "application/x-www-form-urlencoded");
+        scene.send(request.body(Body::from(form)).expect("a request")).await.text()
+    };
+    let first = say(&key).await;
+    for words in ["begun", "Let me ", "not whole yet", "Look again", "value=\"slow &quot;one&quot;\ntwo\""] {
+        assert!(first.contains(words), "no {words:?} in\n{first}");
+    }
+    assert_eq!(hidden_key(&first), key, "the button asks for this reply");
+    let whole = say(&key).await;
+    assert!(whole.contains("Ask me by meaning") && !whole.contains("Look again"), "{whole}");
+    assert_ne!(hidden_key(&whole), key, "the next message is another one");
+    assert_eq!(scene.fake.key_of("slow \"one\"\ntwo").as_deref(), Some(key.as_str()));
+}
+
+/// The first one of the page.
+fn hidden_key(page: &str) -> String {
+    let after = page.split_once("name=\"key\" value=\"").expect("a key").1;
+    after.split_once('"').expect("its end").0.to_owned()
 }
 
 #[tokio::test]

@@ -39,6 +39,8 @@ pub fn status(status: &ApplianceStatus) -> String {
     let used = |total: u64, free: u64| {
         format!("{} of {}", human::bytes(total.saturating_sub(free)), human::bytes(total))
     };
+    // An older appliance does not say it.
+    let known = |bytes: u64| if bytes == 0 { "unknown".to_owned() } else { human::bytes(bytes) };
     let mut text = pairs(&[
         ("version", status.version.clone()),
         ("slot", status.slot.clone()),
@@ -46,6 +48,7 @@ pub fn status(status: &ApplianceStatus) -> String {
         ("up for", human::span_ms(status.uptime_ms)),
         ("clock", format!("{} UTC, {}", moment(status.now_unix_ms), clock(status.clock))),
         ("memory", used(status.memory_total_bytes, status.memory_available_bytes)),
+        ("agentd", known(status.agentd_rss_bytes)),
         ("data", used(status.data_total_bytes, status.data_available_bytes)),
         (
             "addresses",

@@ -242,6 +242,7 @@ async fn what_the_api_says_is_shown_or_passed_on() {
         "2 h 14 min",
         "not confirmed",
         "276 MiB of 978 MiB",
+        "agentd     31 MiB",
         "tiny (chat",
         "fix: connect a network",
     ] {

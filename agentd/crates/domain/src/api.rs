@@ -146,6 +146,9 @@ pub struct ApplianceStatus {
     pub problems: Vec<Report>,
     pub memory_total_bytes: u64,
     pub memory_available_bytes: u64,
+    /// Resident memory of agentd itself; 0 when it cannot be read.
+    #[serde(default)]
+    pub agentd_rss_bytes: u64,
     pub data_total_bytes: u64,
     pub data_available_bytes: u64,
     pub devices: Vec<Device>,
@@ -159,9 +162,20 @@ pub struct ApplianceStatus {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum EngineState {
-    Ready { backend: String, models: Vec<LoadedModel>, rss_bytes: u64 },
+    Ready {
+        backend: String,
+        models: Vec<LoadedModel>,
+        /// Of the engine's process, with the pages of model files that it has read.
+        rss_bytes: u64,
+        /// Of all engines together what no file stands behind: their own heaps, and what they allocated for models
+        /// (caches, buffers, weights in another order). 0 when it cannot be read.
+        #[serde(default)]
+        private_bytes: u64,
+    },
     Starting,
-    Down { report: Report },
+    Down {
+        report: Report,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -206,6 +220,9 @@ pub enum AgentState {
 pub struct Run {
     pub run_id: RunId,
     pub pid: i32,
+    /// When it was started, by the boot clock: milliseconds since the start of the kernel.
+    #[serde(default)]
+    pub started_boot_ms: u64,
     pub uptime_ms: u64,
     pub memory_bytes: u64,
     pub cpu_ms: u64,

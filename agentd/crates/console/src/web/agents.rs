@@ -9,10 +9,20 @@ use agentd_domain::initctl::Health;
 use agentd_domain::launcher::{ExitCause, ExitRecord};
 use maud::{Markup, html};
 
-/// One message and what came back, for people without JavaScript.
+/// One message and what has come back, for people without JavaScript.
 pub struct Exchange {
     pub asked: String,
     pub reply: Vec<ReplyPart>,
+    /// The message's key, while its reply is not whole: with it the page asks for the same reply again.
+    pub unfinished: Option<String>,
+}
+
+/// What an agent's page shows beside the agent.
+pub struct Shown<'a> {
+    pub log: &'a Result<Vec<LogLine>, Report>,
+    pub exchange: Option<&'a Exchange>,
+    /// A new key for the next message: sent twice, by a second click or a reload, it is delivered once.
+    pub next_key: &'a str,
 }
 
 pub fn list(agents: &[Agent], health: Health) -> Markup {
@@ -44,23 +54,26 @@ fn row(agent: &Agent) -> Markup {
         tr {
             td { a href={ "/agents/" (agent.name) } { strong { (agent.name) } } div.dim { (agent.description) } }
             td { (state_pill(agent.state)) @if agent.restarts > 0 { div.dim { (agent.restarts) " restarts" } } }
-            td.wide { (run.map_or_else(dash, |run| used_bytes(run.memory_bytes, agent.limits.memory_max_bytes))) }
-            td.wide { (run.map_or_else(dash, |run| html! {
-                span.numbers { (run.pids) " of " (agent.limits.pids) }
-                (bar(u64::from(run.pids), u64::from(agent.limits.pids)))
-            })) }
-            td.short { (run.map_or_else(dash, |run| html! { (units::span_ms(run.cpu_ms)) })) }
+            td.wide { (share(
+                run.map(|run| (run.memory_bytes, agent.limits.memory_max_bytes)),
+                &units::bytes(agent.limits.memory_max_bytes),
+                units::bytes,
+            )) }
+            td.wide { (share(
+                run.map(|run| (u64::from(run.pids), u64::from(agent.limits.pids))),
+                &agent.limits.pids.to_string(),
+                |n| n.to_string(),
+            )) }
+            td.short {
+                @if let Some(run) = run { (units::span_ms(run.cpu_ms)) }
+                div.dim { "at most " (agent.limits.cpu_percent) " % of one core" }
+            }
             td.short { (run.map_or_else(dash, |run| html! { (units::span_ms(run.uptime_ms)) })) }
         }
     }
 }
 
-pub fn agent(
-    agent: &Agent,
-    log: &Result<Vec<LogLine>, Report>,
-    exchange: Option<&Exchange>,
-    health: Health,
-) -> Markup {
+pub fn agent(agent: &Agent, shown: &Shown<'_>, health: Health) -> Markup {
     page(
         agent.name.as_str(),
         Section::Agents,
@@ -78,8 +91,8 @@ pub fn agent(
                 (usage(agent))
                 (about(agent))
             }
-            @if agent.messages { (chat(agent, exchange)) }
-            (log_view(agent, log))
+            @if agent.messages { (chat(agent, shown)) }
+            (log_view(agent, shown.log))
         },
     )
 }
@@ -127,12 +140,15 @@ fn usage(agent: &Agent) -> Markup {
 fn limit(name: &str, used: Option<(u64, u64)>, most: &str, show: impl Fn(u64) -> String) -> Markup {
     html! {
         div.gauge {
-            div { span { (name) } span.numbers {
-                @match used { Some((part, _)) => { (show(part)) " of " (most) }, None => { "at most " (most) } }
-            } }
+            div { span { (name) } span.numbers { (of(used, most, show)) } }
             (used.map_or_else(|| bar(0, 1), |(part, whole)| bar(part, whole)))
         }
     }
+}
+
+/// `23 MiB of 256 MiB`, or the limit alone while nothing runs.
+fn of(used: Option<(u64, u64)>, most: &str, show: impl Fn(u64) -> String) -> Markup {
+    html! { @match used { Some((part, _)) => { (show(part)) " of " (most) }, None => { "at most " (most) } } }
 }
 
 fn about(agent: &Agent) -> Markup {
@@ -181,20 +197,36 @@ pub fn cause(cause: &ExitCause) -> String {
     }
 }
 
-fn chat(agent: &Agent, exchange: Option<&Exchange>) -> Markup {
+fn chat(agent: &Agent, shown: &Shown<'_>) -> Markup {
+    // The place on the page: whoever sent a message sees what came of it without scrolling.
+    let action = format!("/agents/{}/chat#chat", agent.name);
     html! {
-        section.card.chat data-chat=(agent.name) {
+        section #chat .card.chat data-chat=(agent.name) {
             h2 { "Chat" }
             div #talk .talk role="log" aria-live="polite" aria-label={ "Conversation with " (agent.name) } {
-                @if let Some(exchange) = exchange {
+                @if let Some(exchange) = shown.exchange {
                     div.bubble.me { (exchange.asked) }
                     @for part in &exchange.reply { (reply_part(part)) }
+                    @if let Some(key) = &exchange.unfinished { (look_again(&action, &exchange.asked, key)) }
                 }
             }
-            form.say method="post" action={ "/agents/" (agent.name) "/chat" } {
+            form.say method="post" action=(action) {
+                input type="hidden" name="key" value=(shown.next_key);
                 textarea name="text" rows="2" required placeholder={ "Write to " (agent.name) } aria-label="Message" {}
                 button.primary type="submit" { "Send" }
             }
+        }
+    }
+}
+
+/// The same message with the same key brings the same reply, as far as it has come by then.
+fn look_again(action: &str, asked: &str, key: &str) -> Markup {
+    html! {
+        form.again method="post" action=(action) {
+            input type="hidden" name="key" value=(key);
+            input type="hidden" name="text" value=(asked);
+            p.note { "The reply is not whole yet. It goes on without this page." }
+            button type="submit" { "Look again" }
         }
     }
 }
@@ -212,7 +244,7 @@ fn log_view(agent: &Agent, log: &Result<Vec<LogLine>, Report>) -> Markup {
     html! {
         section.card {
             div.split {
-                h2 { "Log" }
+                h2 { "Log " span.dim { "times in UTC" } }
                 label.check hidden { input #follow type="checkbox" checked; " follow" }
             }
             @match log {
@@ -248,8 +280,11 @@ pub fn state_pill(state: AgentState) -> Markup {
     }
 }
 
-fn used_bytes(part: u64, whole: u64) -> Markup {
-    html! { span.numbers { (units::bytes(part)) " of " (units::bytes(whole)) } (bar(part, whole)) }
+fn share(used: Option<(u64, u64)>, most: &str, show: impl Fn(u64) -> String) -> Markup {
+    html! {
+        span.numbers { (of(used, most, show)) }
+        @if let Some((part, whole)) = used { (bar(part, whole)) }
+    }
 }
 
 fn dash() -> Markup {

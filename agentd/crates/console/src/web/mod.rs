@@ -14,7 +14,7 @@ mod units;
 
 use crate::answer::{Answer, Failure, LONG, SHORT, within};
 use crate::api::{Machine, address, check_message, key, model_name};
-use crate::appliance::{Appliance, Follow, LogQuery};
+use crate::appliance::{Appliance, Flow, Follow, LogQuery};
 use crate::auth::Auth;
 use crate::gate::{self, SignedIn};
 use crate::input::{Fields, Name};
@@ -31,10 +31,11 @@ use maud::{Markup, html};
 use serde::Deserialize;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
-/// A reply without JavaScript is shown when it is whole; browsers give up after a minute or two.
-const WHOLE_REPLY: Duration = Duration::from_secs(60);
+/// Without JavaScript a reply is waited for so long; then the page shows what has come, with a button for the rest.
+/// A person who sees an empty page for longer gives up.
+const REPLY_PATIENCE: Duration = Duration::from_secs(20);
 
 /// An error as a page.
 pub struct Page(Failure);
@@ -92,6 +93,9 @@ pub async fn remove(State(appliance): Machine, Name(name): Name) -> Done {
 #[derive(Deserialize)]
 pub struct Saying {
     text: String,
+    /// Without one, as from a page of an earlier version, a second sending is a second message.
+    #[serde(default)]
+    key: Option<String>,
 }
 
 pub async fn chat(
@@ -101,13 +105,19 @@ pub async fn chat(
 ) -> Shown {
     let Fields(saying) = saying?;
     let agent = key(&name)?;
-    let message = ChatRequest { text: saying.text, idempotency_key: None };
+    // A form ends the lines of a text with CR LF; an agent should see what was typed.
+    let text = saying.text.replace("\r\n", "\n");
+    let message = ChatRequest { text: text.clone(), idempotency_key: saying.key.clone() };
     check_message(&message)?;
-    let asked = message.text.clone();
     let parts = within(SHORT, appliance.chat(agent.clone(), message)).await?;
-    let reply =
-        joined(timeout(WHOLE_REPLY, parts.collect::<Vec<_>>()).await.unwrap_or_else(|_| vec![too_long()]));
-    agent_page(&*appliance, agent, Some(Exchange { asked, reply })).await
+    let (reply, whole) = what_has_come(parts).await;
+    let unfinished = saying.key.filter(|_| !whole);
+    agent_page(&*appliance, agent, Some(Exchange { asked: text, reply, unfinished })).await
+}
+
+/// The page of a sent message, asked for by its address.
+pub async fn to_agent(Name(name): Name) -> Done {
+    Ok(Redirect::to(&format!("/agents/{}", key(&name)?)))
 }
 
 pub async fn models(State(appliance): Machine) -> Shown {
@@ -146,7 +156,7 @@ pub async fn claim_page(State(auth): State<Arc<Auth>>) -> Response {
     if auth.is_claimed() {
         Redirect::to("/sign-in").into_response()
     } else {
-        sign_in::claim(None).into_response()
+        sign_in::claim(None, "").into_response()
     }
 }
 
@@ -172,6 +182,7 @@ pub async fn claim(
     peer: Option<Extension<Peer>>,
     form: Result<Fields<ClaimForm>, Failure>,
 ) -> Response {
+    let typed = form.as_ref().map(|Fields(form)| form.code.clone()).unwrap_or_default();
     let attempt = async {
         let Fields(form) = form?;
         if form.password != form.again {
@@ -180,7 +191,7 @@ pub async fn claim(
         let claim = Claim { code: form.code, password: form.password };
         Ok(auth.claim(claim, address(peer)).await?)
     };
-    enter(attempt.await, |report| sign_in::claim(Some(report)))
+    enter(attempt.await, |report| sign_in::claim(Some(report), &typed))
 }
 
 #[derive(Deserialize)]
@@ -238,13 +249,39 @@ fn enter(attempt: Answer<Session>, page: impl Fn(&Report) -> Markup) -> Response
 async fn agent_page(appliance: &dyn Appliance, agent: AgentKey, exchange: Option<Exchange>) -> Shown {
     let found = within(SHORT, appliance.agent(agent.clone())).await?;
     let log = recent_log(appliance, agent).await.map_err(|failure| failure.report);
-    Ok(agents::agent(&found, &log, exchange.as_ref(), appliance.health()))
+    let next_key = random_key().map_err(no_randomness)?;
+    let shown = agents::Shown { log: &log, exchange: exchange.as_ref(), next_key: &next_key };
+    Ok(agents::agent(&found, &shown, appliance.health()))
+}
+
+fn random_key() -> Result<String, getrandom::Error> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes)?;
+    Ok(hex::encode(bytes))
+}
+
+fn no_randomness(error: getrandom::Error) -> Report {
+    let why = format!("the kernel gave no randomness: {error}");
+    Report::environment("no_randomness", "the page was not made", why, "restart the appliance")
 }
 
 async fn recent_log(appliance: &dyn Appliance, agent: AgentKey) -> Answer<Vec<LogLine>> {
     let query = LogQuery { lines: crate::api::LOG_LINES_DEFAULT, follow: Follow::No };
     let lines = within(SHORT, appliance.logs(agent, query)).await?;
     Ok(timeout(SHORT, lines.collect()).await.unwrap_or_default())
+}
+
+/// The parts of a reply until its end or the end of patience, and whether it is whole.
+async fn what_has_come(mut parts: Flow<ReplyPart>) -> (Vec<ReplyPart>, bool) {
+    let mut reply = Vec::new();
+    let end = Instant::now() + REPLY_PATIENCE;
+    while let Ok(part) = timeout_at(end, parts.next()).await {
+        match part {
+            Some(part) => reply.push(part),
+            None => return (joined(reply), true),
+        }
+    }
+    (joined(reply), false)
 }
 
 /// Pieces of text become one, so that the page shows one bubble.
@@ -260,12 +297,6 @@ fn joined(parts: Vec<ReplyPart>) -> Vec<ReplyPart> {
         }
     }
     whole
-}
-
-fn too_long() -> ReplyPart {
-    let why = format!("it was not whole after {} s", WHOLE_REPLY.as_secs());
-    let fix = "allow JavaScript for this page, or use `agentctl chat`: both show a reply as it comes";
-    ReplyPart::Failed { report: Report::environment("timeout", "the reply is not shown", why, fix) }
 }
 
 fn typed_differently() -> Report {

@@ -47,8 +47,11 @@ fn machine(status: &ApplianceStatus) -> Markup {
                     @for address in &status.addresses { code { (address) } " " }
                 }))
             }
-            (gauge("Memory", memory_used, status.memory_total_bytes))
-            (gauge("Data", data_used, status.data_total_bytes))
+            (gauge("Memory in use", memory_used, status.memory_total_bytes))
+            @if status.agentd_rss_bytes > 0 {
+                p.dim { (units::bytes(status.agentd_rss_bytes)) " of it for agentd, which serves this page" }
+            }
+            (gauge("Data partition in use", data_used, status.data_total_bytes))
         }
     }
 }
@@ -73,10 +76,15 @@ fn engine(state: &EngineState) -> Markup {
                 EngineState::Down { .. } => pill("bad", "Down"),
             }) }
             @match state {
-                EngineState::Ready { backend, models, rss_bytes } => {
+                EngineState::Ready { backend, models, rss_bytes, private_bytes } => {
                     dl.facts {
                         (fact("Back end", html! { code { (backend_name(backend)) } }))
-                        (fact("Memory", html! { (units::bytes(*rss_bytes)) }))
+                        (fact("Memory", html! {
+                            (units::bytes(*rss_bytes))
+                            @if *private_bytes > 0 {
+                                ", " (units::bytes(*private_bytes)) " of it allocated, the rest pages of files"
+                            }
+                        }))
                     }
                     @if models.is_empty() { p.dim { "No model is loaded." } }
                     @for model in models { (loaded(model)) }
@@ -127,7 +135,7 @@ fn devices(devices: &[Device]) -> Markup {
             @for device in devices {
                 div.row {
                     div { strong { (device.name) } " " span.dim { (device.description) } }
-                    (gauge("Memory", device.memory_total_bytes.saturating_sub(device.memory_free_bytes), device.memory_total_bytes))
+                    (gauge("Memory in use", device.memory_total_bytes.saturating_sub(device.memory_free_bytes), device.memory_total_bytes))
                     @if let Some(gpu) = &device.gpu {
                         div.dim {
                             @if let Some(percent) = gpu.utilisation_percent { (percent) " % busy " }
@@ -146,7 +154,8 @@ fn boot(milestones: &[(String, u64)]) -> Markup {
     let longest = milestones.iter().map(|(_, ms)| *ms).max().unwrap_or(0);
     html! {
         section.card {
-            h2 { "Boot" }
+            h2 { "Last boot" }
+            p.dim { "When each stage was reached, counted from the start of the kernel." }
             @if milestones.is_empty() { p.dim { "Nothing was recorded." } }
             ol.timeline {
                 @for (name, ms) in milestones {

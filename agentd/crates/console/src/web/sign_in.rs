@@ -5,7 +5,8 @@ use crate::auth::password::SHORTEST_CHARACTERS;
 use agentd_domain::fault::Report;
 use maud::{Markup, html};
 
-pub fn claim(failed: Option<&Report>) -> Markup {
+/// `code` is what was typed before, so that a mistake elsewhere does not cost it.
+pub fn claim(failed: Option<&Report>, code: &str) -> Markup {
     bare_page(
         "Claim this appliance",
         &html! {
@@ -15,7 +16,7 @@ pub fn claim(failed: Option<&Report>) -> Markup {
             form.stack method="post" action="/claim" {
                 label for="code" { "Claim code" }
                 input #code .code name="code" required autofocus autocomplete="one-time-code" autocapitalize="characters"
-                    spellcheck="false" placeholder="XXXX-XXXX-XXXX" maxlength="24";
+                    spellcheck="false" placeholder="XXXX-XXXX-XXXX" maxlength="24" value=(code);
                 label for="password" { "Your new password" }
                 input #password type="password" name="password" required minlength=(SHORTEST_CHARACTERS)
                     autocomplete="new-password" aria-describedby="rule";

@@ -211,7 +211,15 @@ impl Appliance for Fake {
             }
             self.note(format!("chat {agent} {}", message.text));
             let key = message.idempotency_key.clone().unwrap_or_default();
-            self.inner.lock().expect("lock").keys.insert(message.text.clone(), key);
+            let before = self.inner.lock().expect("lock").keys.insert(message.text.clone(), key.clone());
+            if message.text.starts_with("slow") && before != Some(key) {
+                // Its reply is whole when it is asked for again.
+                let begun =
+                    [ReplyPart::Note { text: "begun".into() }, ReplyPart::Text { text: "Let me ".into() }];
+                return Ok(
+                    Box::pin(futures::stream::iter(begun).chain(futures::stream::pending())) as Flow<_>
+                );
+            }
             let words = format!(
                 "I have kept that: \u{201c}{}\u{201d}. Ask me by meaning and I will find it again.",
                 message.text
@@ -331,6 +339,7 @@ fn run(n: u128, memory_bytes: u64, pids: u32) -> Run {
     Run {
         run_id: agentd_domain::ids::RunId(id(200 + n)),
         pid,
+        started_boot_ms: 3_390,
         uptime_ms: 8_042_311,
         memory_bytes,
         cpu_ms: 15_730,
@@ -473,6 +482,7 @@ pub fn status() -> ApplianceStatus {
         )],
         memory_total_bytes: 978 * MIB,
         memory_available_bytes: 702 * MIB,
+        agentd_rss_bytes: 31 * MIB,
         data_total_bytes: 7_400 * MIB,
         data_available_bytes: 6_950 * MIB,
         devices: vec![cpu],
@@ -483,6 +493,7 @@ pub fn status() -> ApplianceStatus {
             backend: "libggml-cpu-haswell.so".into(),
             models: vec![loaded(&embedder(), 22_713_216, 384), loaded(&chat_model(), 1_213_440, 64)],
             rss_bytes: 118 * MIB,
+            private_bytes: 71 * MIB,
         },
         milestones: milestones.map(|(name, ms)| (name.to_owned(), ms)).to_vec(),
     }
