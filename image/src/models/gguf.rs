@@ -3,7 +3,7 @@
 //! In:    keys and tensors in the order they shall have. Out: the file's bytes, version 3, alignment 32.
 //! Source: the GGUF specification, `docs/gguf.md` of ggml-org/ggml.
 
-use half::f16;
+use half::{bf16, f16};
 
 const ALIGNMENT: usize = 32;
 /// Elements of a Q8_0 block: one scale in f16 and 32 signed bytes.
@@ -22,7 +22,7 @@ pub(super) enum Value<'a> {
 #[derive(Clone, Copy)]
 pub(super) enum Storage {
     F32,
-    F16,
+    Bf16,
     Q8_0,
 }
 
@@ -99,7 +99,9 @@ impl Writer {
             file.resize(file.len().next_multiple_of(ALIGNMENT), 0);
             match tensor.storage {
                 Storage::F32 => tensor.data.iter().for_each(|x| file.extend(x.to_le_bytes())),
-                Storage::F16 => tensor.data.iter().for_each(|x| file.extend(f16::from_f32(*x).to_le_bytes())),
+                Storage::Bf16 => {
+                    tensor.data.iter().for_each(|x| file.extend(bf16::from_f32(*x).to_le_bytes()));
+                }
                 Storage::Q8_0 => quantise_q8_0(&tensor.data, &mut file),
             }
         }
@@ -112,15 +114,15 @@ impl Storage {
     fn kind(self) -> u32 {
         match self {
             Self::F32 => 0,
-            Self::F16 => 1,
             Self::Q8_0 => 8,
+            Self::Bf16 => 30,
         }
     }
 
     fn bytes(self, elements: usize) -> usize {
         match self {
             Self::F32 => elements * 4,
-            Self::F16 => elements * 2,
+            Self::Bf16 => elements * 2,
             Self::Q8_0 => elements / Q8_0_BLOCK * (2 + Q8_0_BLOCK),
         }
     }
