@@ -1,10 +1,10 @@
-//! `scripts/bench`: measures and prints.
+//! `scripts/bench`: measures and prints; keeps results and has README say them.
 #![forbid(unsafe_code)]
 
 use anyhow::Result;
 use clap::Parser;
-use tests_bench::{boot, size};
-use tests_qemu::setup;
+use image::source::Checkout;
+use tests_bench::{boot, report, size};
 
 /// Measures promises with numbers. Run it on an otherwise idle machine.
 #[derive(Parser)]
@@ -20,14 +20,24 @@ enum Arguments {
     },
     /// Sizes on disk and in memory
     Size,
+    /// Copies results of earlier runs to tests/results/bench and writes README's table
+    Keep {
+        /// boot, size
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Writes README's table from tests/results/bench
+    Readme,
 }
 
 fn main() -> Result<()> {
-    let bench = match Arguments::parse() {
-        Arguments::Boot { runs, no_peer } => boot::measure(runs.max(1), !no_peer)?,
-        Arguments::Size => size::measure()?,
-    };
-    let file = bench.publish(&setup().built.checkout.root)?;
-    println!("written to {}", file.display());
-    Ok(())
+    let checkout = Checkout::find()?.root;
+    match Arguments::parse() {
+        Arguments::Boot { runs, no_peer } => {
+            report::publish(&boot::measure(runs.max(1), !no_peer)?, &checkout)
+        }
+        Arguments::Size => report::publish(&size::measure()?, &checkout),
+        Arguments::Keep { names } => report::keep(&checkout, &names),
+        Arguments::Readme => report::readme(&checkout),
+    }
 }

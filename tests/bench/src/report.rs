@@ -1,113 +1,91 @@
-//! One result as JSON and as a table for people.
+//! Where do results go?
+//!
+//! A result is printed and written to `target/bench/<name>.json`. What is worth keeping is copied to
+//! `tests/results/bench/`, which is committed, and README says what lies there. The form is [`tests_tidy::promises`]'s.
 
-use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
+use anyhow::{Context, Result, ensure};
+use image::qemu::Accelerator;
+use std::fs;
 use std::path::{Path, PathBuf};
+use tests_qemu::setup;
+use tests_tidy::Repo;
+use tests_tidy::promises::{self, Bench, Row};
 
-/// What a benchmark found out.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Bench {
-    pub name: String,
-    /// The command that measures it again.
-    pub command: String,
-    /// `git describe` of what was measured.
-    pub commit: String,
-    pub machine: String,
-    pub rows: Vec<Row>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Row {
-    pub what: String,
-    pub value: f64,
-    pub unit: String,
-    /// `min 1.2, max 3.4, 5 runs`.
-    pub spread: String,
-    /// The goal in words, when there is one, and whether it is reached.
-    pub goal: Option<(String, bool)>,
-}
-
-impl Row {
-    pub fn new(what: impl Into<String>, value: f64, unit: &str) -> Self {
-        Self { what: what.into(), value, unit: unit.to_owned(), spread: String::new(), goal: None }
-    }
-
-    /// The median of some runs.
-    pub fn median(what: impl Into<String>, runs: &[f64], unit: &str) -> Self {
-        let mut sorted = runs.to_vec();
-        sorted.sort_by(f64::total_cmp);
-        let value = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
-        let (least, most) = (sorted.first().copied(), sorted.last().copied());
-        let spread = match (least, most) {
-            (Some(least), Some(most)) => format!("{least:.0} to {most:.0}, {} runs", runs.len()),
-            _ => String::new(),
-        };
-        Self { spread, ..Self::new(what, value, unit) }
-    }
-
-    pub fn at_most(mut self, goal: f64) -> Self {
-        self.goal = Some((format!("{goal} {} or less", self.unit), self.value <= goal));
-        self
-    }
-
-    pub fn at_least(mut self, goal: f64) -> Self {
-        self.goal = Some((format!("{goal} {} or more", self.unit), self.value >= goal));
-        self
+/// The rows of one benchmark with today's date, this checkout's commit and this machine.
+pub fn result(name: &str, rows: Vec<Row>) -> Bench {
+    let setup = setup();
+    let accelerator = match setup.accelerator {
+        Accelerator::Kvm => "KVM",
+        Accelerator::Tcg => "TCG (emulated)",
+    };
+    Bench {
+        name: name.to_owned(),
+        command: format!("scripts/bench {name}"),
+        date: jiff::Timestamp::now().strftime("%Y-%m-%d").to_string(),
+        commit: setup.built.checkout.commit.clone(),
+        machine: machine(),
+        accelerator: accelerator.to_owned(),
+        rows,
     }
 }
 
-impl Bench {
-    /// Prints the table and writes the JSON file below `target/bench`.
-    pub fn publish(&self, checkout: &Path) -> Result<PathBuf> {
-        println!("{}", self.table());
-        let folder = checkout.join("target/bench");
-        std::fs::create_dir_all(&folder)?;
-        let file = folder.join(format!("{}.json", self.name));
-        std::fs::write(&file, serde_json::to_string_pretty(self)?)
-            .with_context(|| format!("cannot write {}", file.display()))?;
-        Ok(file)
+/// Prints the table, a line per promise for `scripts/test long`, and writes the file below `target/bench`.
+pub fn publish(bench: &Bench, checkout: &Path) -> Result<()> {
+    println!("{}", bench.table());
+    write(&fresh(checkout, &bench.name), &format!("{}\n", serde_json::to_string_pretty(bench)?))?;
+    println!("`scripts/bench keep {}` keeps it", bench.name);
+    for promise in bench.promises() {
+        println!("RESULT: {promise}");
     }
+    Ok(())
+}
 
-    pub fn table(&self) -> String {
-        let mut text = format!(
-            "{} at {} on {}\n\n| what | measured | spread | goal |\n|---|---|---|---|\n",
-            self.name, self.commit, self.machine
-        );
-        for row in &self.rows {
-            let goal = match &row.goal {
-                Some((words, true)) => format!("{words}: reached"),
-                Some((words, false)) => format!("{words}: NOT reached"),
-                None => String::new(),
-            };
-            let value =
-                if row.value >= 100.0 { format!("{:.0}", row.value) } else { format!("{:.1}", row.value) };
-            text.push_str(&format!("| {} | {value} {} | {} | {goal} |\n", row.what, row.unit, row.spread));
+/// Copies results to where they are committed, and has README say what they say.
+pub fn keep(checkout: &Path, names: &[String]) -> Result<()> {
+    for name in names {
+        let file = fresh(checkout, name);
+        let text = fs::read_to_string(&file)
+            .with_context(|| format!("{}: `scripts/bench {name}` makes it", file.display()))?;
+        let bench: Bench = serde_json::from_str(&text).with_context(|| file.display().to_string())?;
+        ensure!(bench.name == *name, "{} is the result of {}", file.display(), bench.name);
+        if bench.commit.ends_with("-dirty") {
+            println!("{name}: measured at {}, with changes that nobody else has", bench.commit);
         }
-        text
+        let kept = checkout.join(promises::FOLDER).join(format!("{name}.json"));
+        write(&kept, &text)?;
+        println!("kept as {}", kept.display());
     }
+    readme(checkout)
 }
 
-/// `2 x Xeon ..., TCG`.
-pub fn machine(accelerator: &str) -> String {
+/// Writes README's section from the kept results.
+pub fn readme(checkout: &Path) -> Result<()> {
+    let section = promises::section(&promises::kept(&Repo::open()?)?);
+    let file = checkout.join("README.md");
+    let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+    let new = promises::with_section(&text, &section)?;
+    if new != text {
+        write(&file, &new)?;
+        println!("README.md has changed");
+    }
+    Ok(())
+}
+
+fn fresh(checkout: &Path, name: &str) -> PathBuf {
+    checkout.join("target/bench").join(format!("{name}.json"))
+}
+
+fn write(file: &Path, text: &str) -> Result<()> {
+    if let Some(folder) = file.parent() {
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// `2 x Xeon ...`.
+fn machine() -> String {
     let cpus = std::thread::available_parallelism().map_or(0, usize::from);
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info
-        .lines()
-        .find_map(|line| line.strip_prefix("model name"))
-        .unwrap_or("")
-        .trim_start_matches([' ', '\t', ':']);
-    format!("{cpus} x {model}, {accelerator}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_row_tells_the_median_and_whether_the_goal_is_reached() {
-        let row = Row::median("time", &[30.0, 10.0, 20.0], "ms").at_most(25.0);
-        assert_eq!((row.value, row.spread.as_str()), (20.0, "10 to 30, 3 runs"));
-        assert_eq!(row.goal, Some(("25 ms or less".to_owned(), true)));
-        assert_eq!(Row::new("ratio", 4.0, "x").at_least(5.0).goal, Some(("5 x or more".to_owned(), false)));
-    }
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("");
+    format!("{cpus} x {}", model.trim_start_matches([' ', '\t', ':']))
 }

@@ -12,6 +12,7 @@ pub mod crates;
 pub mod documents;
 pub mod kernel;
 pub mod licences;
+pub mod promises;
 pub mod results;
 pub mod sources;
 

@@ -1,6 +1,6 @@
 //! The rules of `tests_tidy`, on this repository. Each failing test prints every complaint at once.
 
-use tests_tidy::{Repo, acceptance, crates, documents, kernel, licences, results, sources};
+use tests_tidy::{Repo, acceptance, crates, documents, kernel, licences, promises, results, sources};
 
 fn none(complaints: Vec<String>) {
     assert!(complaints.is_empty(), "\n  {}\n", complaints.join("\n  "));
@@ -83,6 +83,11 @@ fn unsafe_code_is_where_it_may_be() {
 #[test]
 fn pid_one_and_the_sandbox_deny_panics() {
     none(sources::panic_free(&repo()));
+}
+
+#[test]
+fn readme_says_what_was_measured() {
+    none(promises::check(&repo()).unwrap());
 }
 
 #[test]
