@@ -61,6 +61,8 @@ pub struct Start {
     pub drives: Vec<Drive>,
     pub disk: Disk,
     pub uplink: Uplink,
+    /// A kernel other than the appliance's; only for direct boot.
+    pub kernel: Option<PathBuf>,
 }
 
 /// The appliance's own disk.
@@ -89,6 +91,7 @@ impl Default for Start {
             drives: Vec::new(),
             disk: Disk::Attached,
             uplink: Uplink::Connected,
+            kernel: None,
         }
     }
 }
@@ -138,7 +141,8 @@ impl Appliance {
             Boot::Uefi { variables }
         } else {
             let command_line = format!("{} {}", setup.built.disk.command_line, start.command_line);
-            Boot::Direct { kernel: setup.built.kernel.image.clone(), command_line, initrd: None }
+            let kernel = start.kernel.clone().unwrap_or_else(|| setup.built.kernel.image.clone());
+            Boot::Direct { kernel, command_line, initrd: None }
         };
         let own = match start.disk {
             Disk::Attached => Some(Drive::raw(&self.disk())),

@@ -44,7 +44,7 @@ INIT
 chmod 755 "$root/bin/init"
 mke2fs -q -t ext4 -d "$root" "$work/root.img" 256M
 mke2fs -q -t ext4 -O quota -E quotatype=usrquota "$work/data.img" 256M
-timeout "${LIMIT_S:-900}" qemu-system-x86_64 -machine q35 -cpu max -m 1024 -smp 2 -nographic -no-reboot -kernel "$kernel" \
+timeout "${LIMIT_S:-900}" qemu-system-x86_64 -machine q35 -accel tcg,thread=single -cpu max -m 1024 -smp 2 -nographic -no-reboot -kernel "$kernel" \
     -drive "file=$work/root.img,format=raw,if=virtio" -drive "file=$work/data.img,format=raw,if=virtio" -nic none \
     -append "console=ttyS0 quiet root=/dev/vda rw init=/bin/init FILTER=${FILTER:-} $*" < /dev/null | tee "$work/log"
 grep -q '^walls ended with 0' "$work/log"

@@ -7,17 +7,33 @@ use tests_qemu::{Appliance, BOOT, Start};
 
 #[test]
 fn without_landlock_no_agent_starts() -> Result<()> {
-    nothing_starts("lsm=yama,lockdown", "landlock")
+    nothing_starts("landlock", &with_command_line("lsm=yama,lockdown"))
 }
 
 #[test]
 fn without_the_memory_controller_no_agent_starts() -> Result<()> {
-    nothing_starts("cgroup_disable=memory", "memory")
+    nothing_starts("memory", &with_command_line("cgroup_disable=memory"))
 }
 
-fn nothing_starts(command_line: &str, word: &str) -> Result<()> {
+/// Its kernel takes ten minutes to build, so `scripts/test long no-seccomp` does it and says here where it is.
+#[test]
+fn without_seccomp_filters_no_agent_starts() -> Result<()> {
+    let Some(kernel) = std::env::var_os("AGENTD_KERNEL_WITHOUT_SECCOMP") else {
+        println!("SKIP: a kernel without seccomp filters is built in the long run only");
+        return Ok(());
+    };
+    nothing_starts("seccomp", &Start { kernel: Some(kernel.into()), ..Start::default() })?;
+    println!("RESULT: without seccomp filters no agent starts, and health is red and says so");
+    Ok(())
+}
+
+fn with_command_line(command_line: &str) -> Start {
+    Start { command_line: command_line.to_owned(), ..Start::default() }
+}
+
+fn nothing_starts(word: &str, start: &Start) -> Result<()> {
     let mut appliance = Appliance::new()?;
-    appliance.boot(&Start { command_line: command_line.to_owned(), ..Start::default() })?;
+    appliance.boot(start)?;
     appliance.claim()?;
     let status = appliance.until("health is red and says why", BOOT, |ctl| {
         let status: ApplianceStatus = ctl.json(&["status"])?;
