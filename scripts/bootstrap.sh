@@ -1,7 +1,7 @@
 # Sourced by the scripts: sees to it that what they need is on this machine.
 #
 # Debian 12 and 13: installs missing packages when it may (root, or sudo without a password), otherwise prints
-# the exact command and stops. Any other distribution: names what is missing and stops.
+# the exact commands and stops. Any other distribution: names what is missing and stops.
 # Sets PATH so that `rustc` is new enough, and AGENTD_SOURCE.
 
 agentd_rust_minimum=1.90
@@ -14,13 +14,15 @@ agentd_packages=(
     ovmf qemu-system-x86 qemu-utils
 )
 
-# The same for a machine without apt: a program or file, and what it is for.
+# The same for a machine without apt: a program, a file, or a command that succeeds; and what it is for.
 agentd_needs=(
     "bc|kernel" "bison|kernel" "flex|kernel" "gcc|kernel, engine" "g++|engine" "make|kernel" "cmake|engine"
     "openssl|kernel" "xz|kernel" "zstd|kernel" "perl|kernel" "/usr/include/libelf.h|kernel (libelf headers)"
-    "/usr/include/openssl/opensslv.h|kernel (OpenSSL headers)" "git|version" "python3|models"
+    "/usr/include/openssl/opensslv.h|kernel (OpenSSL headers)" "git|version" "python3 -m pip --version|models (pip)"
+    "ldconfig -p | grep libclang|engine (libclang, for bindgen)"
     "readelf|image" "objcopy|image" "veritysetup|image" "mkfs.vfat|image" "mcopy|image" "mke2fs|image"
     "mkfs.erofs|image" "/usr/lib/systemd/boot/efi/linuxx64.efi.stub|image (systemd's EFI stub)"
+    "/usr/lib/systemd/boot/efi/systemd-bootx64.efi|image (boot loader)"
     "/usr/share/ca-certificates/mozilla|image (certificate authorities, file by file)"
     "/usr/share/OVMF/OVMF_CODE_4M.fd|--uefi" "qemu-system-x86_64|scripts/run"
 )
@@ -51,16 +53,21 @@ agentd_is_installed() {
 }
 
 agentd_install() {
-    local sudo=()
+    local sudo=() update=(apt-get update) install=(apt-get install --no-install-recommends "$@")
     if [ "$(id -u)" -ne 0 ]; then
-        if ! sudo -n true 2>/dev/null; then
-            agentd_stop "packages are missing; install them with" "    sudo apt-get install --no-install-recommends $*"
+        # A Debian whose installer was given a password for root has no sudo.
+        if ! command -v sudo >/dev/null; then
+            agentd_stop "packages are missing; install them as root with" "    ${update[*]}" "    ${install[*]}"
+        elif ! sudo -n true 2>/dev/null; then
+            agentd_stop "packages are missing; install them with" "    sudo ${update[*]}" "    sudo ${install[*]}"
         fi
         sudo=(sudo)
     fi
     echo "installing  $*" >&2
-    "${sudo[@]}" apt-get update -qq >/dev/null
-    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null
+    "${sudo[@]}" "${update[@]}" -qq >/dev/null || agentd_stop "${update[*]} failed"
+    # A machine that was just started may be installing its updates: wait for its lock.
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive "${install[@]}" -qq -y -o DPkg::Lock::Timeout=600 >/dev/null ||
+        agentd_stop "this failed:" "    ${install[*]}"
 }
 
 agentd_bootstrap_debian() {
@@ -74,14 +81,19 @@ agentd_bootstrap_debian() {
     if [ ${#missing[@]} -gt 0 ]; then agentd_install "${missing[@]}"; fi
 }
 
+agentd_has() {
+    case $1 in
+        /*) [ -e "$1" ] ;;
+        *' '*) (eval "$1") >/dev/null 2>&1 ;;
+        *) command -v "$1" >/dev/null ;;
+    esac
+}
+
 agentd_bootstrap_other() {
     local need thing missing=()
     for need in "${agentd_needs[@]}"; do
-        thing=${need%%|*}
-        case $thing in
-            /*) [ -e "$thing" ] || missing+=("    $thing: ${need#*|}") ;;
-            *) command -v "$thing" >/dev/null || missing+=("    $thing: ${need#*|}") ;;
-        esac
+        thing=${need%|*}
+        agentd_has "$thing" || missing+=("    $thing: ${need##*|}")
     done
     agentd_find_rust || missing+=("    rustc and cargo, $agentd_rust_minimum or newer: programs")
     [ -e "${AGENTD_KERNEL_SOURCE-}" ] ||
@@ -97,7 +109,8 @@ agentd_bootstrap() {
     # mkfs and veritysetup live where a user's PATH does not look on Debian.
     PATH=$PATH:/usr/sbin:/sbin
     export PATH
-    if (. /etc/os-release && [ "$ID" = debian ] && [ "${VERSION_ID-0}" -ge 12 ]) 2>/dev/null; then
+    # A newer Debian has another kernel's source and counts as another distribution.
+    if (. /etc/os-release && [[ $ID-${VERSION_ID-} =~ ^debian-1[23]$ ]]) 2>/dev/null; then
         agentd_bootstrap_debian
     else
         agentd_bootstrap_other
@@ -105,12 +118,14 @@ agentd_bootstrap() {
     agentd_find_rust || agentd_stop "no rustc $agentd_rust_minimum or newer in PATH"
 }
 
-# Compiles the image builder and leaves its path in agentd_image_tool.
+# Compiles the image builder and leaves its path in agentd_image_tool. A line like those that it prints itself.
 agentd_build_image_tool() {
-    local target=${AGENTD_CACHE:-$HOME/.cache/agentd-os}/tool-target
+    local target=${AGENTD_CACHE:-$HOME/.cache/agentd-os}/tool-target begin=$SECONDS
+    printf '%-10s  ' tool >&2
     CARGO_TARGET_DIR=$target cargo build --quiet --release --locked -p image \
-        --manifest-path "$AGENTD_SOURCE/Cargo.toml"
+        --manifest-path "$AGENTD_SOURCE/Cargo.toml" || return
     agentd_image_tool=$target/release/image
+    printf '%-6s %7s s  %s\n' ready $((SECONDS - begin)) "$agentd_image_tool" >&2
 }
 
 agentd_bootstrap
