@@ -2,12 +2,15 @@
 
 use crate::packages;
 use agentd_domain::agent_api::ReplyPart;
-use agentd_domain::api::{Agent, AgentState, ApplianceStatus, EngineState, Model};
+use agentd_domain::api::{Agent, AgentState, ApplianceStatus, EngineState, LogLine, Model};
 use agentd_domain::initctl::Health;
 use agentd_domain::launcher::ExitCause;
 use agentd_domain::plan::SandboxPlan;
 use anyhow::{Context, Result, ensure};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
+use serde_json::Value;
 use std::time::Duration;
 use tests_qemu::{Appliance, BOOT, Capture, Ctl, Start, Traffic};
 
@@ -35,6 +38,7 @@ fn an_owners_first_day() -> Result<()> {
     everything_is_there(&mut appliance)?;
     bad_input_is_refused(&mut appliance)?;
     bad_agents_are_held(&mut appliance)?;
+    agents_are_served(&mut appliance)?;
     let serial = appliance.power_off()?;
     ensure!(serial.contains("reached power off"), "no orderly end: {serial}");
     Ok(())
@@ -139,6 +143,56 @@ fn bad_agents_are_held(appliance: &mut Appliance) -> Result<()> {
     }
     let agents: Vec<Agent> = appliance.ctl().json(&["agent", "ls"])?;
     ensure!(agents.len() == 1, "{agents:?}");
+    Ok(())
+}
+
+/// What an agent gets of the OpenAI-compatible API and of its memory, in the jail that it runs in.
+fn agents_are_served(appliance: &mut Appliance) -> Result<()> {
+    let folder = packages::visitor(&appliance.file("packages"))?;
+    appliance.ctl().run(&["agent", "install", folder.to_str().context("path")?])?.success()?;
+    appliance.ctl().run(&["agent", "start", "visitor"])?.success()?;
+    let lines: Vec<LogLine> = appliance.until("the visitor has asked everything", BOOT, |ctl| {
+        let log = ctl.run(&["agent", "logs", "visitor", "--json"])?.success()?;
+        let lines: Vec<LogLine> = log.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        Ok(lines.iter().any(|line| line.text.contains("the visit is over")).then_some(lines))
+    })?;
+    let answer = |name: &str, status: &str| -> Result<String> {
+        let line = lines.iter().find(|line| line.text.starts_with(&format!("{name} ")));
+        let text = &line.with_context(|| format!("no answer to {name}: {lines:?}"))?.text;
+        let body = text.strip_prefix(&format!("{name} {status} ")).with_context(|| text.clone())?;
+        Ok(body.to_owned())
+    };
+    let json = |name: &str| -> Result<Value> {
+        let body = answer(name, "200")?;
+        serde_json::from_str(&body).with_context(|| body)
+    };
+    ensure!(json("self")?["name"] == "visitor");
+    let models = json("models")?;
+    ensure!(models["data"].as_array().is_some_and(|models| models.len() >= 2), "{models}");
+    let embeddings = json("embeddings")?;
+    let coded = embeddings["data"][0]["embedding"].as_str().context("no vector")?;
+    let bytes = BASE64_STANDARD.decode(coded)?;
+    let numbers = bytes.chunks_exact(4).filter_map(|four| four.try_into().ok()).map(f32::from_le_bytes);
+    let length: f32 = numbers.map(|x| x * x).sum();
+    ensure!(bytes.len() == 384 * 4 && (length - 1.0).abs() < 1e-3, "{} bytes, {length}", bytes.len());
+
+    let whole = json("chat")?["choices"][0]["message"]["content"].as_str().context("no words")?.to_owned();
+    let stream = answer("stream", "200")?;
+    let events: Vec<&str> = stream.split("\\n\\n").filter_map(|event| event.strip_prefix("data: ")).collect();
+    ensure!(events.last() == Some(&"[DONE]"), "{stream}");
+    let piece = |event: &&str| -> Option<String> {
+        let event: Value = serde_json::from_str(event).ok()?;
+        Some(event["choices"][0]["delta"]["content"].as_str()?.to_owned())
+    };
+    let streamed: String = events.iter().filter_map(piece).collect();
+    ensure!(!whole.is_empty() && streamed == whole, "streamed {streamed:?}, whole {whole:?}");
+
+    ensure!(!json("remember")?["id"].is_null());
+    let recalled = json("recall")?;
+    ensure!(recalled["hits"][0]["text"].as_str().is_some_and(|text| text.contains("boiler")), "{recalled}");
+    ensure!(recalled["words_only"] == false, "{recalled}");
+    ensure!(answer("nobody", "404")?.contains("nobody"));
+    ensure!(answer("forbidden", "403")?.contains("memory.remember.knowledge"));
     Ok(())
 }
 

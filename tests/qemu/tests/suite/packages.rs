@@ -1,4 +1,4 @@
-//! Packages of agents that misbehave, made for one test.
+//! Packages of agents, made for one test.
 
 use anyhow::Result;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,17 @@ pub fn misbehaving(below: &Path, way: &str) -> Result<PathBuf> {
     let manifest = format!(
         "[agent]\nname = \"{way}\"\nexec = [\"/agent/bin/misbehave\", \"{way}\"]\n\n[limits]\nmemory_max = \"32M\"\nmemory_high = \"32M\"\n"
     );
+    std::fs::write(folder.join("agent.toml"), manifest)?;
+    Ok(folder)
+}
+
+/// A folder with an agent that asks agentd for everything it offers, once.
+pub fn visitor(below: &Path) -> Result<PathBuf> {
+    let folder = below.join("visitor");
+    std::fs::create_dir_all(folder.join("bin"))?;
+    std::fs::copy(env!("CARGO_BIN_EXE_visitor"), folder.join("bin/visitor"))?;
+    let manifest = "[agent]\nname = \"visitor\"\nexec = [\"/agent/bin/visitor\"]\n\n[model]\nuse = \"default\"\n\n\
+                    [memory]\nspirit = \"rw\"\n\n[restart]\npolicy = \"never\"\n";
     std::fs::write(folder.join("agent.toml"), manifest)?;
     Ok(folder)
 }
