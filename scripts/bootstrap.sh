@@ -52,11 +52,21 @@ agentd_is_installed() {
     [ "$(dpkg-query -W -f='${db:Status-Abbrev}' "$1" 2>/dev/null | cut -c1-2)" = ii ]
 }
 
+# agentd_has THING: of the three kinds in agentd_needs.
+agentd_has() {
+    case $1 in
+        /*) [ -e "$1" ] ;;
+        *' '*) (eval "$1") >/dev/null 2>&1 ;;
+        # `command -v` also finds what may not be executed.
+        *) [ -x "$(type -P "$1")" ] ;;
+    esac
+}
+
 agentd_install() {
     local sudo=() update=(apt-get update) install=(apt-get install --no-install-recommends "$@")
     if [ "$(id -u)" -ne 0 ]; then
         # A Debian whose installer was given a password for root has no sudo.
-        if ! command -v sudo >/dev/null; then
+        if ! agentd_has sudo; then
             agentd_stop "packages are missing; install them as root with" "    ${update[*]}" "    ${install[*]}"
         elif ! sudo -n true 2>/dev/null; then
             agentd_stop "packages are missing; install them with" "    sudo ${update[*]}" "    sudo ${install[*]}"
@@ -79,14 +89,6 @@ agentd_bootstrap_debian() {
     done
     agentd_find_rust || missing+=(rustc-web cargo-web)
     if [ ${#missing[@]} -gt 0 ]; then agentd_install "${missing[@]}"; fi
-}
-
-agentd_has() {
-    case $1 in
-        /*) [ -e "$1" ] ;;
-        *' '*) (eval "$1") >/dev/null 2>&1 ;;
-        *) command -v "$1" >/dev/null ;;
-    esac
 }
 
 agentd_bootstrap_other() {
