@@ -192,6 +192,8 @@ impl Machine {
                     models: status.models,
                     rss_bytes: status.rss_bytes,
                     private_bytes: engines_private_bytes(&self.places.cgroup_root),
+                    uptime_ms: status.uptime_ms,
+                    loading: view.stage == Stage::Loading,
                 },
                 Err(report) => EngineState::Down { report },
             },

@@ -77,6 +77,7 @@ fn answer(request: Request, seen: &mut Seen) -> std::io::Result<Vec<Event>> {
             running_sequences: 0,
             waiting_requests: 0,
             rss_bytes: 1,
+            uptime_ms: 1,
         })],
         Request::Load(model) => {
             seen.loads.push(model.model.clone());

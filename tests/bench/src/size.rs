@@ -189,6 +189,8 @@ mod tests {
             models: vec![],
             rss_bytes: 1 << 30,
             private_bytes,
+            uptime_ms: 1,
+            loading: false,
         };
         let rows = memory(&status(engine(30 << 20))).unwrap();
         let values: Vec<f64> = rows.iter().map(|row| row.value).collect();

@@ -12,6 +12,7 @@ use crate::auth::{Auth, Grant, Use};
 use agentd_domain::fault::Report;
 use axum::Router;
 use axum::extract::{Request, State};
+use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Redirect, Response};
@@ -63,7 +64,9 @@ pub async fn web(State(auth): State<Arc<Auth>>, mut request: Request, next: Next
 
 /// Refuses what another site's page made the browser send.
 pub async fn same_origin(request: Request, next: Next) -> Response {
-    if from_our_pages(request.method(), request.headers()) {
+    // HTTP/2 has the host in the request's address, HTTP/1.1 in a header.
+    let host = request.uri().authority().map(Authority::as_str);
+    if from_our_pages(request.method(), host, request.headers()) {
         return next.run(request).await;
     }
     Failure::from(Report::caller(
@@ -119,7 +122,7 @@ fn shown(headers: &HeaderMap) -> Shown<'_> {
 
 /// Browsers say where a request came from, in a header that no page can set. What says nothing is no browser,
 /// and may change something only if it did not rely on a browser's cookie.
-fn from_our_pages(method: &Method, headers: &HeaderMap) -> bool {
+fn from_our_pages(method: &Method, host: Option<&str>, headers: &HeaderMap) -> bool {
     if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) {
         return true;
     }
@@ -128,7 +131,7 @@ fn from_our_pages(method: &Method, headers: &HeaderMap) -> bool {
         return site == "same-origin" || site == "none";
     }
     if let Some(origin) = headers.get(header::ORIGIN) {
-        let host = headers.get(header::HOST).and_then(|h| h.to_str().ok());
+        let host = headers.get(header::HOST).and_then(|h| h.to_str().ok()).or(host);
         return host.is_some_and(|host| origin.as_bytes() == format!("https://{host}").as_bytes());
     }
     !matches!(shown(headers), Shown::Cookie(_))
@@ -176,9 +179,12 @@ mod tests {
         ];
         for (pairs, allowed) in cases {
             let headers = headers(pairs);
-            assert_eq!(from_our_pages(&Method::POST, &headers), *allowed, "{pairs:?}");
-            assert!(from_our_pages(&Method::GET, &headers), "reading is not changing: {pairs:?}");
+            assert_eq!(from_our_pages(&Method::POST, None, &headers), *allowed, "{pairs:?}");
+            assert!(from_our_pages(&Method::GET, None, &headers), "reading is not changing: {pairs:?}");
         }
+        let http2 = headers(&[("origin", "https://box:8443"), COOKIE_PAIR]);
+        assert!(from_our_pages(&Method::POST, Some("box:8443"), &http2));
+        assert!(!from_our_pages(&Method::POST, Some("other:8443"), &http2));
     }
 
     #[test]

@@ -152,8 +152,10 @@ fn pairs(pairs: &[(&str, String)]) -> String {
 
 fn engine(state: &EngineState) -> String {
     match state {
-        EngineState::Ready { backend, rss_bytes, .. } => {
-            format!("ready, {backend}, {}", human::bytes(*rss_bytes))
+        EngineState::Ready { backend, rss_bytes, uptime_ms, loading, .. } => {
+            let word = if *loading { "loading" } else { "ready" };
+            let (memory, up) = (human::bytes(*rss_bytes), human::span_ms(*uptime_ms));
+            format!("{word}, {backend}, {memory}, up {up}")
         }
         EngineState::Starting => "starting".to_owned(),
         EngineState::Down { report } => format!("down: {}", report.why),

@@ -171,6 +171,12 @@ pub enum EngineState {
         /// (caches, buffers, weights in another order). 0 when it cannot be read.
         #[serde(default)]
         private_bytes: u64,
+        /// Of the engine's process: it goes on when agentd is started again.
+        #[serde(default)]
+        uptime_ms: u64,
+        /// It answers, and some model that it is to have is still being read.
+        #[serde(default)]
+        loading: bool,
     },
     Starting,
     Down {

@@ -250,4 +250,7 @@ pub struct EngineStatus {
     pub running_sequences: u32,
     pub waiting_requests: u32,
     pub rss_bytes: u64,
+    /// Since the process was started.
+    #[serde(default)]
+    pub uptime_ms: u64,
 }

@@ -31,6 +31,7 @@ pub(crate) struct Engine {
     backend: Arc<LlamaBackend>,
     devices: Devices,
     threads: u32,
+    started: Instant,
     models: RwLock<BTreeMap<String, Arc<Model>>>,
     /// Held during a load or unload.
     loading: Mutex<()>,
@@ -43,6 +44,7 @@ impl Engine {
             backend: Arc::new(backend),
             devices,
             threads,
+            started: Instant::now(),
             models: RwLock::default(),
             loading: Mutex::default(),
             generations: Generations::default(),
@@ -116,6 +118,7 @@ impl Engine {
             running_sequences: sum(|model| model.gauge.running.load(Ordering::Relaxed)),
             waiting_requests: sum(|model| model.gauge.waiting.load(Ordering::Relaxed)),
             rss_bytes: devices::rss_bytes(),
+            uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             models: models.iter().map(|model| model.info.clone()).collect(),
         }
     }

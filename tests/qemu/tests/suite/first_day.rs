@@ -12,7 +12,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
 use serde_json::Value;
 use std::time::Duration;
-use tests_qemu::{Appliance, BOOT, Capture, Ctl, Start, Traffic};
+use tests_qemu::{Appliance, BOOT, Capture, Ctl, PASSWORD, Start, Traffic};
 
 const FACTS: &str = include_str!("../../../fixtures/recall/facts.toml");
 /// The promise: of thirty questions by meaning, the right fact first for this many.
@@ -36,6 +36,7 @@ fn an_owners_first_day() -> Result<()> {
     appliance.boot(&Start::default())?;
     appliance.claim()?;
     everything_is_there(&mut appliance)?;
+    agentd_is_killed_and_the_rest_goes_on(&mut appliance)?;
     bad_input_is_refused(&mut appliance)?;
     bad_agents_are_held(&mut appliance)?;
     agents_are_served(&mut appliance)?;
@@ -63,7 +64,7 @@ fn everything_is_there(appliance: &mut Appliance) -> Result<()> {
     ensure!(echo.bundled && echo.limits.memory_max_bytes == 64 << 20, "{echo:?}");
     let status = appliance.until("the engine is ready and health green", BOOT, |ctl| {
         let status: ApplianceStatus = ctl.json(&["status"])?;
-        let ready = matches!(status.engine, EngineState::Ready { .. });
+        let ready = matches!(status.engine, EngineState::Ready { loading: false, .. });
         Ok((ready && status.health == Health::Green).then_some(status))
     })?;
     ensure!(status.slot == "direct", "slot is {}", status.slot);
@@ -81,6 +82,42 @@ fn everything_is_there(appliance: &mut Appliance) -> Result<()> {
 fn running(ctl: &Ctl, name: &str) -> Result<Option<Agent>> {
     let agents: Vec<Agent> = ctl.json(&["agent", "ls"])?;
     Ok(agents.into_iter().find(|agent| agent.name.as_str() == name && agent.state == AgentState::Running))
+}
+
+/// The local console kills agentd (signal 9) as its owner would when the web console hangs. The new agentd adopts the
+/// agent, its process unchanged, and the engine with its models, not started again.
+fn agentd_is_killed_and_the_rest_goes_on(appliance: &mut Appliance) -> Result<()> {
+    let lives = |ctl: &Ctl| -> Result<Option<(Agent, u64)>> {
+        let Some(echo) = running(ctl, "echo")? else { return Ok(None) };
+        let status: ApplianceStatus = ctl.json(&["status"])?;
+        let EngineState::Ready { loading: false, uptime_ms, ref models, .. } = status.engine else {
+            return Ok(None);
+        };
+        let whole = models.len() == 2 && status.health == Health::Green;
+        Ok(whole.then_some((echo, uptime_ms)))
+    };
+    let (before, engine_ms) = appliance.until("echo and the engine live", BOOT, lives)?;
+    appliance.type_and_hear("a", "restart agentd now?")?;
+    appliance.type_and_hear("y", "done")?;
+    // Sessions end with agentd, so this one signs in to the new one.
+    let fingerprint = appliance.said("fingerprint: ")?;
+    appliance.until("the new agentd lets the owner in", BOOT, |ctl| {
+        if ctl.run(&["status"])?.code == Some(0) {
+            // Still the old one's last moment.
+            return Ok(None);
+        }
+        let answer = ctl
+            .input(&["login", "--fingerprint", &fingerprint, "--password-stdin"], &format!("{PASSWORD}\n"))?;
+        answer.success().map(Some)
+    })?;
+    let (after, engine_later_ms) = appliance.until("both live on", BOOT, lives)?;
+    let (before, after) = (before.run.context("no run")?, after.run.context("no run")?);
+    ensure!((before.run_id, before.pid) == (after.run_id, after.pid), "{before:?} became {after:?}");
+    ensure!(
+        engine_later_ms > engine_ms,
+        "the engine was started again: {engine_ms} and {engine_later_ms} ms"
+    );
+    Ok(())
 }
 
 fn bad_input_is_refused(appliance: &mut Appliance) -> Result<()> {
@@ -247,7 +284,7 @@ fn told_facts_survive_the_plug(appliance: &mut Appliance, most: usize) -> Result
     appliance.until("echo runs again", BOOT, |ctl| running(ctl, "echo"))?;
     appliance.until("the engine is ready again", BOOT, |ctl| {
         let status: ApplianceStatus = ctl.json(&["status"])?;
-        Ok(matches!(status.engine, EngineState::Ready { .. }).then_some(()))
+        Ok(matches!(status.engine, EngineState::Ready { loading: false, .. }).then_some(()))
     })?;
     let mut right = 0;
     for pair in facts {

@@ -71,12 +71,13 @@ fn engine(state: &EngineState) -> Markup {
     html! {
         section.card #engine data-live {
             h2 { "Engine " (match state {
+                EngineState::Ready { loading: true, .. } => pill("calm", "Loading"),
                 EngineState::Ready { .. } => pill("good", "Ready"),
                 EngineState::Starting => pill("calm", "Starting"),
                 EngineState::Down { .. } => pill("bad", "Down"),
             }) }
             @match state {
-                EngineState::Ready { backend, models, rss_bytes, private_bytes } => {
+                EngineState::Ready { backend, models, rss_bytes, private_bytes, uptime_ms, loading } => {
                     dl.facts {
                         (fact("Back end", html! { code { (backend_name(backend)) } }))
                         (fact("Memory", html! {
@@ -85,8 +86,13 @@ fn engine(state: &EngineState) -> Markup {
                                 ", " (units::bytes(*private_bytes)) " of it allocated, the rest pages of files"
                             }
                         }))
+                        (fact("Running for", html! { (units::span_ms(*uptime_ms)) }))
                     }
-                    @if models.is_empty() { p.dim { "No model is loaded." } }
+                    @if *loading {
+                        p.dim { "A model is being loaded." }
+                    } @else if models.is_empty() {
+                        p.dim { "No model is loaded." }
+                    }
                     @for model in models { (loaded(model)) }
                 }
                 EngineState::Starting => p.dim { "Models are being loaded." },

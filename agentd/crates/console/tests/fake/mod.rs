@@ -494,6 +494,8 @@ pub fn status() -> ApplianceStatus {
             models: vec![loaded(&embedder(), 22_713_216, 384), loaded(&chat_model(), 1_213_440, 64)],
             rss_bytes: 118 * MIB,
             private_bytes: 71 * MIB,
+            uptime_ms: 3_700_000,
+            loading: false,
         },
         milestones: milestones.map(|(name, ms)| (name.to_owned(), ms)).to_vec(),
     }
