@@ -26,8 +26,9 @@ off_limit_s=180
 source=$(cd "$(dirname "$0")/../.." && pwd)
 work=${AGENTD_CACHE:-$HOME/.cache/agentd-os}/fresh/$suite
 root=$work/root
+home=$root/root
 log=$work/screen.log
-serial=$root/root/.cache/agentd-os/run/serial.log
+serial=$home/.cache/agentd-os/run/serial.log
 machine=
 
 skip() {
@@ -87,10 +88,10 @@ make_root() {
     fi
     settings_of_this_machine
     commit=$(git -c safe.directory='*' -C "$source" rev-parse HEAD)
-    if [ "$(git -C "$root/root/agentd-os" rev-parse HEAD 2>/dev/null)" != "$commit" ]; then
-        rm -rf "$root/root/agentd-os"
-        git -c safe.directory='*' clone --quiet --no-hardlinks "$source" "$root/root/agentd-os"
-        git -C "$root/root/agentd-os" -c advice.detachedHead=false checkout --quiet "$commit"
+    if [ "$(git -C "$home/agentd-os" rev-parse HEAD 2>/dev/null)" != "$commit" ]; then
+        rm -rf "$home/agentd-os"
+        git -c safe.directory='*' clone --quiet --no-hardlinks "$source" "$home/agentd-os"
+        git -C "$home/agentd-os" -c advice.detachedHead=false checkout --quiet "$commit"
     fi
 }
 
@@ -101,7 +102,7 @@ settings_of_this_machine() {
         [ ! -f "$file" ] || install -D -m 644 "$file" "$root$file"
     done
     for file in .cargo/config.toml .config/pip/pip.conf .pip/pip.conf; do
-        [ ! -f "$HOME/$file" ] || install -D -m 644 "$HOME/$file" "$root/root/$file"
+        [ ! -f "$HOME/$file" ] || install -D -m 644 "$HOME/$file" "$home/$file"
     done
 }
 
