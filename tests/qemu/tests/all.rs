@@ -16,3 +16,5 @@ mod packages;
 mod uefi;
 #[path = "suite/walls.rs"]
 mod walls;
+#[path = "suite/web.rs"]
+mod web;
