@@ -2,7 +2,7 @@
 #
 # Debian 12 and 13: installs missing packages when it may (root, or sudo without a password), otherwise prints
 # the exact commands and stops. Any other distribution: names what is missing and stops.
-# Sets PATH so that `rustc` is new enough, and AGENTD_SOURCE.
+# Sets PATH so that `rustc` is new enough, and AGENTD_SOURCE. With agentd_window set, QEMU can also open a window.
 
 agentd_rust_minimum=1.90
 
@@ -26,6 +26,12 @@ agentd_needs=(
     "/usr/share/ca-certificates/mozilla|image (certificate authorities, file by file)"
     "/usr/share/OVMF/OVMF_CODE_4M.fd|--uefi" "qemu-system-x86_64|scripts/run"
 )
+
+# Debian packs QEMU's window apart, with a desktop's libraries.
+if [ -n "${agentd_window-}" ]; then
+    agentd_packages+=(qemu-system-gui)
+    agentd_needs+=("qemu-system-x86_64 -display help | grep -w gtk|a window; or use --headless")
+fi
 
 agentd_stop() {
     printf '%s\n' "$@" >&2
