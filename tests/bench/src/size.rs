@@ -20,8 +20,8 @@ const MIB: f64 = 1024.0 * 1024.0;
 const USUAL_MIB: u32 = 1024;
 const SMALLEST_MIB: u32 = 512;
 
-/// By the guest's own clock. After it the claim's hash is long freed and what the boot cached is settled; agentd
-/// checks its models once a minute.
+/// By the guest's own clock. By then the boot, the claim's hash and the reading of the models are long over, under
+/// emulation too.
 const IDLE_MS: u64 = 3 * 60_000;
 
 pub fn measure() -> Result<Bench> {

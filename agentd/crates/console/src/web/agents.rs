@@ -64,7 +64,7 @@ fn row(agent: &Agent) -> Markup {
                 &agent.limits.pids.to_string(),
                 |n| n.to_string(),
             )) }
-            td.short {
+            td.wide {
                 @if let Some(run) = run { (units::span_ms(run.cpu_ms)) }
                 div.dim { "at most " (agent.limits.cpu_percent) " % of one core" }
             }
