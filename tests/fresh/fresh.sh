@@ -37,8 +37,8 @@ skip() {
 }
 
 fail() {
-    echo "FAILED: $*" >&2
     [ ! -f "$log" ] || { echo "the last lines of $log:" && tail -40 "$log" | tr -d '\r'; } >&2
+    echo "RESULT: $suite: $*"
     exit 1
 }
 
@@ -225,7 +225,8 @@ unshare --mount --pid --fork true 2>/dev/null || skip "no namespaces for mounts 
 mkdir -p "$work"
 exec 9>"$work/lock"
 flock --nonblock 9 || fail "another run works in $work"
-trap '[ -z "$machine" ] || kill -KILL "$machine" 2>/dev/null || true; rm -f "$work/keys"' EXIT
+# Waited for, so that the shell does not report the end.
+trap '[ -z "$machine" ] || { kill -KILL "$machine" && wait "$machine"; } 2>/dev/null || true; rm -f "$work/keys"' EXIT
 if [ $# -gt 0 ]; then
     make_root
     become_inside "$@"
