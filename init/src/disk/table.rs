@@ -38,6 +38,9 @@ pub struct Job {
     pub disk: String,
     /// The GUID of the partition from which the boot loader came, in lower case.
     pub boot_loader_partition: Option<String>,
+    /// What an earlier job of this boot found of the boot loader. It holds for the whole boot: the first job of a
+    /// first boot gives the partitions GUIDs of their own, and the boot loader had told the old one.
+    pub judged: BootLoader,
     /// Names of the partitions whose formatting is done.
     pub formatted: Vec<String>,
 }
@@ -154,6 +157,9 @@ fn entry(number: u32, partition: &Partition, sector: LogicalBlockSize) -> Option
 }
 
 fn boot_loader(job: &Job, partitions: &BTreeMap<u32, Partition>) -> BootLoader {
+    if job.judged != BootLoader::Unknown {
+        return job.judged;
+    }
     match &job.boot_loader_partition {
         None => BootLoader::Unknown,
         Some(guid) if partitions.values().any(|p| p.part_guid.to_string() == *guid) => BootLoader::ThisDisk,

@@ -150,6 +150,24 @@ fn a_boot_loader_on_another_disk_means_no_change() {
     assert_eq!((boot_loader, changed), (BootLoader::ThisDisk, true));
 }
 
+/// The boot loader told the GUID that the boot partition had when it was read; the first job of a first boot changes
+/// it. The second job took that for another disk, left the bit, and the next boot formatted state and data again,
+/// with the owner on them.
+#[test]
+fn a_boot_loader_is_judged_once_and_what_was_formatted_stays_so() {
+    let mut device = factory_disk(64 * MIB);
+    let told = guids(&mut device)[1].1.to_string();
+    let first = Job { boot_loader_partition: Some(told.clone()), ..Job::default() };
+    let (_, judged, _) = done(&mut device, &first);
+    // mke2fs overwrites the marker.
+    device.bytes.get_mut()[3 * MIB..3 * MIB + 4096].fill(0);
+    let formatted = vec!["state".to_owned()];
+    let second = Job { boot_loader_partition: Some(told), judged, formatted, ..Job::default() };
+    let (entries, boot_loader, changed) = done(&mut device, &second);
+    assert_eq!((boot_loader, changed), (BootLoader::ThisDisk, true));
+    assert!(!entries[1].format_begun, "{entries:?}");
+}
+
 #[test]
 fn a_disk_that_is_smaller_than_its_table_is_an_error() {
     let mut device = factory_disk(16 * MIB);

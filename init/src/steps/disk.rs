@@ -51,16 +51,21 @@ pub fn set_up_table(machine: &mut Machine) -> Outcome {
 
 /// Tells the table that these volumes are formatted.
 pub fn note_formatted(machine: &mut Machine, names: Vec<String>) -> Result<(), Report> {
-    let writer = start_job(machine, names)?;
-    finish_job(machine, writer)
+    let writer = start_job(machine, names.clone())?;
+    finish_job(machine, writer)?;
+    let entries = machine.disk.as_ref().map(|disk| disk.partitions.as_slice()).unwrap_or_default();
+    match entries.iter().find(|entry| entry.format_begun && names.contains(&entry.name)) {
+        None => Ok(()),
+        // Used in spite of it, the volume would be formatted again at the next boot, with all that was kept on it.
+        Some(entry) => Err(table_report(&format!("`{}` still counts as not formatted", entry.name))),
+    }
 }
 
 /// Starts `init disk-setup`.
 fn start_job(machine: &mut Machine, formatted: Vec<String>) -> Result<Started, Report> {
-    let Some(name) = machine.disk.as_ref().map(|disk| disk.name.clone()) else {
-        return Err(table_report("no disk was found"));
-    };
-    let job = Job { disk: name, boot_loader_partition: boot_loader_partition(), formatted };
+    let Some(disk) = &machine.disk else { return Err(table_report("no disk was found")) };
+    let (name, judged) = (disk.name.clone(), disk.boot_loader);
+    let job = Job { disk: name, boot_loader_partition: boot_loader_partition(), judged, formatted };
     let job = serde_json::to_string(&job).map_err(|error| table_report(&error.to_string()))?;
     machine
         .start_tool("/proc/self/exe", &["disk-setup", &job], TABLE_LIMIT_S)
@@ -80,11 +85,7 @@ fn finish_job(machine: &mut Machine, started: Started) -> Result<(), Report> {
             }
             if let Some(disk) = &mut machine.disk {
                 disk.partitions = partitions;
-                // The first answer of this boot counts: the first job of a first boot gives the partitions
-                // GUIDs of their own, and the boot loader told the old one.
-                if disk.boot_loader == BootLoader::Unknown {
-                    disk.boot_loader = boot_loader;
-                }
+                disk.boot_loader = boot_loader;
             }
             Ok(())
         }

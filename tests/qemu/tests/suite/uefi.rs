@@ -1,6 +1,7 @@
 //! The same build through firmware, boot loader and boot item, and a root that was damaged.
 
 use agentd_domain::api::ApplianceStatus;
+use agentd_domain::initctl::Health;
 use agentd_domain::marker;
 use anyhow::{Context, Result, ensure};
 use image::layout;
@@ -15,6 +16,16 @@ fn the_disk_boots_by_itself_and_knows_its_slot() -> Result<()> {
     ensure!(status.slot == "a", "slot is {}", status.slot);
     let serial = appliance.power_off()?;
     ensure!(serial.contains("reached power off"), "no orderly end: {serial}");
+
+    // The second start finds what the first one made: the owner, the agents, the identity.
+    appliance.boot(&Start { uefi: true, ..Start::default() })?;
+    appliance.login()?;
+    appliance.until("health is green again", BOOT, |ctl| {
+        let status: ApplianceStatus = ctl.json(&["status"])?;
+        Ok((status.health == Health::Green && status.slot == "a").then_some(()))
+    })?;
+    let serial = appliance.guest()?.serial_text();
+    ensure!(!serial.contains("claim code"), "it has no owner any more: {serial}");
     Ok(())
 }
 
