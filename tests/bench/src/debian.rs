@@ -17,11 +17,7 @@ pub fn ensure_peer(cache: &Cache, checkout: &Path) -> Result<Peer> {
     // Another script makes another peer.
     let digest = sha256_file(&script)?;
     let folder = cache.path(&format!("debian-peer-{}", &digest[..16]));
-    let status = Command::new("bash")
-        .arg(script)
-        .arg(&folder)
-        .status()
-        .context("cannot start bash")?;
+    let status = Command::new("bash").arg(script).arg(&folder).status().context("cannot start bash")?;
     ensure!(status.success(), "the Debian peer was not built");
     Ok(Peer { folder })
 }
