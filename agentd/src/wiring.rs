@@ -101,7 +101,9 @@ async fn live(
     end_on_signal(over.clone())?;
     let init = Init::at(places.init_socket.clone());
     let launcher = Launcher::at(&places.launcher_socket);
-    let engine = start_engine(&places, &data);
+    // People first: the sign-in page does not wait for models.
+    let open = CancellationToken::new();
+    let engine = start_engine(&places, &data, open.clone());
     tokio::spawn(watch_engine(engine.clone(), Arc::clone(&board)));
     let models = Models::new(&places, engine.clone());
     let parts = match walls {
@@ -113,11 +115,11 @@ async fn live(
         board.clear(START);
         tokio::spawn(end_when_data_comes(places.clone(), over.clone()));
     }
-    models.refresh().await;
+    tokio::spawn(first_models(models.clone(), open.clone()));
     let state = places.state_agentd.clone();
     let machine =
         Machine { places, board: Arc::clone(&board), init: init.clone(), engine, models, launcher, parts };
-    serve_people(machine, &state, port, init, board, over).await;
+    serve_people(machine, &state, port, init, board, open, over).await;
     tracing::info!("agentd ends");
     Ok(())
 }
@@ -138,7 +140,7 @@ fn end_on_signal(over: CancellationToken) -> Result<(), Report> {
     Ok(())
 }
 
-fn start_engine(places: &Places, data: &Handle) -> Engine {
+fn start_engine(places: &Places, data: &Handle, open: CancellationToken) -> Engine {
     let memory = readings::memory().total_bytes;
     let links = engine::Links {
         launcher: Launcher::at(&places.launcher_socket),
@@ -147,7 +149,12 @@ fn start_engine(places: &Places, data: &Handle) -> Engine {
         memory_max_bytes: memory.saturating_sub(SYSTEM_BYTES).max(memory / 2),
     };
     let _on_data = data.enter();
-    engine::start(links)
+    engine::start(links, open.cancelled_owned())
+}
+
+async fn first_models(models: Models, open: CancellationToken) {
+    open.cancelled().await;
+    models.refresh().await;
 }
 
 /// An engine that is away, or a model that was refused, is a problem for people.
@@ -255,13 +262,14 @@ async fn end_when_data_comes(places: Places, over: CancellationToken) {
     }
 }
 
-/// Serves the console until agentd is told to end.
+/// Serves the console until agentd is told to end. `open` is told when it is served, or cannot be for now.
 async fn serve_people(
     machine: Machine,
     state: &Path,
     port: u16,
     init: Init,
     board: Arc<Board>,
+    open: CancellationToken,
     over: CancellationToken,
 ) {
     let files: Arc<dyn StateFiles> = Arc::new(TwoFiles { folder: state.to_owned() });
@@ -270,6 +278,7 @@ async fn serve_people(
         match open_console(&files, port).await {
             Ok(opened) => break opened,
             Err(report) => {
+                open.cancel();
                 board.set("console", Weight::Broken, report);
                 shown.health = board.health();
                 shown.problems = board.problems();
@@ -286,13 +295,17 @@ async fn serve_people(
     note_certificate(&board, refreshed);
     let tls = match authority.tls_config() {
         Ok(tls) => tls,
-        Err(error) => return board.set("console", Weight::Broken, error.report()),
+        Err(error) => {
+            open.cancel();
+            return board.set("console", Weight::Broken, error.report());
+        }
     };
     tokio::spawn(follow_addresses(Arc::clone(&authority), init.clone(), Arc::clone(&board)));
     shown.fingerprint = authority.fingerprint().to_owned();
     tokio::spawn(report_to_init(shown, Arc::clone(&auth), Arc::clone(&board), init));
     let appliance: Arc<dyn Appliance> = Arc::new(machine);
     tracing::info!(port, "the console is served");
+    open.cancel();
     serve_tls(listener, tls, router(appliance, auth), over).await;
 }
 

@@ -22,11 +22,14 @@ impl Scene {
     async fn new(rights: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let fake = FakeEngine::start(folder.path(), Arc::default());
-        let engine = engine::start(engine::Links {
-            launcher: Launcher::at(folder.path().join("none")),
-            sockets: folder.path().to_owned(),
-            memory_max_bytes: 1,
-        });
+        let engine = engine::start(
+            engine::Links {
+                launcher: Launcher::at(folder.path().join("none")),
+                sockets: folder.path().to_owned(),
+                memory_max_bytes: 1,
+            },
+            std::future::ready(()),
+        );
         let choice = |name: &str, kind| Choice { name: name.to_owned(), path: format!("/{name}"), kind };
         engine.want(Wanted {
             embedder: Some(choice("minilm", ModelKind::Embedding)),

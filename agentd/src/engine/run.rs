@@ -37,8 +37,9 @@ pub struct Links {
     pub memory_max_bytes: u64,
 }
 
-/// Starts the task on the current runtime.
-pub fn start(links: Links) -> Engine {
+/// Starts the task on the current runtime. The engine's process is asked for when `begin` is over: loading models
+/// keeps a small machine busy for seconds.
+pub fn start(links: Links, begin: impl Future<Output = ()> + Send + 'static) -> Engine {
     let (commands, queue) = mpsc::channel(QUEUE);
     let (wanted, wish) = watch::channel(None);
     let start = View {
@@ -50,7 +51,10 @@ pub fn start(links: Links) -> Engine {
     };
     let (shown, view) = watch::channel(Arc::new(start));
     let task = Task { links, queue, wish, shown, failed: BTreeMap::new(), deaths: BTreeMap::new() };
-    tokio::spawn(task.run());
+    tokio::spawn(async move {
+        begin.await;
+        task.run().await;
+    });
     Engine { commands, wanted, view }
 }
 

@@ -20,11 +20,14 @@ impl Scene {
     }
 
     fn engine(&self) -> Engine {
-        start(Links {
-            launcher: Launcher::at(self.folder.path().join("none")),
-            sockets: self.folder.path().to_owned(),
-            memory_max_bytes: 1,
-        })
+        start(
+            Links {
+                launcher: Launcher::at(self.folder.path().join("none")),
+                sockets: self.folder.path().to_owned(),
+                memory_max_bytes: 1,
+            },
+            std::future::ready(()),
+        )
     }
 
     fn loads(&self) -> Vec<String> {

@@ -15,11 +15,14 @@ impl Scene {
         let places = Places::below(folder.path());
         fs::create_dir_all(places.models()).expect("made");
         fs::create_dir_all(&places.builtin_models).expect("made");
-        let engine = engine::start(engine::Links {
-            launcher: Launcher::at(folder.path().join("none")),
-            sockets: folder.path().to_owned(),
-            memory_max_bytes: 1,
-        });
+        let engine = engine::start(
+            engine::Links {
+                launcher: Launcher::at(folder.path().join("none")),
+                sockets: folder.path().to_owned(),
+                memory_max_bytes: 1,
+            },
+            std::future::ready(()),
+        );
         Self { models: Models::new(&places, engine), folder }
     }
 

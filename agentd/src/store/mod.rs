@@ -136,51 +136,65 @@ impl Store {
         // redb syncs the file and never its folder: without this a power cut may lose the whole file.
         sync_folder(path)?;
         let mut store = Self { path: path.to_owned(), database, owner: OwnerId(Uuid::nil()) };
-        store.owner = store.write(|txn| {
-            let mut meta = txn.open_table(META)?;
-            let format = meta.get("format")?.map(|row| row.value().to_vec());
-            match format.as_deref() {
-                None => {
-                    meta.insert("format", FORMAT_VERSION.to_le_bytes().as_slice())?;
-                }
-                Some(bytes) => {
-                    let found = bytes.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
-                    if found != FORMAT_VERSION {
-                        return Ok(Err(StoreError::Format { path: path.to_owned(), found }));
-                    }
-                }
-            }
-            let owner = meta.get("owner")?.and_then(|row| Uuid::from_slice(row.value()).ok());
-            let owner = match owner {
-                Some(owner) => owner,
-                None => {
-                    let owner = crate::clock::fresh_id();
-                    meta.insert("owner", owner.as_bytes().as_slice())?;
-                    owner
-                }
-            };
-            Ok(Ok(OwnerId(owner)))
-        })?;
-        // Reading a table that was never opened for writing is an error in redb: make them all now.
-        store.write(|txn| {
-            agents::create_tables(txn)?;
-            messages::create_tables(txn)?;
-            once::create_tables(txn)?;
-            Ok(Ok(()))
-        })?;
+        store.owner = store.set_up()?;
         Ok(store)
     }
 
     /// One transaction. The inner error ends it without a change.
+    /// Format, owner and all tables: reading a table that was never opened for writing is an error in redb. Where
+    /// everything is there already, as at each start but the first, nothing is written.
+    fn set_up(&self) -> Result<OwnerId, StoreError> {
+        let attempt = || -> Result<Result<OwnerId, StoreError>, redb::Error> {
+            let txn = self.begin()?;
+            let tables = txn.list_tables()?.count();
+            let (format, known) = {
+                let meta = txn.open_table(META)?;
+                let format = meta.get("format")?.map(|row| row.value().to_vec());
+                let owner = meta.get("owner")?.and_then(|row| Uuid::from_slice(row.value()).ok());
+                (format, owner)
+            };
+            if let Some(bytes) = format {
+                let found = bytes.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
+                if found != FORMAT_VERSION {
+                    txn.abort()?;
+                    return Ok(Err(StoreError::Format { path: self.path.clone(), found }));
+                }
+            }
+            agents::create_tables(&txn)?;
+            messages::create_tables(&txn)?;
+            once::create_tables(&txn)?;
+            if let Some(owner) = known
+                && txn.list_tables()?.count() == tables
+            {
+                txn.abort()?;
+                return Ok(Ok(OwnerId(owner)));
+            }
+            let owner = known.unwrap_or_else(crate::clock::fresh_id);
+            {
+                let mut meta = txn.open_table(META)?;
+                meta.insert("format", FORMAT_VERSION.to_le_bytes().as_slice())?;
+                meta.insert("owner", owner.as_bytes().as_slice())?;
+            }
+            txn.commit()?;
+            Ok(Ok(OwnerId(owner)))
+        };
+        attempt().map_err(|error| failed(&self.path, error))?
+    }
+
+    fn begin(&self) -> Result<WriteTransaction, redb::Error> {
+        let mut txn = self.database.begin_write()?;
+        txn.set_durability(Durability::Immediate)?;
+        // Implies two-phase commit; makes opening after a power cut instant.
+        txn.set_quick_repair(true);
+        Ok(txn)
+    }
+
     fn write<T>(
         &self,
         change: impl FnOnce(&WriteTransaction) -> Result<Result<T, StoreError>, redb::Error>,
     ) -> Result<T, StoreError> {
         let attempt = || -> Result<Result<T, StoreError>, redb::Error> {
-            let mut txn = self.database.begin_write()?;
-            txn.set_durability(Durability::Immediate)?;
-            // Implies two-phase commit; makes opening after a power cut instant.
-            txn.set_quick_repair(true);
+            let txn = self.begin()?;
             match change(&txn)? {
                 Ok(value) => {
                     txn.commit()?;

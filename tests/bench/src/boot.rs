@@ -11,13 +11,16 @@ use agentd_domain::api::{Agent, ApplianceStatus, Liveness};
 use agentd_domain::initctl::Health;
 use anyhow::{Context, Result, bail};
 use image::qemu::Running;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
-use tests_qemu::{Appliance, BOOT, Ctl, Start, setup};
+use tests_qemu::{Appliance, BOOT, Capture, Ctl, Start, Traffic, setup};
 use tests_tidy::promises::{Bench, Row};
 
 /// How often the page is asked for. Small beside the seconds that are measured.
 const ASK_EVERY: Duration = Duration::from_millis(25);
+/// How often the uplink is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Signing in costs the guest a second of hashing, so it waits until the boot is surely over.
 const SETTLE: Duration = Duration::from_secs(20);
@@ -46,9 +49,22 @@ pub fn ask(urls: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Asks until the answer is one that counts; when it came.
-pub fn first_answer(urls: &[&str], guest: &mut Running, counts: impl Fn(&str) -> bool) -> Result<Instant> {
+/// Asks until the answer is one that counts; when it came. The first question waits until the guest has been given
+/// its address: QEMU takes a connection before that and repeats its first packet to the guest only after seconds,
+/// which would be measured instead of the guest.
+pub fn first_answer(
+    urls: &[&str],
+    guest: &mut Running,
+    uplink: &Path,
+    counts: impl Fn(&str) -> bool,
+) -> Result<Instant> {
     let deadline = Instant::now() + BOOT;
+    while !Capture::read(uplink).is_ok_and(|seen| seen.frames.iter().any(|f| f.1 == Traffic::DhcpLease)) {
+        if Instant::now() >= deadline {
+            bail!("the guest was given no address; {}", guest.scene());
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
     loop {
         let last = match ask(urls) {
             Ok(answer) if counts(&answer) => return Ok(Instant::now()),
@@ -114,7 +130,8 @@ fn one(appliance: &mut Appliance, start: &Start) -> Result<Ours> {
 fn page(appliance: &mut Appliance, name: &str) -> Result<Instant> {
     let host = appliance.ctl().host().to_owned();
     let (health, page) = (format!("{host}/healthz"), format!("{host}/{name}"));
-    first_answer(&[&health, &page], appliance.guest()?, page_of_a_ready_agentd)
+    let uplink = appliance.capture_file();
+    first_answer(&[&health, &page], appliance.guest()?, &uplink, page_of_a_ready_agentd)
 }
 
 fn first_agent_ms(ctl: &Ctl) -> Result<Option<f64>> {
@@ -134,7 +151,7 @@ pub fn measure(runs: usize, peer: bool) -> Result<Bench> {
     let mut rows = Vec::new();
 
     let mut direct = Appliance::new()?;
-    direct.boot(&Start::default())?;
+    direct.boot(&Start { capture: true, ..Start::default() })?;
     let started = direct.guest()?.started();
     let first = page(&mut direct, "claim")?;
     rows.push(Row::new(
@@ -156,7 +173,7 @@ pub fn measure(runs: usize, peer: bool) -> Result<Bench> {
     }
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..runs {
-        ours.push(one(&mut direct, &Start::default())?);
+        ours.push(one(&mut direct, &Start { capture: true, ..Start::default() })?);
         if let Some((peer, disk)) = &debian_disk {
             theirs.push(peer.boot(setup.accelerator, disk, tests_qemu::free_port()?)?);
         }
@@ -174,7 +191,7 @@ pub fn measure(runs: usize, peer: bool) -> Result<Bench> {
     uefi.claim()?;
     uefi.power_off()?;
     let booted: Vec<Ours> = (0..runs)
-        .map(|_| one(&mut uefi, &Start { uefi: true, ..Start::default() }))
+        .map(|_| one(&mut uefi, &Start { uefi: true, capture: true, ..Start::default() }))
         .collect::<Result<_>>()?;
     stages(&mut rows, "UEFI", &booted)?;
     Ok(result("boot", rows))

@@ -35,18 +35,25 @@ impl Peer {
             command_line: "root=/dev/vda ro quiet console=ttyS0".to_owned(),
             initrd: Some(self.folder.join("initrd.img")),
         };
+        let uplink = disk.with_extension("pcap");
         let machine = Machine {
             memory_mib: 1024,
             cpus: 2,
             drives: vec![Drive::raw(disk)],
-            network: Some(Network { forwards: vec![(port, 80)], ..Network::default() }),
+            network: Some(Network {
+                forwards: vec![(port, 80)],
+                capture: Some(uplink.clone()),
+                ..Network::default()
+            }),
             ..Machine::new(accelerator, boot)
         };
+        // An earlier boot's lease is not this one's.
+        std::fs::remove_file(&uplink).ok();
         let mut guest = machine.start(None)?;
         let switched_on = guest.started();
         let (page, clock) =
             (format!("http://127.0.0.1:{port}/"), format!("http://127.0.0.1:{port}/cgi-bin/uptime"));
-        let at = first_answer(&[&page], &mut guest, |_| true)?;
+        let at = first_answer(&[&page], &mut guest, &uplink, |_| true)?;
         // Served by a program of the page's own server, so it needs nothing else in the guest.
         let kernel_ms = kernel_start(switched_on, || {
             let text = ask(&[&clock])?;
