@@ -11,8 +11,6 @@ use std::time::Duration;
 pub enum Traffic {
     Arp,
     Dhcp,
-    /// The server's word that the address is the guest's (DHCPACK, RFC 2131).
-    DhcpLease,
     /// Neighbour and router discovery, multicast listener reports (RFC 4861, RFC 3810).
     NeighbourDiscovery,
     /// A DNS question or answer, with the name asked for.
@@ -85,7 +83,7 @@ fn transport(protocol: Option<u8>, segment: Option<&[u8]>, addresses: &str) -> T
     let ports = [be16(segment, 0), be16(segment, 2)];
     let has = |port: u16| ports.contains(&Some(port));
     match protocol {
-        Some(17) if has(67) && has(68) => dhcp(segment.get(8..).unwrap_or_default()),
+        Some(17) if has(67) && has(68) => Traffic::Dhcp,
         Some(17) if has(123) => Traffic::Sntp,
         Some(17) if has(53) => Traffic::Dns(dns_name(segment.get(8..).unwrap_or_default())),
         Some(6) if has(CONSOLE_PORT) => Traffic::Console,
@@ -93,18 +91,6 @@ fn transport(protocol: Option<u8>, segment: Option<&[u8]>, addresses: &str) -> T
         Some(2) => Traffic::NeighbourDiscovery,
         _ => Traffic::Other(format!("protocol {protocol:?} ports {ports:?} addresses {addresses}")),
     }
-}
-
-/// Options begin behind 236 bytes and the magic cookie; 53 is the message type, and 5 an acknowledgement (RFC 2132).
-fn dhcp(message: &[u8]) -> Traffic {
-    let mut options = message.get(240..).unwrap_or_default();
-    while let [code, length, rest @ ..] = options {
-        if (*code, *length) == (53, 1) {
-            return if rest.first() == Some(&5) { Traffic::DhcpLease } else { Traffic::Dhcp };
-        }
-        options = rest.get(usize::from(*length)..).unwrap_or_default();
-    }
-    Traffic::Dhcp
 }
 
 /// The first question's name (RFC 1035, 4.1.2).
@@ -147,9 +133,6 @@ mod tests {
             b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04pool\x03ntp\x03org\x00\x00\x01\x00\x01";
         assert_eq!(name(&udp(5000, 53, question)), Traffic::Dns("pool.ntp.org".to_owned()));
         assert_eq!(name(&udp(68, 67, &[])), Traffic::Dhcp);
-        let mut acknowledged = vec![0; 240];
-        acknowledged.extend([54, 4, 10, 0, 2, 2, 53, 1, 5, 255]);
-        assert_eq!(name(&udp(67, 68, &acknowledged)), Traffic::DhcpLease);
         assert_eq!(name(&udp(40000, 123, &[])), Traffic::Sntp);
         assert!(matches!(name(&udp(40000, 443, &[])), Traffic::Other(_)));
         assert!(matches!(name(&[0; 10]), Traffic::Other(_)));
