@@ -8,6 +8,8 @@
 mod alone;
 #[path = "suite/bad_machines.rs"]
 mod bad_machines;
+#[path = "suite/companion.rs"]
+mod companion;
 #[path = "suite/first_day.rs"]
 mod first_day;
 #[path = "suite/packages.rs"]

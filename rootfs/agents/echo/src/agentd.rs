@@ -152,7 +152,7 @@ impl Agentd {
         say: &mut dyn FnMut(&str),
     ) -> Result<(), CallError> {
         let body = json!({
-            "model": "default", "messages": messages, "max_tokens": max_tokens, "temperature": 0.7, "stream": true,
+            "model": "default", "messages": messages, "max_tokens": max_tokens, "temperature": 0.3, "stream": true,
         });
         // Another prompt is another request, and needs another key.
         let mut hash = DefaultHasher::new();

@@ -302,16 +302,19 @@ fn told_facts_survive_the_plug(appliance: &mut Appliance, most: usize) -> Result
 }
 
 /// One message; the notes of the reply, in order.
-fn chat(ctl: &Ctl, text: &str) -> Result<Vec<String>> {
+pub(crate) fn chat(ctl: &Ctl, text: &str) -> Result<Vec<String>> {
+    let notes = reply(ctl, text)?.into_iter().filter_map(|part| match part {
+        ReplyPart::Note { text } => Some(text),
+        _ => None,
+    });
+    Ok(notes.collect())
+}
+
+/// One message; all of its reply.
+pub(crate) fn reply(ctl: &Ctl, text: &str) -> Result<Vec<ReplyPart>> {
     let said = ctl.run(&["chat", "echo", text, "--json"])?.success()?;
     let parts: Vec<ReplyPart> =
         said.lines().map(serde_json::from_str).collect::<Result<_, _>>().with_context(|| said.clone())?;
     ensure!(matches!(parts.last(), Some(ReplyPart::Done)), "the reply has no end: {said}");
-    Ok(parts
-        .into_iter()
-        .filter_map(|part| match part {
-            ReplyPart::Note { text } => Some(text),
-            _ => None,
-        })
-        .collect())
+    Ok(parts)
 }
