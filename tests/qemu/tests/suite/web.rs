@@ -18,7 +18,7 @@ use tests_qemu::{Appliance, BOOT, PASSWORD, Start};
 const FACT: &str = "The spare key hangs behind the blue door.";
 const QUESTION: &str = "Where is the spare key?";
 
-/// For a whole answer of `echo`, which takes most of a minute where QEMU emulates.
+/// For a whole answer of `echo` where QEMU emulates on a busy machine.
 const REPLY: Duration = Duration::from_secs(600);
 
 /// Every page that somebody who is signed in can look at.
