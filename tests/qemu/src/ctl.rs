@@ -61,17 +61,7 @@ impl Ctl {
 
     /// The same with standard input.
     pub fn input(&self, arguments: &[&str], input: &str) -> Result<Answer> {
-        let program = setup().cache.path("programs-target/release/agentctl");
-        let mut child = Command::new(&program)
-            .args(arguments)
-            .env_clear()
-            .env("HOME", &self.home)
-            .env("AGENTCTL_HOST", &self.host)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("cannot start {}", program.display()))?;
+        let mut child = self.command(arguments).spawn().context("cannot start agentctl")?;
         if let Some(mut stdin) = child.stdin.take() {
             // A program that does not read its input closes it; that is not an error here.
             stdin.write_all(input.as_bytes()).ok();
