@@ -140,7 +140,6 @@ impl Store {
         Ok(store)
     }
 
-    /// One transaction. The inner error ends it without a change.
     /// Format, owner and all tables: reading a table that was never opened for writing is an error in redb. Where
     /// everything is there already, as at each start but the first, nothing is written.
     fn set_up(&self) -> Result<OwnerId, StoreError> {
@@ -189,6 +188,7 @@ impl Store {
         Ok(txn)
     }
 
+    /// One transaction. The inner error ends it without a change.
     fn write<T>(
         &self,
         change: impl FnOnce(&WriteTransaction) -> Result<Result<T, StoreError>, redb::Error>,
