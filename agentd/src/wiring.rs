@@ -197,7 +197,10 @@ async fn start_agents(
     let opened = opened
         .map_err(|error| Report::bug("thread_lost", what, error.to_string(), "reboot the appliance"))?;
     let db = Db::new(opened.map_err(|error| error.report(what))?);
-    bundled::install(&db, &places.builtin_agents, board).await.map_err(|error| error.report(what))?;
+    let root_hash = bundled::root_hash(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    bundled::install(&db, &places.builtin_agents, root_hash, board)
+        .await
+        .map_err(|error| error.report(what))?;
     let logs = Logs::start(places.logs()).map_err(|error| {
         Report::environment("threads_spent", what, error.to_string(), "reboot the appliance")
     })?;

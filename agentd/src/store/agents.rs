@@ -49,7 +49,25 @@ pub(super) fn create_tables(txn: &WriteTransaction) -> Result<(), redb::Error> {
     Ok(())
 }
 
+/// In the table of the store itself: the hash of the root whose bundled agents were installed last.
+const BUNDLED_FROM: &str = "bundled_from";
+
 impl Store {
+    /// The root hash (hex) of the image whose bundled agents are all installed.
+    pub fn bundled_from(&self) -> Result<Option<String>, StoreError> {
+        self.read(|txn| {
+            let row = txn.open_table(META)?.get(BUNDLED_FROM)?;
+            Ok(Ok(row.map(|row| String::from_utf8_lossy(row.value()).into_owned())))
+        })
+    }
+
+    pub fn set_bundled_from(&self, root_hash: &str) -> Result<(), StoreError> {
+        self.write(|txn| {
+            txn.open_table(META)?.insert(BUNDLED_FROM, root_hash.as_bytes())?;
+            Ok(Ok(()))
+        })
+    }
+
     /// A uid that no agent had before.
     pub fn next_uid(&self) -> Result<u32, StoreError> {
         self.write(|txn| {
