@@ -92,7 +92,7 @@ fn build_all(cache: &Cache, checkout: &Checkout) -> Result<Programs> {
 
 /// The engine's target folder; tests that need a real engine use it too, so llama.cpp is compiled once.
 pub fn engine_target(cache: &Cache) -> PathBuf {
-    cache.path("image-target")
+    cache.path("engine-target")
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -153,6 +153,9 @@ fn cargo(checkout: &Checkout, target: &Path, linking: Linking) -> Result<Command
         .env("CARGO_TARGET_DIR", target)
         .env("CFLAGS", &c_flags)
         .env("CXXFLAGS", &c_flags)
+        // CMake links with the build folder as RUNPATH and blanks it out when it installs: its length would show.
+        // (CMake is configured once: with another option the folder below needs another name.)
+        .env("CMAKE_SKIP_BUILD_RPATH", "ON")
         .env("RUSTFLAGS", rust_flags);
     Ok(cargo)
 }
