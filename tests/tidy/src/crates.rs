@@ -16,16 +16,20 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     ("netd", &["agentd-domain", "init-sys"]),
     // agentd and below
     ("agentd-domain", &[]),
+    // agentd writes the audit log, agentctl checks it: both by the same code.
+    ("agentd-audit", &["agentd-domain"]),
     ("agentd-capability", &["agentd-domain"]),
     ("agentd-sandbox", &["agentd-domain", "init-sys"]),
     ("agentd-engine", &["agentd-domain"]),
     ("agentd-serving", &["agentd-domain"]),
+    ("agentd-egress", &["agentd-domain"]),
     ("agentd-memory", &["agentd-domain"]),
     ("agentd-console", &["agentd-domain", "init-sys"]),
-    ("agentctl", &["agentd-capability", "agentd-domain"]),
+    ("agentctl", &["agentd-audit", "agentd-capability", "agentd-domain"]),
     (
         "agentd",
         &[
+            "agentd-audit",
             "agentd-capability",
             "agentd-console",
             "agentd-domain",
@@ -38,7 +42,7 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     // What runs elsewhere
     ("echo-agent", &[]),
     ("image", &["agentd-domain"]),
-    ("tests-host", &["agentd-domain"]),
+    ("tests-host", &["agentd-domain", "echo-agent"]),
     ("tests-qemu", &["agentd-domain", "image", "init-sys"]),
     // The form of a result is tidy's, which reads what bench writes.
     ("tests-bench", &["agentd-domain", "image", "tests-qemu", "tests-tidy"]),

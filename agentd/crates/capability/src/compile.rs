@@ -1,19 +1,20 @@
-//! Which plan follows from a manifest?
+//! Which plan follows from rights?
 //!
-//! In:     a checked [`Manifest`] and the [`Subject`] it is for. Out: the whole [`SandboxPlan`].
-//! Always: no path, variable or limit comes from anywhere but the manifest's checked values and the constants here;
-//!         every number is cut to [`ceiling`] once more, so a manifest built by hand cannot exceed it either.
+//! In:     a checked [`Manifest`], which says what is run; [`Rights`], which say what it may do; the [`Subject`] it is
+//!         for. Out: the whole [`SandboxPlan`].
+//! Always: no path, variable or limit comes from anywhere but these checked values and the constants here; every
+//!         number is cut to its ceiling once more, so rights built by hand cannot exceed it either.
 
-use crate::manifest::is_beneath;
 use crate::syscalls;
-use agentd_domain::agent_api::Tier;
+use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
-use agentd_domain::manifest::{Limits, Manifest, MemoryAccess};
+use agentd_domain::manifest::Manifest;
 use agentd_domain::paths::{self, inside};
 use agentd_domain::plan::{
     CgroupLimits, DiskQuota, FsAccess, LandlockPlan, LandlockRule, Mount, NetworkPlan, PLAN_VERSION, Rlimit,
-    SandboxPlan, SeccompPlan, ceiling,
+    SandboxPlan, SeccompPlan,
 };
+use agentd_domain::rights::{Limit, Rights, UNLIMITED, is_beneath};
 
 /// Landlock's scopes for signals and abstract sockets came with this ABI (Linux 6.12).
 const LANDLOCK_ABI_MIN: u32 = 6;
@@ -61,8 +62,35 @@ impl Subject {
     }
 }
 
-/// The plan that holds for a run of this agent.
+/// What this manifest asks for.
+pub fn asked(manifest: &Manifest) -> Rights {
+    let groups: Vec<&str> = syscalls::GROUPS.iter().map(|group| group.name).collect();
+    Rights::asked_by(manifest, &groups)
+}
+
+/// The plan that holds for a run of this agent with all that its manifest asks for.
 pub fn compile(manifest: &Manifest, subject: &Subject) -> SandboxPlan {
+    plan(manifest, &asked(manifest), subject)
+}
+
+/// The plan that holds for a run with these rights, which are a token's: the manifest gives nothing.
+pub fn compile_with(manifest: &Manifest, rights: &Rights, subject: &Subject) -> Result<SandboxPlan, Report> {
+    let refused = |why: String, fix: &str| Report::caller("rights_too_narrow", "no run is started", why, fix);
+    if let Some(limit) = Limit::ALL.into_iter().find(|limit| rights.limit(*limit) < limit.floor()) {
+        let why = format!("`{limit}` is {}, and no run keeps below {}", rights.limit(limit), limit.floor());
+        return Err(refused(why, "use a token with a larger limit"));
+    }
+    let program = manifest.exec.first().map_or("", String::as_str);
+    if asked(manifest).read.iter().any(|folder| is_beneath(program, folder))
+        && !rights.read.iter().any(|folder| is_beneath(program, folder))
+    {
+        let why = format!("the program {program} lies in no folder that the token allows to read");
+        return Err(refused(why, "keep the program's folder in the token's `read`"));
+    }
+    Ok(plan(manifest, rights, subject))
+}
+
+fn plan(manifest: &Manifest, rights: &Rights, subject: &Subject) -> SandboxPlan {
     SandboxPlan {
         version: PLAN_VERSION,
         agent_id: subject.agent_id,
@@ -71,22 +99,34 @@ pub fn compile(manifest: &Manifest, subject: &Subject) -> SandboxPlan {
         exec: manifest.exec.clone(),
         workdir: manifest.workdir.clone(),
         env: environment(),
-        mounts: mounts(manifest, subject),
-        landlock: landlock(manifest),
-        seccomp: seccomp(),
-        cgroup: cgroup(&manifest.limits),
-        rlimits: rlimits(&manifest.limits),
+        mounts: mounts(manifest, rights, subject),
+        landlock: landlock(manifest, rights),
+        seccomp: seccomp(rights),
+        cgroup: cgroup(rights),
+        rlimits: rlimits(rights),
         network: NetworkPlan::LoopbackOnly,
-        api: api_rights(manifest),
+        api: rights.api.iter().cloned().collect(),
     }
 }
 
 /// The user quota of the agent's volume.
 pub fn quota(manifest: &Manifest) -> DiskQuota {
-    DiskQuota {
-        bytes: manifest.limits.disk_bytes.min(ceiling::DISK_MAX_BYTES),
-        inodes: manifest.limits.inodes.min(ceiling::INODES_MAX),
-    }
+    quota_with(&asked(manifest))
+}
+
+/// The same for rights.
+pub fn quota_with(rights: &Rights) -> DiskQuota {
+    DiskQuota { bytes: kept(rights, Limit::DiskBytes), inodes: kept(rights, Limit::DiskInodes) }
+}
+
+/// The value of a limit in a plan.
+fn kept(rights: &Rights, limit: Limit) -> u64 {
+    rights.limit(limit).clamp(limit.floor(), limit.ceiling())
+}
+
+/// The same for a limit whose ceiling fits.
+fn kept_count(rights: &Rights, limit: Limit) -> u32 {
+    u32::try_from(kept(rights, limit)).unwrap_or(u32::MAX)
 }
 
 /// Fixed for every agent, so that nothing leaks in and every HTTP and model library finds agentd by itself. The
@@ -115,9 +155,9 @@ fn environment() -> Vec<(String, String)> {
     variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
-fn mounts(manifest: &Manifest, subject: &Subject) -> Vec<Mount> {
-    let tmp_bytes = manifest.limits.tmp_bytes.min(ceiling::TMP_MAX_BYTES);
-    let mut mounts: Vec<Mount> = runtime(manifest)
+fn mounts(manifest: &Manifest, rights: &Rights, subject: &Subject) -> Vec<Mount> {
+    let tmp_bytes = kept(rights, Limit::TmpBytes);
+    let mut mounts: Vec<Mount> = runtime(manifest, rights)
         .into_iter()
         .map(|(path, exec)| Mount::ReadOnly { source: path.clone(), target: path, exec, optional: true })
         .collect();
@@ -139,9 +179,9 @@ fn mounts(manifest: &Manifest, subject: &Subject) -> Vec<Mount> {
     mounts
 }
 
-/// Files of the image that a program needs before its first own instruction, and what the manifest asks for. The
+/// Files of the image that a program needs before its first own instruction, and what the rights add. The
 /// flag tells whether programs in there may be started: the loader must be, as the kernel starts it.
-fn runtime(manifest: &Manifest) -> Vec<(String, bool)> {
+fn runtime(manifest: &Manifest, rights: &Rights) -> Vec<(String, bool)> {
     let fixed = [
         (LIBRARIES, true),
         (LOADER_FOLDER, true),
@@ -152,11 +192,11 @@ fn runtime(manifest: &Manifest) -> Vec<(String, bool)> {
     ];
     let mut paths: Vec<(String, bool)> = Vec::new();
     for (path, exec) in fixed {
-        if !manifest.read.iter().any(|asked| is_beneath(path, asked)) {
+        if !rights.read.iter().any(|asked| is_beneath(path, asked)) {
             paths.push((path.to_owned(), exec));
         }
     }
-    for asked in &manifest.read {
+    for asked in &rights.read {
         // A folder inside one that is already there brings nothing new.
         if paths.iter().any(|(path, _)| is_beneath(asked, path)) {
             continue;
@@ -168,8 +208,8 @@ fn runtime(manifest: &Manifest) -> Vec<(String, bool)> {
     paths
 }
 
-fn landlock(manifest: &Manifest) -> LandlockPlan {
-    let mut rules: Vec<LandlockRule> = runtime(manifest)
+fn landlock(manifest: &Manifest, rights: &Rights) -> LandlockPlan {
+    let mut rules: Vec<LandlockRule> = runtime(manifest, rights)
         .into_iter()
         .map(|(path, exec)| LandlockRule {
             path,
@@ -187,15 +227,17 @@ fn landlock(manifest: &Manifest) -> LandlockPlan {
     LandlockPlan { abi_min: LANDLOCK_ABI_MIN, rules, connect_tcp: vec![API_PORT] }
 }
 
-fn seccomp() -> SeccompPlan {
+fn seccomp(rights: &Rights) -> SeccompPlan {
     let owned = |names: &[&str]| {
         let mut names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         names.sort_unstable();
         names
     };
-    let allow: Vec<&str> = syscalls::GROUPS.iter().flat_map(|group| group.calls).copied().collect();
+    let groups: Vec<&syscalls::Group> =
+        syscalls::GROUPS.iter().filter(|group| rights.calls.contains(group.name)).collect();
+    let allow: Vec<&str> = groups.iter().flat_map(|group| group.calls).copied().collect();
     SeccompPlan {
-        groups: syscalls::GROUPS.iter().map(|group| group.name.to_owned()).collect(),
+        groups: groups.iter().map(|group| group.name.to_owned()).collect(),
         allow: owned(&allow),
         enosys: owned(syscalls::ENOSYS),
         kill: owned(syscalls::KILL),
@@ -205,26 +247,23 @@ fn seccomp() -> SeccompPlan {
     }
 }
 
-fn cgroup(limits: &Limits) -> CgroupLimits {
-    let memory_max_bytes =
-        limits.memory_max_bytes.clamp(ceiling::MEMORY_MIN_BYTES, ceiling::MEMORY_MAX_BYTES);
+fn cgroup(rights: &Rights) -> CgroupLimits {
+    let memory_max_bytes = kept(rights, Limit::MemoryMax);
+    let io = kept(rights, Limit::IoBytes);
     CgroupLimits {
-        memory_high_bytes: limits.memory_high_bytes.clamp(ceiling::MEMORY_MIN_BYTES, memory_max_bytes),
+        memory_high_bytes: kept(rights, Limit::MemoryHigh).min(memory_max_bytes),
         memory_max_bytes,
-        pids_max: limits.pids.clamp(ceiling::PIDS_MIN, ceiling::PIDS_MAX),
-        cpu_quota_us: u64::from(limits.cpu_percent.clamp(1, ceiling::CPU_PERCENT_MAX))
-            * (CPU_PERIOD_US / 100),
+        pids_max: kept_count(rights, Limit::Pids),
+        cpu_quota_us: kept(rights, Limit::CpuPercent) * (CPU_PERIOD_US / 100),
         cpu_period_us: CPU_PERIOD_US,
-        io_bytes_per_second: limits
-            .io_bytes_per_second
-            .map(|rate| rate.max(ceiling::IO_MIN_BYTES_PER_SECOND)),
+        io_bytes_per_second: (io < UNLIMITED).then_some(io),
     }
 }
 
 /// What cgroups do not count. `NPROC` is missing on purpose: it counts per uid over the whole machine, `pids.max`
 /// does it right.
-fn rlimits(limits: &Limits) -> Vec<Rlimit> {
-    let open_files = u64::from(limits.open_files.clamp(ceiling::OPEN_FILES_MIN, ceiling::OPEN_FILES_MAX));
+fn rlimits(rights: &Rights) -> Vec<Rlimit> {
+    let open_files = kept(rights, Limit::OpenFiles);
     [("CORE", 0), ("MEMLOCK", 0), ("MSGQUEUE", 0), ("NICE", 0), ("NOFILE", open_files), ("RTPRIO", 0)]
         .into_iter()
         .map(|(name, value)| Rlimit { name: name.to_owned(), soft: value, hard: value })
@@ -232,37 +271,5 @@ fn rlimits(limits: &Limits) -> Vec<Rlimit> {
 }
 
 /// Rights as `agentd_domain::agent_api` names them; those of memory once more per tier (`memory.recall.spirit`).
-fn api_rights(manifest: &Manifest) -> Vec<String> {
-    let mut rights = Vec::new();
-    for &(tier, access) in &manifest.memory {
-        let tier = tier_name(tier);
-        if access != MemoryAccess::None {
-            rights.extend(["memory.recall".to_owned(), format!("memory.recall.{tier}")]);
-        }
-        if access == MemoryAccess::ReadWrite {
-            rights.extend(["memory.remember".to_owned(), format!("memory.remember.{tier}")]);
-        }
-    }
-    if manifest.messages {
-        rights.push("messages".to_owned());
-    }
-    if manifest.model.is_some() {
-        rights.push("models".to_owned());
-    }
-    rights.sort_unstable();
-    rights.dedup();
-    rights
-}
-
-fn tier_name(tier: Tier) -> &'static str {
-    match tier {
-        Tier::Working => "working",
-        Tier::Active => "active",
-        Tier::Spirit => "spirit",
-        Tier::Codegraph => "codegraph",
-        Tier::Knowledge => "knowledge",
-    }
-}
-
 #[cfg(test)]
 mod tests;

@@ -11,10 +11,13 @@
 #![forbid(unsafe_code)]
 
 mod compile;
+mod diff;
 mod manifest;
 mod reader;
 mod syscalls;
+pub mod token;
 mod units;
 
-pub use compile::{Package, Subject, compile, quota};
+pub use compile::{Package, Subject, asked, compile, compile_with, quota, quota_with};
+pub use diff::{Difference, difference};
 pub use manifest::parse_manifest;

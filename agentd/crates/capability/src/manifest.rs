@@ -12,6 +12,7 @@ use agentd_domain::ids::AgentName;
 use agentd_domain::manifest::{Limits, Manifest, MemoryAccess, Restart};
 use agentd_domain::paths::inside;
 use agentd_domain::plan::ceiling;
+use agentd_domain::rights::is_beneath;
 use std::ops::RangeInclusive;
 
 /// No honest manifest is larger; the parser's memory follows the text's size.
@@ -380,10 +381,6 @@ fn may_be_read(path: &str) -> bool {
         && open.iter().any(|folder| is_beneath(path, folder))
         // Neither inside nor around: the whole of /usr/lib would bring /usr/lib/agentd along.
         && !own.iter().any(|folder| is_beneath(path, folder) || is_beneath(folder, path))
-}
-
-pub(crate) fn is_beneath(path: &str, folder: &str) -> bool {
-    path.strip_prefix(folder).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 fn is_clean_absolute(path: &str) -> bool {

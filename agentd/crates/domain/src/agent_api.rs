@@ -36,6 +36,19 @@ pub enum Tier {
     Knowledge,
 }
 
+impl Tier {
+    /// As in JSON and in the names of rights.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Working => "working",
+            Self::Active => "active",
+            Self::Spirit => "spirit",
+            Self::Codegraph => "codegraph",
+            Self::Knowledge => "knowledge",
+        }
+    }
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Remember {

@@ -8,6 +8,7 @@
 
 pub mod agent_api;
 pub mod api;
+pub mod audit;
 pub mod config;
 pub mod engine;
 pub mod fault;
@@ -21,3 +22,4 @@ pub mod marker;
 pub mod netd;
 pub mod paths;
 pub mod plan;
+pub mod rights;

@@ -1,6 +1,7 @@
 use super::*;
 use crate::parse_manifest;
-use agentd_domain::manifest::Restart;
+use agentd_domain::manifest::{Limits, Restart};
+use agentd_domain::plan::ceiling;
 use proptest::prelude::*;
 use std::path::Path;
 use uuid::Uuid;
@@ -70,7 +71,8 @@ fn a_manifest_with_every_section_gives_exactly_what_it_asks_for() {
 
 #[test]
 fn dangerous_calls_are_in_no_group() {
-    let seccomp = seccomp();
+    let manifest = parse_manifest("[agent]\nname = \"hello\"\nexec = [\"/agent/run\"]\n").unwrap();
+    let seccomp = seccomp(&asked(&manifest));
     for call in [
         "mount",
         "umount2",

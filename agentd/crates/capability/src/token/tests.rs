@@ -1,0 +1,324 @@
+use super::*;
+use crate::asked;
+use crate::parse_manifest;
+use agentd_domain::plan::{DiskQuota, Mount, SandboxPlan};
+use agentd_domain::rights::{Limit, UNLIMITED, is_beneath};
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use std::collections::BTreeSet;
+use uuid::Uuid;
+
+const NOW: i64 = 1_790_000_000;
+
+fn key() -> RootKey {
+    RootKey::from_secret(&[7; 32]).unwrap()
+}
+
+fn agent(number: u128) -> AgentId {
+    AgentId(Uuid::from_u128(number))
+}
+
+fn grant() -> Grant {
+    let manifest = parse_manifest(
+        "[agent]\nname = \"a\"\nexec = [\"/agent/run\"]\n[model]\nuse = \"default\"\n[fs]\nread = [\"/usr/share/dict\"]\n\
+         [memory]\nspirit = \"rw\"\n[messages]\naccept = true\n",
+    )
+    .unwrap();
+    Grant { holder: agent(1), rights: asked(&manifest), expires_unix_s: Some(NOW + 60) }
+}
+
+fn at(caller: u128, now_unix_s: i64) -> Circumstances<'static> {
+    Circumstances { caller: agent(caller), now_unix_s, revoked: &|_| false }
+}
+
+fn code(result: Result<impl std::fmt::Debug, Report>) -> String {
+    result.unwrap_err().code
+}
+
+fn names(names: &[&str]) -> Option<BTreeSet<String>> {
+    Some(names.iter().map(|&name| name.to_owned()).collect())
+}
+
+#[test]
+fn a_token_gives_back_what_was_granted() {
+    let token = mint(&key(), &grant(), &Fresh([1; 32])).unwrap();
+    assert!(token.len() < 4096, "{}", token.len());
+    let verified = verify(&token, key().public(), &at(1, NOW)).unwrap();
+    assert_eq!((verified.holder, &verified.rights), (agent(1), &grant().rights));
+    assert_eq!(verified.revocation_ids.len(), 1);
+}
+
+#[test]
+fn a_token_of_another_key_or_agent_or_time_is_refused() {
+    let token = mint(&key(), &grant(), &Fresh([1; 32])).unwrap();
+    let other = RootKey::from_secret(&[8; 32]).unwrap();
+    assert_eq!(code(verify(&token, other.public(), &at(1, NOW))), "token_foreign");
+    assert_eq!(code(verify(&token, key().public(), &at(2, NOW))), "token_stolen");
+    assert_eq!(code(verify(&token, key().public(), &at(1, NOW + 60))), "token_expired");
+    let sooner = Narrowing { expires_unix_s: Some(NOW), ..Narrowing::default() };
+    let token = attenuate(&token, &sooner, &Fresh([2; 32])).unwrap();
+    assert_eq!(code(verify(&token, key().public(), &at(1, NOW))), "token_expired");
+    let later = Narrowing { expires_unix_s: Some(NOW + 600), ..Narrowing::default() };
+    let token = attenuate(&token, &later, &Fresh([3; 32])).unwrap();
+    assert_eq!(inspect(&token).unwrap().expires_unix_s, Some(NOW), "a later end gives no time");
+}
+
+#[test]
+fn to_revoke_one_ends_its_descendants_and_no_one_else() {
+    let parent = mint(&key(), &grant(), &Fresh([1; 32])).unwrap();
+    let child = attenuate(&parent, &Narrowing::default(), &Fresh([2; 32])).unwrap();
+    let sibling = attenuate(&parent, &Narrowing::default(), &Fresh([3; 32])).unwrap();
+    let grandchild = attenuate(&child, &Narrowing::default(), &Fresh([4; 32])).unwrap();
+    let revoked = inspect(&child).unwrap().revocation_ids.remove(1);
+    let gone = |token: &str| {
+        let is_revoked = |id: &RevocationId| *id == revoked;
+        let at = Circumstances { revoked: &is_revoked, ..at(1, NOW) };
+        verify(token, key().public(), &at).is_err_and(|report| report.code == "token_revoked")
+    };
+    assert_eq!([&parent, &child, &sibling, &grandchild].map(|token| gone(token)), [false, true, false, true]);
+}
+
+#[test]
+fn what_is_not_a_token_of_ours_is_refused_with_a_reason() {
+    let token = mint(&key(), &grant(), &Fresh([1; 32])).unwrap();
+    for text in ["", "rubbish", &token[..token.len() / 2], &token[8..]] {
+        assert_eq!(code(inspect(text)), "token_unreadable", "{text:?}");
+    }
+    assert_eq!(code(inspect(&token.repeat(40))), "token_too_large");
+    let mut deep = token.clone();
+    for round in 0..BLOCKS_MAX - 1 {
+        deep = attenuate(&deep, &Narrowing::default(), &Fresh([round as u8; 32])).unwrap();
+    }
+    verify(&deep, key().public(), &at(1, NOW)).unwrap();
+    assert_eq!(code(attenuate(&deep, &Narrowing::default(), &Fresh([99; 32]))), "token_too_deep");
+    // Ten thousand blocks, appended with Biscuit itself, are refused by their size before anything is parsed.
+    let mut many = UnverifiedBiscuit::from_base64(&deep).unwrap();
+    let next = keypair(&[5; 32]).unwrap();
+    while many.block_count() < 40 {
+        many = many.append_with_keypair(&next, biscuit_auth::BlockBuilder::new()).unwrap();
+    }
+    assert_eq!(code(inspect(&many.to_base64().unwrap())), "token_too_deep");
+}
+
+/// Blocks that Biscuit would accept, and that mean something else than they say, or say nothing.
+#[test]
+fn a_block_that_is_not_of_the_template_is_refused() {
+    let token = UnverifiedBiscuit::from_base64(mint(&key(), &grant(), &Fresh([1; 32])).unwrap()).unwrap();
+    let narrow = Narrowing { api: names(&["messages"]), ..Narrowing::default() };
+    let wide = datalog::attenuation(&Narrowing::default()).unwrap();
+    let own = |code: &str| biscuit_auth::BlockBuilder::new().code(code).unwrap();
+    for (what, block) in [
+        ("no meaning", own("check if asks($k, $w, $a), $w != \"models\"")),
+        ("a right of its own", own("right(\"api\", \"everything\")")),
+        ("a rule", datalog::attenuation(&narrow).unwrap().code("right(\"api\", $x) <- holder($x)").unwrap()),
+        ("another check", datalog::attenuation(&narrow).unwrap().code("check if time($t)").unwrap()),
+        ("nothing at all", own("")),
+        ("two meanings", wide.merge(datalog::attenuation(&narrow).unwrap())),
+    ] {
+        let changed = token.append_with_keypair(&keypair(&[2; 32]).unwrap(), block).unwrap();
+        assert_eq!(code(inspect(&changed.to_base64().unwrap())), "token_profile", "{what}");
+    }
+}
+
+#[test]
+fn a_limit_that_no_run_keeps_is_refused_and_not_raised() {
+    let token = mint(&key(), &grant(), &Fresh([1; 32])).unwrap();
+    let limits = |limits: &[(Limit, u64)]| Narrowing {
+        limits: limits.iter().copied().collect(),
+        ..Narrowing::default()
+    };
+    for bad in [
+        limits(&[(Limit::Pids, 1)]),
+        limits(&[(Limit::MemoryMax, 8 << 20)]),
+        limits(&[(Limit::MemoryMax, 8 << 20), (Limit::MemoryHigh, 9 << 20)]),
+        Narrowing { read: names(&["usr"]), ..Narrowing::default() },
+        Narrowing { read: names(&["/usr/../etc"]), ..Narrowing::default() },
+    ] {
+        assert_eq!(code(attenuate(&token, &bad, &Fresh([2; 32]))), "narrowing_refused", "{bad:?}");
+    }
+}
+
+#[test]
+fn the_same_inputs_give_the_same_token() {
+    let minted = || mint(&key(), &grant(), &Fresh([1; 32])).unwrap();
+    assert_eq!(minted(), minted());
+}
+
+const API: [&str; 6] =
+    ["messages", "models", "memory.recall", "memory.recall.spirit", "memory.remember", "quote\" || \"\\"];
+const FOLDERS: [&str; 7] =
+    ["/usr/share", "/usr/share/dict", "/usr/share/dict/en", "/usr/sharedict", "/opt", "/opt/a", "/usr"];
+const CALLS: [&str; 3] = ["files", "processes", "time"];
+
+fn some(of: &'static [&'static str]) -> impl Strategy<Value = BTreeSet<String>> {
+    proptest::sample::subsequence(of, 0..=of.len())
+        .prop_map(|some| some.into_iter().map(str::to_owned).collect())
+}
+
+/// Around the edges, where a comparison may be wrong by one.
+fn value(limit: Limit) -> impl Strategy<Value = u64> {
+    let floor = limit.floor();
+    prop_oneof![Just(floor), Just(floor + 1), floor..floor + 4, Just(UNLIMITED - 1), Just(UNLIMITED)]
+}
+
+fn any_rights() -> impl Strategy<Value = Rights> {
+    let limits: Vec<_> = Limit::ALL.into_iter().map(value).collect();
+    (some(&API), some(&FOLDERS), some(&CALLS), limits).prop_map(|(api, read, calls, values)| {
+        let mut limits: std::collections::BTreeMap<_, _> = Limit::ALL.into_iter().zip(values).collect();
+        let max = limits[&Limit::MemoryMax];
+        limits.entry(Limit::MemoryHigh).and_modify(|high| *high = (*high).min(max));
+        Rights { api, read, calls, limits }
+    })
+}
+
+fn any_narrowing() -> impl Strategy<Value = Narrowing> {
+    let limits: Vec<_> = Limit::ALL.into_iter().map(|limit| proptest::option::of(value(limit))).collect();
+    let sets = (
+        proptest::option::of(some(&API)),
+        proptest::option::of(some(&FOLDERS)),
+        proptest::option::of(some(&CALLS)),
+    );
+    (sets, limits, proptest::option::of(NOW - 2..NOW + 3)).prop_map(
+        |((api, read, calls), values, expires_unix_s)| {
+            let mut limits: std::collections::BTreeMap<_, _> = Limit::ALL
+                .into_iter()
+                .zip(values)
+                .filter_map(|(limit, value)| Some((limit, value?)))
+                .collect();
+            if let Some(max) = limits.get(&Limit::MemoryMax).copied() {
+                let high = limits.get(&Limit::MemoryHigh).map_or(max, |high| *high.min(&max));
+                limits.insert(Limit::MemoryHigh, high);
+            }
+            Narrowing { api, read, calls, limits, expires_unix_s }
+        },
+    )
+}
+
+fn any_request() -> impl Strategy<Value = Request> {
+    let limit = proptest::sample::select(&Limit::ALL[..]);
+    prop_oneof![
+        proptest::sample::select(&API[..]).prop_map(|right| Request::Api(right.to_owned())),
+        proptest::sample::select(&FOLDERS[..]).prop_map(|path| Request::Read(path.to_owned())),
+        proptest::sample::select(&CALLS[..]).prop_map(|group| Request::Calls(group.to_owned())),
+        limit.prop_flat_map(|limit| value(limit).prop_map(move |value| Request::Limit(limit, value))),
+    ]
+}
+
+fn token_of(rights: Rights, narrowings: &[Narrowing]) -> String {
+    let grant = Grant { holder: agent(1), rights, expires_unix_s: None };
+    let mut token = mint(&key(), &grant, &Fresh([1; 32])).unwrap();
+    for (round, narrowing) in narrowings.iter().enumerate() {
+        token = attenuate(&token, narrowing, &Fresh([round as u8 + 2; 32])).unwrap();
+    }
+    token
+}
+
+proptest! {
+    /// The promise on which plans rest: Biscuit's authorizer and our rights say the same of every request.
+    #[test]
+    fn the_authorizer_allows_what_the_rights_allow(
+        rights in any_rights(),
+        narrowings in proptest::collection::vec(any_narrowing(), 0..4),
+        requests in proptest::collection::vec(any_request(), 1..6),
+    ) {
+        let token = token_of(rights, &narrowings);
+        let verified = verify(&token, key().public(), &at(1, NOW));
+        for request in &requests {
+            let ours = verified.as_ref().is_ok_and(|verified| verified.rights.allows(request));
+            prop_assert_eq!(
+                authorize(&token, key().public(), agent(1), NOW, request).unwrap(), ours, "{:?}", request
+            );
+            prop_assert!(!authorize(&token, key().public(), agent(2), NOW, request).unwrap(), "another's");
+        }
+    }
+
+    /// And the plan that follows from the rights gives what they allow, beyond the runtime that every plan has.
+    #[test]
+    fn the_plan_gives_what_the_rights_allow(
+        rights in any_rights(),
+        by in any_narrowing(),
+        requests in proptest::collection::vec(any_request(), 1..20),
+    ) {
+        let manifest = parse_manifest("[agent]\nname = \"a\"\nexec = [\"/agent/run\"]\n").unwrap();
+        let subject = crate::Subject { agent_id: agent(1), uid: 1_000_000, package: crate::Package::Installed };
+        let rights = rights.narrowed(&by);
+        let plan = crate::compile_with(&manifest, &rights, &subject).unwrap();
+        let bare = crate::compile(&manifest, &subject);
+        let reads = |plan: &SandboxPlan, path: &str| {
+            plan.landlock.rules.iter().any(|rule| is_beneath(path, &rule.path))
+        };
+        for request in &requests {
+            let given = match request {
+                Request::Api(right) => plan.api.contains(right),
+                Request::Read(path) => reads(&plan, path) && !reads(&bare, path),
+                Request::Calls(group) => plan.seccomp.groups.contains(group),
+                Request::Limit(limit, value) => limit_given(&plan, crate::quota_with(&rights), *limit, *value),
+            };
+            let in_runtime = matches!(request, Request::Read(path) if reads(&bare, path));
+            let beyond_ceiling = matches!(request, Request::Limit(limit, value) if *value > limit.ceiling());
+            if !in_runtime && !beyond_ceiling {
+                prop_assert_eq!(given, rights.allows(request), "{:?}", request);
+            }
+        }
+    }
+
+    /// Any change of any byte is noticed, or changes nothing that counts.
+    #[test]
+    fn a_changed_byte_gives_no_other_rights(at_byte in any::<proptest::sample::Index>(), xor in 1u8..=255) {
+        let by = Narrowing { api: names(&["messages"]), ..Narrowing::default() };
+        let token = token_of(grant().rights, &[by]);
+        let before = verify(&token, key().public(), &at(1, NOW)).unwrap();
+        let mut bytes = token.into_bytes();
+        let index = at_byte.index(bytes.len());
+        bytes[index] ^= xor;
+        if let Ok(text) = String::from_utf8(bytes)
+            && let Ok(after) = verify(&text, key().public(), &at(1, NOW))
+        {
+            prop_assert_eq!(after, before);
+        }
+    }
+}
+
+/// Over the eight seeds of `scripts/test long properties` a million. Chains, so that many narrow what little is left.
+#[test]
+fn no_attenuation_widens() {
+    let rounds = if std::env::var_os("AGENTD_LONG").is_some() { 125_000 } else { 4_000 };
+    let mut runner = proptest::test_runner::TestRunner::default();
+    let (any_rights, any_narrowing) = (any_rights(), any_narrowing());
+    let mut last = None;
+    for round in 0..rounds {
+        let rights = match last.take() {
+            Some(rights) if round % 8 != 0 => rights,
+            _ => any_rights.new_tree(&mut runner).unwrap().current(),
+        };
+        let by = any_narrowing.new_tree(&mut runner).unwrap().current();
+        let next = rights.narrowed(&by);
+        assert_eq!(next.beyond(&rights), Vec::<String>::new(), "{rights:?} by {by:?}");
+        assert_eq!(next.narrowed(&by), next, "twice is once: {rights:?} by {by:?}");
+        last = Some(next);
+    }
+    println!("{rounds} attenuations, none widened");
+}
+
+fn limit_given(plan: &SandboxPlan, quota: DiskQuota, limit: Limit, value: u64) -> bool {
+    let most = match limit {
+        Limit::MemoryHigh => plan.cgroup.memory_high_bytes,
+        Limit::MemoryMax => plan.cgroup.memory_max_bytes,
+        Limit::CpuPercent => plan.cgroup.cpu_quota_us * 100 / plan.cgroup.cpu_period_us,
+        Limit::Pids => u64::from(plan.cgroup.pids_max),
+        Limit::OpenFiles => plan.rlimits.iter().find(|limit| limit.name == "NOFILE").unwrap().hard,
+        Limit::IoBytes => plan.cgroup.io_bytes_per_second.unwrap_or(UNLIMITED),
+        Limit::TmpBytes => plan
+            .mounts
+            .iter()
+            .find_map(|mount| match mount {
+                Mount::Tmpfs { target, size_bytes } if target == "/tmp" => Some(*size_bytes),
+                _ => None,
+            })
+            .unwrap(),
+        // Of the volume, which is prepared apart from a run.
+        Limit::DiskBytes => quota.bytes,
+        Limit::DiskInodes => quota.inodes,
+    };
+    value <= most
+}

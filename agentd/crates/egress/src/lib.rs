@@ -1,0 +1,40 @@
+//! What may leave an agent's empty network namespace, and how does it get out?
+//!
+//! In:     a connection from the agent's proxy port, or one caught on a synthetic address; a DNS question; the
+//!         agent's [`EgressRules`] and [`ByteBudget`].
+//! Out:    bytes between that connection and the one address that was decided on; an [`Event`] for each decision.
+//! Always: a name is parsed once, by [`name`], and the parsed value is matched, resolved, vetted and dialled.
+//!         What is absent from the rules is denied. [`Dial`] takes only a [`Vetted`] address.
+//! Never:  a socket, a resolver or a clock of its own choosing: [`Resolve`] and [`Dial`] are the binary's. TLS is
+//!         not ended here: a rule that needs it ([`Way::EndTls`]) is refused by [`relay`].
+//!
+//! Decisions are plain functions ([`rules::decide`], [`address::vet`], the parsers); only [`relay`] does I/O.
+//!
+//! What a tunnel hides stays hidden: a host that itself relays (an open proxy, a CONNECT inside a CONNECT, a
+//! `Host` inside TLS that differs from the handshake's name) can be seen only where TLS is ended. Allow such
+//! hosts with methods and paths or not at all; byte and time limits bound the rest.
+#![forbid(unsafe_code)]
+
+pub mod address;
+pub mod audit;
+pub mod budget;
+pub mod dns;
+pub mod hello;
+pub mod http1;
+pub mod name;
+pub mod pattern;
+pub mod refusal;
+pub mod relay;
+pub mod rules;
+pub mod socks5;
+pub mod synthetic;
+
+pub use address::Vetted;
+pub use audit::{Audit, Door, Event};
+pub use budget::ByteBudget;
+pub use name::{Destination, Host, Name};
+pub use pattern::Pattern;
+pub use refusal::Refusal;
+pub use relay::{Budgets, Dial, Limits, Policy, Relay, Resolve};
+pub use rules::{Decision, EgressRules, Rule, Way, decide};
+pub use synthetic::Pool;

@@ -1,0 +1,408 @@
+//! How does one accepted connection get out, or hear why not?
+//!
+//! In:     a connection from the proxy's port ([`Relay::serve_proxy`]) or one caught on a synthetic address
+//!         ([`Relay::serve_captured`]); the agent's [`Policy`], which may change meanwhile.
+//! Out:    bytes to and from the address that was decided on; [`Event`]s.
+//! States: first bytes → (CONNECT | SOCKS | caught) → decided → opened → handshake checked → bytes;
+//!         or → request decided → opened → exchanged → next request.
+//! Always: one path for all doors: a rule for clear HTTP is read request by request also inside CONNECT and SOCKS.
+//!         Names are resolved once per decision, and only what [`address::vet`] returned is dialled. Each request
+//!         has a connection of its own to the host, so nothing that follows it can be taken for its answer.
+//!         A connection ends when the rules no longer allow it.
+//! Never:  a name that is resolved before it is allowed: the question alone would carry data out.
+//!         How many connections an agent may have is decided by who accepts them.
+
+mod client;
+mod exchange;
+mod meter;
+mod tunnel;
+
+use crate::address::{self, Reach, Vetted};
+use crate::audit::{Audit, Door, End, Event};
+use crate::budget::ByteBudget;
+use crate::http1::{self, Kind, Request};
+use crate::name::{Destination, Host, Name};
+use crate::refusal::{Refusal, Waiting, clip};
+use crate::rules::{self, Allow, Asked, EgressRules, Inside, Way};
+use crate::socks5;
+use agentd_domain::ids::AgentId;
+use client::{Client, Reply};
+use meter::{Meter, Stop};
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+/// More addresses than this in one answer are vetted and not tried.
+const ADDRESSES_TRIED: usize = 4;
+
+/// Asks for the addresses of a name, once per call and without search domains.
+pub trait Resolve: Send + Sync {
+    fn resolve(&self, name: &Name) -> impl Future<Output = io::Result<Vec<IpAddr>>> + Send;
+}
+
+/// Connects to an address that was vetted, and to no other.
+pub trait Dial: Send + Sync {
+    type Stream: AsyncRead + AsyncWrite + Send + Unpin;
+    fn dial(&self, to: Vetted) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+/// All that decides for one agent. Replaced as a whole, so rules and budgets fit each other.
+#[derive(Debug, Clone)]
+pub struct Policy {
+    pub rules: EgressRules,
+    pub budgets: Budgets,
+    /// The appliance's own addresses: an agent must not reach the console through its public name.
+    pub own: Vec<IpAddr>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Budgets {
+    pub agent: Arc<ByteBudget>,
+    /// By the rule's number; made with [`ByteBudget::below`] the agent's.
+    pub by_rule: HashMap<usize, Arc<ByteBudget>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// From the first byte to a complete head, handshake or SOCKS request.
+    pub head: Duration,
+    pub resolve: Duration,
+    /// For each address.
+    pub dial: Duration,
+    /// Without a byte in either direction; also between two requests.
+    pub idle: Duration,
+    /// For one tunnel or one request.
+    pub total: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            head: Duration::from_secs(10),
+            resolve: Duration::from_secs(10),
+            dial: Duration::from_secs(10),
+            // A language model may think for minutes before its first token.
+            idle: Duration::from_secs(10 * 60),
+            total: Duration::from_secs(6 * 60 * 60),
+        }
+    }
+}
+
+/// Serves the connections of one agent.
+pub struct Relay<R, D, A> {
+    pub agent: AgentId,
+    pub policy: watch::Receiver<Arc<Policy>>,
+    pub limits: Limits,
+    pub resolve: R,
+    pub dial: D,
+    pub audit: A,
+}
+
+/// An allowed destination with an open connection.
+struct Opened<S> {
+    stream: S,
+    address: SocketAddr,
+}
+
+impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
+    /// A connection to the proxy's port: HTTP or SOCKS 5, told apart by the first byte. Returns when it is over.
+    pub async fn serve_proxy<S: AsyncRead + AsyncWrite + Send + Unpin>(&self, stream: S) {
+        let mut client = Client::new(stream);
+        match timeout(self.limits.head, client.first_byte()).await {
+            Ok(Some(socks5::VERSION)) => self.socks(client).await,
+            Ok(Some(byte)) if byte.is_ascii_alphabetic() => self.requests(client, Door::Forward, None).await,
+            Ok(Some(_)) => {
+                self.deny(Door::Forward, None, None, &Refusal::NotAProxy);
+                client.refuse(Reply::Http, &Refusal::NotAProxy).await;
+            }
+            // Opened and never used.
+            Ok(None) | Err(_) => {}
+        }
+    }
+
+    /// A connection to a synthetic address, with the name and port that it stands for, if it stands for any.
+    pub async fn serve_captured<S: AsyncRead + AsyncWrite + Send + Unpin>(
+        &self,
+        stream: S,
+        destination: Option<Destination>,
+    ) {
+        let client = Client::new(stream);
+        match destination {
+            Some(destination) => self.stream(client, destination, Door::Captured, Reply::Nothing).await,
+            None => self.deny(Door::Captured, None, None, &Refusal::NotSynthetic),
+        }
+    }
+
+    async fn socks<S: AsyncRead + AsyncWrite + Send + Unpin>(&self, mut client: Client<S>) {
+        let read = timeout(self.limits.head, client.socks_request()).await;
+        match read.unwrap_or(Err(Stop::Refused(Refusal::Slow(Waiting::Head)))) {
+            Ok(destination) => self.stream(client, destination, Door::Socks, Reply::Socks).await,
+            Err(Stop::Refused(refusal)) => {
+                self.deny(Door::Socks, None, None, &refusal);
+                client.refuse(Reply::Socks, &refusal).await;
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// A stream of bytes to one destination, whatever door it came through.
+    async fn stream<S: AsyncRead + AsyncWrite + Send + Unpin>(
+        &self,
+        mut client: Client<S>,
+        destination: Destination,
+        door: Door,
+        reply: Reply,
+    ) {
+        let policy = self.policy();
+        let allow = match rules::decide(&policy.rules, &destination, Asked::Stream) {
+            Ok(Allow { way: Way::EndTls, rule, .. }) => {
+                Err(Refusal::EndTls { destination: destination.clone(), rule })
+            }
+            other => other,
+        };
+        let allow = match allow {
+            Ok(allow) => allow,
+            Err(refusal) => {
+                self.deny(door, Some(&destination), None, &refusal);
+                return client.refuse(reply, &refusal).await;
+            }
+        };
+        if allow.way == Way::Http {
+            // Nothing is dialled yet and nothing leaves: each request inside is decided, and audited, for itself.
+            if client.accept(reply).await.is_ok() {
+                self.requests(client, door, Some(destination)).await;
+            }
+            return;
+        }
+        self.record(door, Some(&destination), None, Ok(allow.rule));
+        let meter = Meter::new(policy.budgets.of(allow.rule));
+        let mut address = None;
+        let result = match self.open(&policy, &destination, allow.reach).await {
+            Ok(opened) => {
+                address = Some(opened.address);
+                let guard = self.guard(&meter, &destination, Asked::Stream, allow);
+                self.tunnel(client, opened.stream, &destination, allow.way, reply, &meter, guard).await
+            }
+            Err(refusal) => {
+                client.refuse(reply, &refusal).await;
+                Err(Stop::Refused(refusal))
+            }
+        };
+        self.close(door, &destination, address, allow.rule, &meter, result);
+    }
+
+    /// Requests on one connection, each decided for itself. `inside` is the destination when it is known already.
+    async fn requests<S: AsyncRead + AsyncWrite + Send + Unpin>(
+        &self,
+        mut client: Client<S>,
+        door: Door,
+        inside: Option<Destination>,
+    ) {
+        loop {
+            // Between two requests a client may be idle; once one has begun it has to arrive.
+            let begun = match timeout(self.limits.idle, client.first_byte()).await {
+                Ok(Some(_)) => timeout(self.limits.head, client.head(http1::head_end)).await,
+                Ok(None) | Err(_) => return,
+            };
+            let head = begun.unwrap_or(Err(Stop::Refused(Refusal::Slow(Waiting::Head))));
+            let parsed = match (head, &inside) {
+                (Ok(head), None) => http1::parse_proxy(&head).map_err(Refusal::Head),
+                (Ok(head), Some(destination)) => {
+                    http1::parse_inside(&head, destination, Inside::Clear).map_err(Refusal::Head)
+                }
+                (Err(Stop::Refused(refusal)), _) => Err(refusal),
+                (Err(_), _) => return,
+            };
+            match parsed {
+                Ok(request) if request.kind == Kind::Connect => {
+                    return self.connect(client, request.destination).await;
+                }
+                Ok(request) => {
+                    if !self.one_request(&mut client, &request, door).await {
+                        return;
+                    }
+                }
+                Err(refusal) => {
+                    self.deny(door, inside.as_ref(), None, &refusal);
+                    return client.refuse(Reply::Http, &refusal).await;
+                }
+            }
+        }
+    }
+
+    /// Boxed, because a tunnel may again hold requests; [`http1::parse_inside`] ends that: there is no CONNECT inside.
+    fn connect<'a, S: AsyncRead + AsyncWrite + Send + Unpin + 'a>(
+        &'a self,
+        client: Client<S>,
+        destination: Destination,
+    ) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send + 'a>> {
+        Box::pin(self.stream(client, destination, Door::Connect, Reply::Http))
+    }
+
+    /// Whether the connection can take another request.
+    async fn one_request<S: AsyncRead + AsyncWrite + Send + Unpin>(
+        &self,
+        client: &mut Client<S>,
+        request: &Request,
+        door: Door,
+    ) -> bool {
+        let policy = self.policy();
+        let destination = &request.destination;
+        let asked = Asked::Request { inside: Inside::Clear, method: &request.method, path: &request.path };
+        let seen = Some((request.method.as_str(), request.path.as_str()));
+        let allow = match rules::decide(&policy.rules, destination, asked) {
+            Ok(allow) => allow,
+            Err(refusal) => {
+                self.deny(door, Some(destination), seen, &refusal);
+                // The body is unread, so nothing after it can be found.
+                client.refuse(Reply::Http, &refusal).await;
+                return false;
+            }
+        };
+        self.record(door, Some(destination), seen, Ok(allow.rule));
+        let meter = Meter::new(policy.budgets.of(allow.rule));
+        let mut address = None;
+        let result = match self.open(&policy, destination, allow.reach).await {
+            Ok(opened) => {
+                address = Some(opened.address);
+                let guard = self.guard(&meter, destination, asked, allow);
+                exchange::exchange(client, opened.stream, request, &meter, guard).await
+            }
+            Err(refusal) => Err(Stop::Refused(refusal)),
+        };
+        if let (Err(Stop::Refused(refusal)), false) = (&result, meter.answered()) {
+            client.refuse(Reply::Http, refusal).await;
+        }
+        let again = matches!(result, Ok(exchange::Next::Request));
+        self.close(door, destination, address, allow.rule, &meter, result.map(|_| ()));
+        again
+    }
+
+    /// Resolves once, vets every address, and dials what was vetted.
+    async fn open(
+        &self,
+        policy: &Policy,
+        destination: &Destination,
+        reach: Reach,
+    ) -> Result<Opened<D::Stream>, Refusal> {
+        let answer = match &destination.host {
+            Host::Address(address) => vec![*address],
+            Host::Name(name) => timeout(self.limits.resolve, self.resolve.resolve(name))
+                .await
+                .map_err(|_| Refusal::Slow(Waiting::Resolve))?
+                .map_err(|error| Refusal::Resolve { destination: destination.clone(), kind: error.kind() })?,
+        };
+        let vetted = address::vet(destination, &answer, reach, &policy.own)
+            .map_err(|error| Refusal::Address { destination: destination.clone(), error })?;
+        let mut refusal = Refusal::Slow(Waiting::Dial);
+        for to in vetted.into_iter().take(ADDRESSES_TRIED) {
+            refusal = match timeout(self.limits.dial, self.dial.dial(to)).await {
+                Ok(Ok(stream)) => return Ok(Opened { stream, address: to.socket() }),
+                Ok(Err(error)) => Refusal::Dial { destination: destination.clone(), kind: error.kind() },
+                Err(_) => Refusal::Slow(Waiting::Dial),
+            };
+        }
+        Err(refusal)
+    }
+
+    /// Ends with the reason to stop: too long, too quiet, or no longer allowed.
+    async fn guard(&self, meter: &Meter, destination: &Destination, asked: Asked<'_>, allow: Allow) -> Stop {
+        let mut policy = self.policy.clone();
+        let revoked = async {
+            loop {
+                let now = {
+                    let policy = policy.borrow_and_update();
+                    rules::decide(&policy.rules, destination, asked)
+                };
+                if !now.is_ok_and(|now| now.way == allow.way && now.reach == allow.reach) {
+                    return Stop::Revoked;
+                }
+                if policy.changed().await.is_err() {
+                    // Nobody can change the rules any more: the agent is gone.
+                    return Stop::Revoked;
+                }
+            }
+        };
+        tokio::select! {
+            stop = revoked => stop,
+            stop = meter.quiet(self.limits.idle) => stop,
+            () = tokio::time::sleep(self.limits.total) => Stop::Refused(Refusal::Slow(Waiting::Total)),
+        }
+    }
+
+    fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&self.policy.borrow())
+    }
+
+    fn deny(
+        &self,
+        door: Door,
+        destination: Option<&Destination>,
+        request: Option<(&str, &str)>,
+        refusal: &Refusal,
+    ) {
+        self.record(door, destination, request, Err(refusal.clone()));
+    }
+
+    fn record(
+        &self,
+        door: Door,
+        destination: Option<&Destination>,
+        request: Option<(&str, &str)>,
+        verdict: Result<usize, Refusal>,
+    ) {
+        let without_query = |path: &str| clip(path.split_once('?').map_or(path, |(path, _)| path));
+        self.audit.record(Event::Decided {
+            agent: self.agent,
+            door,
+            destination: destination.cloned(),
+            request: request.map(|(method, path)| (clip(method), without_query(path))),
+            verdict,
+        });
+    }
+
+    fn close(
+        &self,
+        door: Door,
+        destination: &Destination,
+        address: Option<SocketAddr>,
+        rule: usize,
+        meter: &Meter,
+        result: Result<(), Stop>,
+    ) {
+        let (bytes_out, bytes_in) = meter.bytes();
+        let end = match result {
+            Ok(()) => End::Finished,
+            Err(Stop::Lost | Stop::HostLost) => End::Lost,
+            Err(Stop::Revoked) => End::Revoked,
+            Err(Stop::Refused(refusal)) => End::Refused(refusal),
+        };
+        let destination = destination.clone();
+        let agent = self.agent;
+        self.audit.record(Event::Closed {
+            agent,
+            door,
+            destination,
+            address,
+            rule,
+            bytes_out,
+            bytes_in,
+            end,
+        });
+    }
+}
+
+impl Budgets {
+    fn of(&self, rule: usize) -> Arc<ByteBudget> {
+        Arc::clone(self.by_rule.get(&rule).unwrap_or(&self.agent))
+    }
+}
+
+#[cfg(test)]
+mod tests;
