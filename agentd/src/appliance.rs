@@ -4,6 +4,7 @@
 //! Always: a part that is missing (no data partition, no launcher, no init) costs what needs it and nothing else.
 
 use crate::agents::{Agents, View, Views};
+use crate::audit::{Audit, Order};
 use crate::clock;
 use crate::engine::{Engine, Stage};
 use crate::health::Board;
@@ -13,13 +14,14 @@ use crate::logs::Logs;
 use crate::models::Models;
 use crate::places::Places;
 use crate::readings;
-use crate::store::Db;
+use crate::store::{self, Db};
 use agentd_capability::{Package, Subject, compile, parse_manifest};
-use agentd_console::{Appliance, Flow, Follow, LogQuery, Pending, Upload};
+use agentd_console::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, Upload};
 use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::{
     Agent, AgentKey, AgentState, ApplianceStatus, ChatRequest, EngineState, LogLine, Model, ModelName, Run,
 };
+use agentd_domain::audit::SignedHead;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::Health;
@@ -27,9 +29,8 @@ use agentd_domain::manifest::{Limits, Manifest};
 use agentd_domain::paths;
 use agentd_domain::plan::SandboxPlan;
 use agentd_sandbox::client::Launcher;
+use bytes::Bytes;
 use futures::{StreamExt, stream};
-use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::broadcast;
@@ -58,6 +59,7 @@ pub struct Machine {
     pub engine: Engine,
     pub models: Models,
     pub launcher: Launcher,
+    pub audit: Audit,
     /// Or why there are no agents.
     pub parts: Result<Parts, Report>,
 }
@@ -81,6 +83,11 @@ impl Machine {
                 "`agentctl agent ls` shows the agents",
             )
         })
+    }
+
+    fn order_for(&self, action: &'static str, key: &AgentKey) -> Order {
+        let agent = self.find(key).ok().map(|(agent, _)| agent);
+        Order { action, agent, about: key.to_string() }
     }
 
     fn show(&self, agent: AgentId, view: &View) -> Agent {
@@ -154,7 +161,7 @@ impl Machine {
             problems: Vec::new(),
             memory_total_bytes: memory.total_bytes,
             memory_available_bytes: memory.available_bytes,
-            agentd_rss_bytes: own_rss_bytes(),
+            agentd_rss_bytes: readings::own_rss_bytes(),
             data_total_bytes: disk.total_bytes,
             data_available_bytes: disk.available_bytes,
             devices: self.engine.view().devices.clone(),
@@ -191,7 +198,7 @@ impl Machine {
                     backend: status.backend,
                     models: status.models,
                     rss_bytes: status.rss_bytes,
-                    private_bytes: engines_private_bytes(&self.places.cgroup_root),
+                    private_bytes: readings::engines_private_bytes(&self.places.cgroup_root),
                     uptime_ms: status.uptime_ms,
                     loading: view.stage == Stage::Loading,
                 },
@@ -269,30 +276,39 @@ impl Appliance for Machine {
     }
 
     fn install(&self, package: Upload) -> Pending<'_, Agent> {
-        Box::pin(self.install_package(package))
+        let order = Order { action: "agent.install", agent: None, about: String::new() };
+        Box::pin(self.audit.order(order, self.install_package(package), |agent, order| {
+            order.agent = Some(agent.agent_id);
+            order.about = agent.name.to_string();
+        }))
     }
 
     fn start(&self, agent: AgentKey) -> Pending<'_, Agent> {
-        Box::pin(async move {
+        let order = self.order_for("agent.start", &agent);
+        let work = async move {
             let (agent, _) = self.find(&agent)?;
             self.parts()?.agents.want(agent, true).await?;
             self.when(agent, START_PATIENCE, |state| {
                 !matches!(state, AgentState::Starting | AgentState::Stopped)
             })
             .await
-        })
+        };
+        Box::pin(self.audit.order(order, work, |_, _| {}))
     }
 
     fn stop(&self, agent: AgentKey) -> Pending<'_, Agent> {
-        Box::pin(async move {
+        let order = self.order_for("agent.stop", &agent);
+        let work = async move {
             let (agent, _) = self.find(&agent)?;
             self.parts()?.agents.want(agent, false).await?;
             self.when(agent, STOP_PATIENCE, |state| state == AgentState::Stopped).await
-        })
+        };
+        Box::pin(self.audit.order(order, work, |_, _| {}))
     }
 
     fn remove(&self, agent: AgentKey) -> Pending<'_, ()> {
-        Box::pin(async move {
+        let order = self.order_for("agent.remove", &agent);
+        let work = async move {
             let (agent, view) = self.find(&agent)?;
             if view.row.bundled {
                 return Err(Report::caller(
@@ -306,7 +322,8 @@ impl Appliance for Machine {
             // On a task of its own: a removal that was begun is finished, whoever has gone meanwhile.
             let removal = tokio::spawn(async move { agents.remove(agent).await });
             removal.await.map_err(|error| thread_lost(&error.to_string()))?
-        })
+        };
+        Box::pin(self.audit.order(order, work, |_, _| {}))
     }
 
     fn logs(&self, agent: AgentKey, query: LogQuery) -> Pending<'_, Flow<LogLine>> {
@@ -330,23 +347,46 @@ impl Appliance for Machine {
     }
 
     fn add_model(&self, name: ModelName, file: Upload) -> Pending<'_, Model> {
-        Box::pin(self.models.add(name, file))
+        let order = Order { action: "model.add", agent: None, about: name.to_string() };
+        Box::pin(self.audit.order(order, self.models.add(name, file), |_, _| {}))
     }
 
     fn remove_model(&self, name: ModelName) -> Pending<'_, ()> {
-        Box::pin(self.models.remove(name))
+        let order = Order { action: "model.remove", agent: None, about: name.to_string() };
+        Box::pin(self.audit.order(order, self.models.remove(name), |_, _| {}))
+    }
+
+    fn audit(&self, query: AuditQuery) -> Pending<'_, Bytes> {
+        Box::pin(async move {
+            let agent = match &query.agent {
+                None => None,
+                // Also of an agent that is gone: its records stay.
+                Some(AgentKey::Id(agent)) => Some(*agent),
+                Some(key) => Some(self.find(key)?.0),
+            };
+            let query = store::AuditQuery { after: query.after, most: query.most, agent };
+            self.audit.lines(query).await.map(Bytes::from)
+        })
+    }
+
+    fn audit_head(&self) -> Pending<'_, SignedHead> {
+        Box::pin(self.audit.head())
     }
 
     fn reboot(&self) -> Pending<'_, ()> {
-        Box::pin(async {
+        let order = Order { action: "machine.reboot", agent: None, about: String::new() };
+        let work = async {
             self.init.reboot().await.map_err(|error| error.report("the appliance was not rebooted"))
-        })
+        };
+        Box::pin(self.audit.order(order, work, |_, _| {}))
     }
 
     fn poweroff(&self) -> Pending<'_, ()> {
-        Box::pin(async {
+        let order = Order { action: "machine.poweroff", agent: None, about: String::new() };
+        let work = async {
             self.init.power_off().await.map_err(|error| error.report("the appliance was not switched off"))
-        })
+        };
+        Box::pin(self.audit.order(order, work, |_, _| {}))
     }
 }
 
@@ -405,27 +445,6 @@ pub(crate) fn thread_lost(why: &str) -> Report {
     Report::bug("thread_lost", "it was not done", why, "try again")
 }
 
-/// `VmRSS` of proc_pid_status(5).
-fn own_rss_bytes() -> u64 {
-    number_after(&fs::read_to_string("/proc/self/status").unwrap_or_default(), "VmRSS:").saturating_mul(1024)
-}
-
-/// `anon` of cgroup-v2's memory.stat, which counts the groups below too.
-fn engines_private_bytes(cgroup_root: &Path) -> u64 {
-    let file = cgroup_root.join(paths::CGROUP_ENGINES).join("memory.stat");
-    number_after(&fs::read_to_string(file).unwrap_or_default(), "anon")
-}
-
-/// The number after a word at the beginning of a line; 0 when there is none: it is shown and decides nothing.
-fn number_after(text: &str, word: &str) -> u64 {
-    text.lines()
-        .find_map(|line| {
-            let mut words = line.split_whitespace();
-            (words.next() == Some(word)).then(|| words.next()?.parse().ok()).flatten()
-        })
-        .unwrap_or(0)
-}
-
 fn worse(a: Health, b: Health) -> Health {
     let rank = |health| match health {
         Health::Green => 0,
@@ -433,25 +452,4 @@ fn worse(a: Health, b: Health) -> Health {
         Health::Red => 2,
     };
     if rank(a) >= rank(b) { a } else { b }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn this_process_has_memory() {
-        let mib = own_rss_bytes() >> 20;
-        assert!((1..1 << 20).contains(&mib), "{mib} MiB");
-    }
-
-    #[test]
-    fn a_word_is_a_whole_word_at_the_beginning_of_a_line() {
-        let text = "anon_thp 3\nfile 2\nanon 4096\ninactive_anon 5\n";
-        assert_eq!(number_after(text, "anon"), 4096);
-        assert_eq!(number_after("VmHWM:\t  9 kB\nVmRSS:\t   38012 kB\n", "VmRSS:"), 38_012);
-        for nothing in ["", "anon", "anon much", "anon -1"] {
-            assert_eq!(number_after(nothing, "anon"), 0, "{nothing:?}");
-        }
-    }
 }

@@ -17,6 +17,7 @@
 mod agent_api;
 mod agents;
 mod appliance;
+mod audit;
 mod bundled;
 mod clock;
 mod confine;

@@ -59,6 +59,18 @@ fn parse_meminfo(text: &str) -> Memory {
     Memory { total_bytes: bytes("MemTotal:"), available_bytes: bytes("MemAvailable:") }
 }
 
+/// `VmRSS` of proc_pid_status(5).
+pub fn own_rss_bytes() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    value_of(&status, "VmRSS:").unwrap_or(0).saturating_mul(1024)
+}
+
+/// `anon` of cgroup-v2's memory.stat, which counts the groups below too.
+pub fn engines_private_bytes(cgroup_root: &Path) -> u64 {
+    let file = cgroup_root.join(paths::CGROUP_ENGINES).join("memory.stat");
+    value_of(&fs::read_to_string(file).unwrap_or_default(), "anon").unwrap_or(0)
+}
+
 /// The number after a key at the beginning of a line.
 fn value_of(text: &str, key: &str) -> Option<u64> {
     text.lines().find_map(|line| {
@@ -85,5 +97,21 @@ mod tests {
     fn cpu_stat_has_words_and_numbers() {
         assert_eq!(value_of("usage_usec 1234567\nuser_usec 1\n", "usage_usec"), Some(1_234_567));
         assert_eq!(value_of("usage_usec\n", "usage_usec"), None);
+    }
+
+    #[test]
+    fn this_process_has_memory() {
+        let mib = own_rss_bytes() >> 20;
+        assert!((1..1 << 20).contains(&mib), "{mib} MiB");
+    }
+
+    #[test]
+    fn a_key_is_a_whole_word_at_the_beginning_of_a_line() {
+        let text = "anon_thp 3\nfile 2\nanon 4096\ninactive_anon 5\n";
+        assert_eq!(value_of(text, "anon"), Some(4096));
+        assert_eq!(value_of("VmHWM:\t  9 kB\nVmRSS:\t   38012 kB\n", "VmRSS:"), Some(38_012));
+        for nothing in ["", "anon", "anon much", "anon -1"] {
+            assert_eq!(value_of(nothing, "anon"), None, "{nothing:?}");
+        }
     }
 }

@@ -6,6 +6,7 @@
 use crate::agent_api::{self, Services};
 use crate::agents::{self, Serve};
 use crate::appliance::{Machine, Parts};
+use crate::audit::{self, Audit};
 use crate::bundled;
 use crate::confine;
 use crate::engine::{self, Engine, Stage};
@@ -106,8 +107,9 @@ async fn live(
     let engine = start_engine(&places, &data, open.clone());
     tokio::spawn(watch_engine(engine.clone(), Arc::clone(&board)));
     let models = Models::new(&places, engine.clone());
+    let audit = Audit::default();
     let parts = match walls {
-        Ok(()) => start_agents(&places, &board, &launcher, &engine, &data).await,
+        Ok(()) => start_agents(&places, &board, &launcher, &engine, &audit, &data).await,
         Err(report) => Err(report),
     };
     if let Err(report) = &parts {
@@ -117,9 +119,18 @@ async fn live(
     }
     tokio::spawn(first_models(models.clone(), open.clone()));
     let state = places.state_agentd.clone();
-    let machine =
-        Machine { places, board: Arc::clone(&board), init: init.clone(), engine, models, launcher, parts };
+    let machine = Machine {
+        places,
+        board: Arc::clone(&board),
+        init: init.clone(),
+        engine,
+        models,
+        launcher,
+        audit: audit.clone(),
+        parts,
+    };
     serve_people(machine, &state, port, init, board, open, over).await;
+    audit.close().await;
     tracing::info!("agentd ends");
     Ok(())
 }
@@ -181,6 +192,7 @@ async fn start_agents(
     board: &Arc<Board>,
     launcher: &Launcher,
     engine: &Engine,
+    audit: &Audit,
     data: &Handle,
 ) -> Result<Parts, Report> {
     let what = "no agent is started";
@@ -197,6 +209,7 @@ async fn start_agents(
     let opened = opened
         .map_err(|error| Report::bug("thread_lost", what, error.to_string(), "reboot the appliance"))?;
     let db = Db::new(opened.map_err(|error| error.report(what))?);
+    tokio::spawn(keep_audit(audit.clone(), db.clone(), places.clone(), Arc::clone(board)));
     let root_hash = bundled::root_hash(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
     bundled::install(&db, &places.builtin_agents, root_hash, board)
         .await
@@ -209,8 +222,13 @@ async fn start_agents(
         let _on_data = data.enter();
         Memories::start(places.agents(), db.owner(), engine.clone())
     };
-    let services =
-        Services { db: db.clone(), inbox: inbox.clone(), memories: memories.clone(), engine: engine.clone() };
+    let services = Services {
+        db: db.clone(),
+        inbox: inbox.clone(),
+        memories: memories.clone(),
+        engine: engine.clone(),
+        audit: audit.clone(),
+    };
     let (to_data, lines) = (data.clone(), logs.clone());
     let serve = Box::new(move |run: Serve| {
         let _on_data = to_data.enter();
@@ -218,6 +236,7 @@ async fn start_agents(
     });
     let links = agents::Links {
         db: db.clone(),
+        audit: audit.clone(),
         logs: logs.clone(),
         inbox: inbox.clone(),
         memories,
@@ -227,6 +246,26 @@ async fn start_agents(
     };
     let agents = agents::start(links).await?;
     Ok(Parts { db, agents, inbox, logs })
+}
+
+/// What is decided meanwhile waits in memory, so that nobody waits for the key's file. Without a key agents run all
+/// the same: their walls do not depend on the log.
+async fn keep_audit(audit: Audit, db: Db, places: Places, board: Arc<Board>) {
+    let on_board = Arc::clone(&board);
+    let opened = tokio::task::spawn_blocking(move || {
+        let signer =
+            audit::open_key(&TwoFiles { folder: places.state_agentd }).map_err(|error| error.report())?;
+        audit.keep(db, signer, on_board)
+    });
+    let report = match opened.await {
+        Ok(Ok(())) => return,
+        Ok(Err(report)) => report,
+        Err(error) => {
+            let what = "the audit log is not kept";
+            Report::bug("thread_lost", what, error.to_string(), "reboot the appliance")
+        }
+    };
+    board.set("audit", Weight::Degraded, report);
 }
 
 /// What agentd itself writes to. The engine reads models with its own uid.
@@ -278,7 +317,7 @@ async fn serve_people(
     let files: Arc<dyn StateFiles> = Arc::new(TwoFiles { folder: state.to_owned() });
     let mut shown = AgentdReport { https_port: port, ..AgentdReport::default() };
     let (auth, authority, listener) = loop {
-        match open_console(&files, port).await {
+        match open_console(&files, port, &machine.audit).await {
             Ok(opened) => break opened,
             Err(report) => {
                 open.cancel();
@@ -315,10 +354,12 @@ async fn serve_people(
 async fn open_console(
     files: &Arc<dyn StateFiles>,
     port: u16,
+    audit: &Audit,
 ) -> Result<(Arc<Auth>, Arc<Authority>, TcpListener), Report> {
-    let for_files = Arc::clone(files);
+    let (for_files, audit) = (Arc::clone(files), audit.clone());
     let opened = tokio::task::spawn_blocking(move || {
         let auth = Auth::open(Arc::clone(&for_files), boot_clock()).map_err(|error| error.report())?;
+        let auth = auth.witnessed_by(move |attempt| audit.report(audit::entrance(&attempt)));
         let authority = Authority::open(for_files).map_err(|error| error.report())?;
         Ok::<_, Report>((Arc::new(auth), Arc::new(authority)))
     });

@@ -12,11 +12,13 @@ mod serve;
 
 pub use serve::serve;
 
+use crate::audit::Audit;
 use crate::engine::Engine;
 use crate::inbox::Inbox;
 use crate::memory::Memories;
 use crate::store::Db;
 use agentd_domain::agent_api::{Message, Recall, Recalled, Remember, Remembered, ReplyPart, SelfInfo, Tier};
+use agentd_domain::audit::{Actor, Entry, Verdict};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, AgentName, RunId};
 use agentd_serving::{ApiError, Front};
@@ -50,6 +52,7 @@ pub struct Services {
     pub inbox: Inbox,
     pub memories: Memories,
     pub engine: Engine,
+    pub audit: Audit,
 }
 
 /// One run, as its own requests see it.
@@ -243,8 +246,13 @@ async fn nowhere() -> Refused {
 }
 
 impl Caller {
+    /// Every look at a right is a decision, and is recorded.
     fn may(&self, right: &str) -> Result<(), Report> {
-        if self.rights.contains(right) {
+        let has = self.rights.contains(right);
+        let verdict = if has { Verdict::Allowed } else { Verdict::Denied };
+        let entry = Entry::new(Actor::Agent, "api.use", verdict).of_run(self.agent, self.run).by_right(right);
+        self.services.audit.report(entry);
+        if has {
             return Ok(());
         }
         Err(Report::caller(

@@ -40,7 +40,8 @@ impl Scene {
         let agent = AgentId(Uuid::from_u128(1));
         std::fs::create_dir(folder.path().join(agent.to_string())).expect("made");
         let memories = Memories::start(folder.path().to_owned(), db.owner(), engine.clone());
-        let services = Services { inbox: Inbox::new(db.clone()), db, memories, engine };
+        let services =
+            Services { inbox: Inbox::new(db.clone()), db, memories, engine, audit: Audit::default() };
         let caller = Caller {
             agent,
             name: "test".parse().expect("a name"),
@@ -128,6 +129,27 @@ async fn every_route_needs_its_right() {
         assert!(text.contains("\"forbidden\""), "{path}: {text}");
     }
     assert_eq!(scene.ask(Method::GET, "/agent/v1/self", None, String::new()).await.0, 200);
+}
+
+#[tokio::test]
+async fn every_look_at_a_right_is_recorded() {
+    let scene = Scene::new(&["messages"]).await;
+    for _ in 0..3 {
+        assert_eq!(scene.ask(Method::GET, "/agent/v1/messages/next", None, String::new()).await.0, 204);
+        assert_eq!(scene.ask(Method::GET, "/v1/models", None, String::new()).await.0, 403);
+    }
+    let told = |(entry, count): (Entry, u32)| {
+        assert_eq!((entry.agent_id, entry.run_id), (Some(scene.caller.agent), Some(scene.caller.run)));
+        (entry.right.expect("a right"), entry.verdict, count)
+    };
+    let seen: Vec<_> = scene.caller.services.audit.reported().into_iter().map(told).collect();
+    let expected = [
+        ("messages", Verdict::Allowed, 1),
+        ("models", Verdict::Denied, 1),
+        ("messages", Verdict::Allowed, 2),
+        ("models", Verdict::Denied, 2),
+    ];
+    assert_eq!(seen, expected.map(|(right, verdict, count)| (right.to_owned(), verdict, count)));
 }
 
 #[tokio::test]

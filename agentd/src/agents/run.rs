@@ -5,8 +5,9 @@
 //! plane.
 
 use super::plan::{self, Effect, Event, NotStarted, Now, Phase, State};
-use super::words::{is_about_walls, place_of, quarantined, told, unknown_agent, wall_failed};
+use super::words::{is_about_walls, killed, place_of, quarantined, told, unknown_agent, wall_failed};
 use super::{Agents, LivingRun, QUEUE, View, Views};
+use crate::audit::Audit;
 use crate::clock;
 use crate::health::{Board, START, Weight};
 use crate::inbox::Inbox;
@@ -50,6 +51,7 @@ pub struct Serve {
 /// What the loop needs of the world.
 pub struct Links {
     pub db: Db,
+    pub audit: Audit,
     pub logs: Logs,
     pub inbox: Inbox,
     pub memories: Memories,
@@ -385,6 +387,10 @@ impl Loop {
     /// Stores how a run ended, and only then lets the launcher forget it.
     async fn enter_exit(&mut self, exit: ExitRecord) {
         let (agent, run) = (exit.agent_id, exit.run_id);
+        // Before the launcher forgets the run: twice recorded is better than not at all.
+        if let Some(entry) = killed(&exit) {
+            self.links.audit.record(entry).await;
+        }
         let stored = exit.clone();
         let entered = self.links.db.call(move |store| store.end_run(&stored, clock::unix_ms())).await;
         if let Err(error) = entered {

@@ -4,6 +4,7 @@
 
 use super::plan;
 use crate::store::AgentRow;
+use agentd_domain::audit::{Actor, Entry, Verdict};
 use agentd_domain::fault::{Fault, Report};
 use agentd_domain::ids::AgentId;
 use agentd_domain::launcher::{ExitCause, ExitRecord};
@@ -30,6 +31,14 @@ pub fn told(exit: &ExitRecord) -> String {
         ExitCause::WallFailed { why } => format!("a wall could not be raised: {why}"),
         ExitCause::Stopped => "stopped".to_owned(),
     }
+}
+
+/// What the audit log holds of an end by seccomp: a wall held against the agent. Other ends are the ledger's.
+pub(super) fn killed(exit: &ExitRecord) -> Option<Entry> {
+    (exit.cause == ExitCause::Seccomp).then(|| {
+        let entry = Entry::new(Actor::Appliance, "run.end", Verdict::Killed);
+        entry.of_run(exit.agent_id, exit.run_id).detail(&format!("SIGSYS: {}", told(exit)))
+    })
 }
 
 pub(super) fn unknown_agent(what: &str) -> Report {
@@ -62,4 +71,33 @@ pub(super) fn quarantined(row: &AgentRow, last_exit: Option<&ExitRecord>) -> Rep
             name = row.name
         ),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use agentd_domain::ids::RunId;
+    use uuid::Uuid;
+
+    #[test]
+    fn the_log_holds_what_seccomp_ended_and_no_other_end() {
+        let (agent_id, run_id) = (AgentId(Uuid::from_u128(1)), RunId(Uuid::from_u128(2)));
+        let exit = |cause| ExitRecord {
+            run_id,
+            agent_id,
+            cause,
+            started_boot_ms: 1,
+            ended_boot_ms: 2,
+            memory_peak_bytes: 3,
+        };
+        let entry = killed(&exit(ExitCause::Seccomp)).expect("a kill");
+        assert_eq!(
+            (entry.verdict, entry.agent_id, entry.run_id),
+            (Verdict::Killed, Some(agent_id), Some(run_id))
+        );
+        assert!(entry.detail.contains("SIGSYS"), "{}", entry.detail);
+        for cause in [ExitCause::Stopped, ExitCause::OutOfMemory, ExitCause::Signalled { signal: 31 }] {
+            assert_eq!(killed(&exit(cause)), None);
+        }
+    }
 }

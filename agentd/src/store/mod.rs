@@ -1,7 +1,7 @@
 //! What does the appliance know besides its agents' memories?
 //!
-//! Owns:  `/data/system.redb`: owner, agents, ledger of runs, messages, answers kept for a retry. The format is
-//!        `FORMAT-system.md` beside this program.
+//! Owns:  `/data/system.redb`: owner, agents, ledger of runs, messages, answers kept for a retry, the audit log. The
+//!        format is `FORMAT-system.md` beside this program.
 //! Always: a call that changes something returns after the commit is on disk (`Durability::Immediate`, two-phase).
 //!         Each row carries the version of its layout; uids and sequence numbers are never given twice.
 //! Threads: every call blocks, on the disk or on the one writer before it. Async code calls through
@@ -9,10 +9,12 @@
 //! Source: redb's documentation on durability and quick repair.
 
 mod agents;
+mod audit;
 mod messages;
 mod once;
 
 pub use agents::AgentRow;
+pub use audit::{AUDIT_MOST_BYTES, AuditEnd, AuditQuery, Dropped, Front};
 pub use messages::{MessageRow, MessageState, Outcome};
 pub use once::Kept;
 
@@ -114,6 +116,11 @@ impl Db {
         self.0.owner
     }
 
+    /// For a thread that may block by itself.
+    pub fn here(&self) -> &Store {
+        &self.0
+    }
+
     /// Runs a call on a thread that may block.
     pub async fn call<T: Send + 'static>(
         &self,
@@ -162,6 +169,7 @@ impl Store {
             agents::create_tables(&txn)?;
             messages::create_tables(&txn)?;
             once::create_tables(&txn)?;
+            audit::create_tables(&txn)?;
             if let Some(owner) = known
                 && txn.list_tables()?.count() == tables
             {

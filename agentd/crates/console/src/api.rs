@@ -3,7 +3,7 @@
 //! Each handler checks its input, asks the [`Appliance`], and passes the answer on.
 
 use crate::answer::{Answer, Failure, LONG, SHORT, ndjson, within};
-use crate::appliance::{Appliance, Follow, LogQuery};
+use crate::appliance::{Appliance, AuditQuery, Follow, LogQuery};
 use crate::auth::Auth;
 use crate::gate::SignedIn;
 use crate::input::{self, Json, Name, PACKAGE_LIMIT_BYTES, Text};
@@ -11,12 +11,13 @@ use crate::serve::Peer;
 use agentd_domain::api::{
     Agent, AgentKey, ApplianceStatus, ChatRequest, Claim, Liveness, Login, Model, ModelName, Session,
 };
+use agentd_domain::audit::SignedHead;
 use agentd_domain::fault::Report;
 use agentd_domain::plan::SandboxPlan;
 use axum::Json as Out;
 use axum::extract::{Extension, Query, Request, State};
-use axum::http::{HeaderMap, StatusCode};
-use axum::response::Response;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
@@ -26,6 +27,9 @@ use std::time::Duration;
 /// As many as the console shows, and enough to see what went wrong.
 pub const LOG_LINES_DEFAULT: usize = 200;
 const LOG_LINES_MOST: usize = 10_000;
+/// A page of the audit log is made in memory.
+const AUDIT_RECORDS_DEFAULT: usize = 200;
+const AUDIT_RECORDS_MOST: usize = 1000;
 /// A person does not type more; a document belongs into an agent's memory, piece by piece.
 pub const CHAT_LIMIT_BYTES: usize = 64 * 1024;
 /// A package is written to disk while it arrives: this is for a slow line and a slow disk together.
@@ -147,6 +151,38 @@ pub async fn add_model(State(appliance): Machine, Name(name): Name, request: Req
 
 pub async fn remove_model(State(appliance): Machine, Name(name): Name) -> Answer<StatusCode> {
     within(LONG, appliance.remove_model(model_name(&name)?)).await.map(|()| StatusCode::NO_CONTENT)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AuditParameters {
+    #[serde(default)]
+    after: Option<u64>,
+    #[serde(default)]
+    limit: Option<usize>,
+    #[serde(default)]
+    agent: Option<String>,
+}
+
+pub async fn audit(
+    State(appliance): Machine,
+    parameters: Result<Query<AuditParameters>, axum::extract::rejection::QueryRejection>,
+) -> Answer<Response> {
+    let Query(parameters) = parameters.map_err(|e| {
+        let fix = "write `?after=0&limit=200&agent=NAME`";
+        Report::caller("query_malformed", "the audit log was not read", e.body_text(), fix)
+    })?;
+    let query = AuditQuery {
+        after: parameters.after,
+        most: parameters.limit.unwrap_or(AUDIT_RECORDS_DEFAULT).clamp(1, AUDIT_RECORDS_MOST),
+        agent: parameters.agent.as_deref().map(key).transpose()?,
+    };
+    let lines = within(SHORT, appliance.audit(query)).await?;
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], lines).into_response())
+}
+
+pub async fn audit_head(State(appliance): Machine) -> Answer<Out<SignedHead>> {
+    within(SHORT, appliance.audit_head()).await.map(Out)
 }
 
 pub async fn reboot(State(appliance): Machine) -> Answer<StatusCode> {

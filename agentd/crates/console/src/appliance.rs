@@ -10,6 +10,7 @@
 
 use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::{Agent, AgentKey, ApplianceStatus, ChatRequest, LogLine, Model, ModelName};
+use agentd_domain::audit::SignedHead;
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::Health;
 use agentd_domain::plan::SandboxPlan;
@@ -50,6 +51,15 @@ pub enum Follow {
     Yes,
 }
 
+/// Which records of the audit log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuditQuery {
+    /// Those after this number, oldest first; without it the newest ones.
+    pub after: Option<u64>,
+    pub most: usize,
+    pub agent: Option<AgentKey>,
+}
+
 pub trait Appliance: Send + Sync + 'static {
     /// For `/healthz`: must be instant and must not wait for anything, so that it answers when all else hangs.
     fn health(&self) -> Health;
@@ -88,6 +98,13 @@ pub trait Appliance: Send + Sync + 'static {
     fn add_model(&self, name: ModelName, file: Upload) -> Pending<'_, Model>;
 
     fn remove_model(&self, name: ModelName) -> Pending<'_, ()>;
+
+    /// Lines as an export has them (`agentd-audit`), whole, whatever they say: what is damaged must be seen. With an
+    /// agent only its records, and no heads.
+    fn audit(&self, query: AuditQuery) -> Pending<'_, Bytes>;
+
+    /// A head that vouches for all that was recorded before.
+    fn audit_head(&self) -> Pending<'_, SignedHead>;
 
     /// Answers once the machine has begun to go down.
     fn reboot(&self) -> Pending<'_, ()>;

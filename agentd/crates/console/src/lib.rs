@@ -35,7 +35,7 @@ mod state;
 mod testing;
 mod web;
 
-pub use appliance::{Appliance, Flow, Follow, LogQuery, Pending, Upload};
+pub use appliance::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, Upload};
 pub use auth::Auth;
 pub use authority::Authority;
 pub use clock::{BootClock, boot_clock};

@@ -72,6 +72,8 @@ fn api_routes() -> Router<Shared> {
         .route("/api/v1/agents/{name}/chat", post(api::chat))
         .route("/api/v1/models", get(api::models))
         .route("/api/v1/models/{name}", axum::routing::delete(api::remove_model))
+        .route("/api/v1/audit", get(api::audit))
+        .route("/api/v1/audit/head", get(api::audit_head))
         .route("/api/v1/reboot", post(api::reboot))
         .route("/api/v1/poweroff", post(api::poweroff))
 }

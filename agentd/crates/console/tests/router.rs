@@ -2,7 +2,7 @@
 
 mod fake;
 
-use agentd_console::auth::{CODE_LIFETIME, IDLE};
+use agentd_console::auth::{CODE_LIFETIME, Entrance, IDLE};
 use agentd_console::{Auth, router};
 use agentd_domain::fault::Report;
 use axum::Router;
@@ -112,6 +112,8 @@ const GATED_API: &[(&str, &str)] = &[
     ("GET", "/api/v1/models"),
     ("PUT", "/api/v1/models/tiny"),
     ("DELETE", "/api/v1/models/tiny"),
+    ("GET", "/api/v1/audit"),
+    ("GET", "/api/v1/audit/head"),
     ("POST", "/api/v1/reboot"),
     ("POST", "/api/v1/poweroff"),
 ];
@@ -730,4 +732,68 @@ async fn guarded_routes_of_other_crates_need_a_session() {
     assert_eq!(refused.status(), StatusCode::UNAUTHORIZED);
     assert!(refused.headers().contains_key(header::CONTENT_SECURITY_POLICY));
     assert_eq!(ask(Some(&token)).await.expect("infallible").status(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn the_audit_log_is_read_line_by_line_as_it_is_kept() {
+    let scene = Scene::new();
+    let token = scene.claim().await;
+    let token = Some(token.as_str());
+    // What nobody can read is shown all the same.
+    let spoiled = [fake::AUDIT_EXAMPLE, b"not a record\n"].concat();
+    scene.fake.set_audit(&spoiled);
+    let reply = scene.get("/api/v1/audit?after=0&limit=10", token).await;
+    assert_eq!(reply.header("content-type"), "application/x-ndjson");
+    assert_eq!(reply.body, spoiled);
+    let head = scene.get("/api/v1/audit/head", token).await.json();
+    assert_eq!(head["head"]["seq"], json!(1));
+    for (query, status, code) in [
+        ("?after=minus", StatusCode::BAD_REQUEST, "query_malformed"),
+        ("?before=1", StatusCode::BAD_REQUEST, "query_malformed"),
+        ("?agent=No+Name", StatusCode::BAD_REQUEST, "agent_name_malformed"),
+        ("?agent=nobody", StatusCode::NOT_FOUND, "not_found"),
+    ] {
+        let reply = scene.get(&format!("/api/v1/audit{query}"), token).await;
+        assert_eq!((reply.status, reply.report().code.as_str()), (status, code), "{query}");
+    }
+    let of_nothing = scene.get("/api/v1/audit?agent=echo", token).await;
+    assert_eq!((of_nothing.status, of_nothing.body.len()), (StatusCode::OK, 0));
+}
+
+#[tokio::test]
+async fn who_tries_to_come_in_is_told_to_the_witness() {
+    let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let witness = Arc::clone(&told);
+    let auth = Auth::open(Arc::new(Files::default()), TestClock::default().boot()).expect("opens");
+    let auth = Arc::new(auth.witnessed_by(move |attempt| {
+        let why = attempt.denied.map(|denied| denied.report().code);
+        witness.lock().expect("lock").push((attempt.entrance, why));
+    }));
+    let router = router(Arc::new(Fake::default()), auth.clone());
+    let ask = |path: &'static str, body: Value| {
+        let request = Request::post(path).header("content-type", "application/json");
+        router.clone().oneshot(request.body(Body::from(body.to_string())).expect("a request"))
+    };
+    let code = auth.claim_code().expect("unclaimed");
+    for body in [
+        json!({"code": "wrong", "password": PASSWORD}),
+        json!({"code": code, "password": "short"}),
+        json!({"code": code, "password": PASSWORD}),
+        json!({"code": code, "password": PASSWORD}),
+    ] {
+        ask("/api/v1/claim", body).await.expect("answered");
+    }
+    for password in ["wrong", PASSWORD] {
+        ask("/api/v1/login", json!({ "password": password })).await.expect("answered");
+    }
+    let expected = [
+        (Entrance::Claim, Some("claim_code_wrong")),
+        (Entrance::Claim, Some("password_weak")),
+        (Entrance::Claim, None),
+        (Entrance::Claim, Some("conflict")),
+        (Entrance::SignIn, Some("unauthorized")),
+        (Entrance::SignIn, None),
+    ];
+    let expected = expected.map(|(entrance, why)| (entrance, why.map(str::to_owned)));
+    assert_eq!(*told.lock().expect("lock"), expected);
 }

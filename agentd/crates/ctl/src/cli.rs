@@ -2,6 +2,7 @@
 
 use crate::client::Host;
 use agentd_domain::api::{AgentKey, ModelName};
+use agentd_domain::audit::PublicKey;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -37,6 +38,13 @@ pub enum Command {
         #[arg(long)]
         remote: bool,
     },
+    /// What changes from one agent.toml to another, each widening marked
+    Diff {
+        #[arg(value_name = "a.toml")]
+        before: PathBuf,
+        #[arg(value_name = "b.toml")]
+        after: PathBuf,
+    },
     /// Agents
     #[command(subcommand)]
     Agent(Agent),
@@ -45,6 +53,9 @@ pub enum Command {
     /// Models
     #[command(subcommand)]
     Model(Model),
+    /// What was allowed, denied and killed
+    #[command(subcommand)]
+    Audit(Audit),
     /// Restart the appliance
     Reboot,
     /// Shut the appliance down
@@ -117,6 +128,29 @@ pub enum Model {
     /// Remove its file
     #[command(alias = "remove")]
     Rm { name: ModelName },
+}
+
+#[derive(Subcommand)]
+pub enum Audit {
+    /// List the newest records
+    #[command(alias = "list")]
+    Ls {
+        /// Only those of this agent; by its id also when it was removed
+        #[arg(long)]
+        agent: Option<AgentKey>,
+        #[arg(long, default_value_t = 50)]
+        limit: usize,
+    },
+    /// Write the whole log to a file, with the signatures that vouch for it
+    Export { file: PathBuf },
+    /// Check that nothing was changed, dropped or reordered, or name the first record where it was
+    Verify {
+        /// An export [default: the appliance's log]
+        file: Option<PathBuf>,
+        /// The key it must be signed with [default: the one kept since the appliance's log was first verified]
+        #[arg(long, value_name = "ED25519")]
+        key: Option<PublicKey>,
+    },
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 use crate::client::Host;
 use crate::pin::Pin;
+use agentd_audit::Seen;
 use agentd_domain::fault::Report;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -30,6 +31,9 @@ pub struct Known {
     pub fingerprint: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
+    /// The newest head of its audit log that was verified here, and the key that signs it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audit: Option<Seen>,
 }
 
 impl Known {
@@ -44,8 +48,13 @@ impl Config {
     }
 
     pub fn remember(&mut self, host: &Host, pin: Pin, token: Option<String>) {
+        let fingerprint = pin.to_string();
+        // Another authority is another appliance, with a log of its own.
+        let before =
+            self.appliances.remove(&host.to_string()).filter(|known| known.fingerprint == fingerprint);
+        let audit = before.and_then(|known| known.audit);
         self.host = Some(host.to_string());
-        self.appliances.insert(host.to_string(), Known { fingerprint: pin.to_string(), token });
+        self.appliances.insert(host.to_string(), Known { fingerprint, token, audit });
     }
 }
 
@@ -111,6 +120,7 @@ fn unusable(path: &Path, why: &str) -> Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use agentd_domain::audit::{Digest, PublicKey};
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
@@ -135,5 +145,21 @@ mod tests {
         let again: Config = toml::from_str(&text).expect("parses");
         assert_eq!(again, config);
         assert_eq!(again.known(&host).and_then(Known::pin), Some(pin));
+    }
+
+    #[test]
+    fn the_log_that_was_seen_is_kept_until_the_appliance_is_another_one() {
+        let mut config = Config::default();
+        let host: Host = "box".parse().expect("a host");
+        let pin = |digits: &str| digits.repeat(32).parse::<Pin>().expect("a pin");
+        let seen = Seen { key: PublicKey([1; 32]), seq: 7, hash: Digest([2; 32]) };
+        config.remember(&host, pin("ab"), None);
+        config.appliances.get_mut(&host.to_string()).expect("known").audit = Some(seen.clone());
+        config.remember(&host, pin("ab"), Some("t".into()));
+        let text = toml::to_string(&config).expect("TOML");
+        let again: Config = toml::from_str(&text).expect("parses");
+        assert_eq!(again.known(&host).and_then(|known| known.audit.clone()), Some(seen));
+        config.remember(&host, pin("cd"), None);
+        assert_eq!(config.known(&host).and_then(|known| known.audit.clone()), None);
     }
 }

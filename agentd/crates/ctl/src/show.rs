@@ -2,7 +2,9 @@
 //!
 //! Tables are aligned, without lines, so that `grep` and `awk` work on them; `--json` is for programs.
 
+use crate::commands::{KeyFrom, Verified};
 use agentd_domain::api::{Agent, AgentState, ApplianceStatus, EngineState, LogLine, Model};
+use agentd_domain::audit::{Actor, Linked, Verdict};
 use agentd_domain::engine::ModelKind;
 use agentd_domain::fault::Report;
 use agentd_domain::human;
@@ -120,6 +122,53 @@ pub fn models(models: &[Model]) -> String {
     table(&["NAME", "KIND", "ARCHITECTURE", "SIZE", "FROM", "STATE"], rows)
 }
 
+pub fn audit(records: &[Linked]) -> String {
+    let rows = records.iter().map(|linked| {
+        let record = &linked.record;
+        vec![
+            record.seq.to_string(),
+            moment(record.unix_ms),
+            verdict(record.verdict).to_owned(),
+            actor(record.actor).to_owned(),
+            record.agent_id.map_or_else(|| "-".to_owned(), |agent| agent.to_string()),
+            harmless(&record.action),
+            record.right.as_deref().map_or_else(|| "-".to_owned(), harmless),
+            record.count.to_string(),
+            harmless(&record.detail).replace(['\n', '\t'], " "),
+        ]
+    });
+    table(&["RECORD", "TIME (UTC)", "VERDICT", "WHO", "AGENT", "ACTION", "RIGHT", "TIMES", "DETAIL"], rows)
+}
+
+pub fn verified(verified: &Verified) -> String {
+    let summary = &verified.summary;
+    let records = summary.last_seq + 1 - summary.first_seq;
+    let dropped = match summary.first_seq {
+        1 => "none".to_owned(),
+        first => format!("those before {first}, as a signed head says"),
+    };
+    let from = match verified.key_from {
+        KeyFrom::Given => "given on the command line",
+        KeyFrom::Kept => "kept since the log was first verified here",
+        KeyFrom::Appliance => "the appliance's; kept from now on",
+        KeyFrom::File => "the file's own, which shows damage and no forgery: name it with `--key`",
+    };
+    let unsigned = match summary.last_seq - summary.signed_seq {
+        0 => "all of them".to_owned(),
+        _ => format!("up to {}", summary.signed_seq),
+    };
+    let tally = &summary.decisions;
+    pairs(&[
+        ("whole", format!("{records} records, up to {}", summary.last_seq)),
+        ("signed", unsigned),
+        ("dropped", dropped),
+        ("allowed", tally.allowed.to_string()),
+        ("denied", tally.denied.to_string()),
+        ("killed", tally.killed.to_string()),
+        ("key", format!("{} ({from})", summary.key)),
+    ])
+}
+
 pub fn log_line(line: &LogLine) -> String {
     format!("{} {:<6} {}\n", moment(line.unix_ms), line.stream, harmless(&line.text))
 }
@@ -174,6 +223,23 @@ fn health(health: Health) -> &'static str {
         Health::Green => "green",
         Health::Yellow => "yellow",
         Health::Red => "red",
+    }
+}
+
+fn verdict(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Allowed => "allowed",
+        Verdict::Denied => "denied",
+        Verdict::Killed => "killed",
+    }
+}
+
+fn actor(actor: Actor) -> &'static str {
+    match actor {
+        Actor::Agent => "agent",
+        Actor::Owner => "owner",
+        Actor::Stranger => "stranger",
+        Actor::Appliance => "appliance",
     }
 }
 

@@ -3,8 +3,10 @@
 #[path = "../../console/tests/fake/mod.rs"]
 mod fake;
 
+use agentd_audit::{Signer, genesis, link, linked_line, signed_line};
 use agentd_console::{Auth, Authority, StateFiles, boot_clock, router, serve_tls};
 use agentd_domain::api::{Agent, ApplianceStatus, Model};
+use agentd_domain::audit::{Actor, Head, Linked, Record, VERSION, Verdict};
 use agentd_domain::fault::Report;
 use fake::{Fake, Files, NOW_UNIX_MS};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -369,6 +371,19 @@ async fn a_plan_needs_no_appliance() {
 }
 
 #[tokio::test]
+async fn a_difference_marks_what_is_wider() {
+    let scene = Scene::new().await;
+    let (before, after) =
+        (package(MANIFEST, true), package(&format!("{MANIFEST}\n[memory]\nspirit = \"r\"\n"), true));
+    let [before, after] = [before.path().join("agent.toml"), after.path().join("agent.toml")];
+    let shown = scene.good(&["diff", text(&before), text(&after)]).await;
+    assert_eq!(shown, "WIDER    api memory.recall\nWIDER    api memory.recall.spirit\n");
+    assert_eq!(scene.good(&["diff", text(&before), text(&before)]).await, "the same is allowed\n");
+    let difference: serde_json::Value = scene.json(&["diff", text(&after), text(&before)]).await;
+    assert_eq!(difference["narrower"][1], "api memory.recall.spirit");
+}
+
+#[tokio::test]
 async fn a_model_is_sent_piece_by_piece_and_foreign_files_are_not() {
     let scene = Scene::new().await;
     scene.claim().await;
@@ -413,4 +428,146 @@ async fn an_error_for_people_says_what_why_and_how_to_fix_it() {
         lines[1].starts_with("  why: ") && lines[2].starts_with("  fix: sign in with `agentctl login`"),
         "{error}"
     );
+}
+
+/// A log as agentd keeps it: so many records, a head behind every third and the last.
+fn audit_log(key: u8, records: u64) -> (Signer, Vec<u8>) {
+    let signer = Signer::from_seed(&[key; 32]).expect("32 bytes");
+    let (mut hash, mut lines) = (genesis(), Vec::new());
+    for seq in 0..=records {
+        if seq > 0 {
+            let record = Record {
+                action: "api.use".into(),
+                actor: Actor::Agent,
+                agent_id: None,
+                boot_ms: seq,
+                count: 2,
+                detail: "\u{1b}[2Jhello\tthere".into(),
+                right: Some("models".into()),
+                run_id: None,
+                seq,
+                unix_ms: NOW_UNIX_MS,
+                v: VERSION,
+                verdict: if seq == 2 { Verdict::Denied } else { Verdict::Allowed },
+            };
+            hash = link(&hash, &record);
+            lines.extend(linked_line(&Linked { hash, record }));
+            lines.push(b'\n');
+        }
+        if seq % 3 == 0 || seq == records {
+            let (before, key) = (genesis(), signer.key());
+            let head = Head { before, first_seq: 1, hash, key, seq, unix_ms: NOW_UNIX_MS, v: VERSION };
+            lines.extend(signed_line(&signer.sign(head)));
+            lines.push(b'\n');
+        }
+    }
+    (signer, lines)
+}
+
+#[tokio::test]
+async fn the_audit_log_is_listed_exported_and_verified_by_its_export() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    // Three pages.
+    let (signer, log) = audit_log(1, 2100);
+    scene.fake.set_audit(&log);
+    let listed = scene.good(&["audit", "ls", "--limit", "2"]).await;
+    let rows: Vec<&str> = listed.lines().collect();
+    assert_eq!(rows.len(), 3, "{listed}");
+    assert!(rows[1].starts_with("2099 ") && rows[1].contains("\u{fffd}[2Jhello there"), "{listed}");
+    let file = scene.home.path().join("log.jsonl");
+    let exported = scene.good(&["audit", "export", text(&file)]).await;
+    assert!(exported.starts_with("2100 records"), "{exported}");
+    assert_eq!(fs::read(&file).expect("read"), log);
+    // Nobody has said yet which key it must be.
+    let verified: Value = scene.json(&["audit", "verify", text(&file)]).await;
+    assert_eq!((&verified["last_seq"], &verified["key_from"]), (&2100.into(), &"file".into()));
+    assert_eq!(
+        (&verified["decisions"]["denied"], &verified["decisions"]["allowed"]),
+        (&2.into(), &4198.into())
+    );
+    let key = signer.key().to_string();
+    let given: Value = scene.json(&["audit", "verify", text(&file), "--key", &key]).await;
+    assert_eq!(given["key_from"], "given");
+    let wrong = "00".repeat(32);
+    let report = scene.bad(3, &["audit", "verify", text(&file), "--key", &wrong], "").await;
+    assert_eq!(report.code, "audit_broken");
+}
+
+#[tokio::test]
+async fn a_corrupted_export_is_named_by_its_first_bad_record() {
+    let scene = Scene::new().await;
+    let (_, log) = audit_log(1, 9);
+    let file = scene.home.path().join("log.jsonl");
+    let lines: Vec<&[u8]> = log.split_inclusive(|&byte| byte == b'\n').collect();
+    let line_of = |seq: u64| {
+        let is = |line: &&[u8]| serde_json::from_slice::<Linked>(line).is_ok_and(|l| l.record.seq == seq);
+        lines.iter().position(is).expect("there")
+    };
+    let changed = |change: &dyn Fn(&mut Vec<Vec<u8>>)| {
+        let mut lines: Vec<Vec<u8>> = lines.iter().map(|line| line.to_vec()).collect();
+        change(&mut lines);
+        lines.concat()
+    };
+    let flipped = changed(&|lines| lines[line_of(5)][90] ^= 1);
+    let dropped = changed(&|lines| drop(lines.remove(line_of(4))));
+    let swapped = changed(&|lines| lines.swap(line_of(2), line_of(7)));
+    let cut = changed(&|lines| drop(lines.drain(line_of(8)..=line_of(9))));
+    for (export, seq) in [(flipped, 5), (dropped, 4), (swapped, 2), (cut, 8)] {
+        fs::write(&file, export).expect("written");
+        let report = scene.bad(3, &["audit", "verify", text(&file)], "").await;
+        assert_eq!(report.code, "audit_broken");
+        assert!(report.why.contains(&format!("record {seq} is the first bad one")), "{}", report.why);
+        let output = scene.run(&["audit", "verify", text(&file), "--json"], "").await;
+        let bad: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(bad["at"]["seq"], seq);
+    }
+    let report = scene.bad(2, &["audit", "verify", "/none/there"], "").await;
+    assert_eq!(report.code, "file_unusable");
+}
+
+#[tokio::test]
+async fn a_log_that_was_verified_cannot_be_cut_back_or_signed_anew() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    let (_, log) = audit_log(1, 9);
+    scene.fake.set_audit(&log);
+    let first: Value = scene.json(&["audit", "verify"]).await;
+    assert_eq!((&first["key_from"], &first["signed_seq"]), (&"appliance".into(), &9.into()));
+    let again: Value = scene.json(&["audit", "verify"]).await;
+    assert_eq!(again["key_from"], "kept");
+    // Whole by themselves, and not what was seen.
+    scene.fake.set_audit(&audit_log(1, 6).1);
+    let report = scene.bad(3, &["audit", "verify"], "").await;
+    assert!(
+        report.why.contains("record 7 is the first bad one") && report.why.contains("seen"),
+        "{}",
+        report.why
+    );
+    let (other, log) = audit_log(2, 12);
+    scene.fake.set_audit(&log);
+    let report = scene.bad(3, &["audit", "verify"], "").await;
+    assert!(report.why.contains(&other.key().to_string()), "{}", report.why);
+    // Unless the owner says that it is right, once.
+    scene.good(&["audit", "verify", "--key", &other.key().to_string()]).await;
+    let kept: Value = scene.json(&["audit", "verify"]).await;
+    assert_eq!((&kept["key_from"], &kept["signed_seq"]), (&"kept".into(), &12.into()));
+    // An earlier export is not a log that was cut back.
+    let file = scene.home.path().join("earlier.jsonl");
+    fs::write(&file, audit_log(2, 6).1).expect("written");
+    let earlier: Value = scene.json(&["audit", "verify", text(&file)]).await;
+    assert_eq!((&earlier["key_from"], &earlier["last_seq"]), (&"kept".into(), &6.into()));
+}
+
+#[tokio::test]
+async fn a_row_that_is_no_record_is_exported_and_named() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    let (_, log) = audit_log(1, 5);
+    let lines: Vec<&[u8]> = log.split_inclusive(|&byte| byte == b'\n').collect();
+    let mut spoiled: Vec<Vec<u8>> = lines.iter().map(|line| line.to_vec()).collect();
+    spoiled[2] = b"{\"hash\":\"spoiled\"}\n".to_vec();
+    scene.fake.set_audit(&spoiled.concat());
+    let report = scene.bad(3, &["audit", "verify"], "").await;
+    assert!(report.why.contains("record 2 is the first bad one"), "{}", report.why);
 }

@@ -40,6 +40,7 @@ fn an_owners_first_day() -> Result<()> {
     bad_input_is_refused(&mut appliance)?;
     bad_agents_are_held(&mut appliance)?;
     agents_are_served(&mut appliance)?;
+    the_log_of_decisions_is_whole(&appliance)?;
     let serial = appliance.power_off()?;
     ensure!(serial.contains("reached power off"), "no orderly end: {serial}");
     Ok(())
@@ -180,6 +181,17 @@ fn bad_agents_are_held(appliance: &mut Appliance) -> Result<()> {
     }
     let agents: Vec<Agent> = appliance.ctl().json(&["agent", "ls"])?;
     ensure!(agents.len() == 1, "{agents:?}");
+    Ok(())
+}
+
+/// Through all of the above, agentd's death included.
+fn the_log_of_decisions_is_whole(appliance: &Appliance) -> Result<()> {
+    let summary: Value = appliance.ctl().json(&["audit", "verify"])?;
+    ensure!(summary["first_seq"] == 1 && summary["signed_seq"] == summary["last_seq"], "{summary}");
+    let log = appliance.ctl().run(&["audit", "ls", "--limit", "200", "--json"])?.success()?;
+    for action in ["audit.begin", "claim", "sign_in", "agent.install", "agent.remove", "api.use"] {
+        ensure!(log.contains(&format!("\"action\":\"{action}\"")), "{action} is missing: {log}");
+    }
     Ok(())
 }
 

@@ -49,6 +49,7 @@ const OWNER_FORMAT: u32 = 1;
 pub struct Auth {
     files: Arc<dyn StateFiles>,
     clock: BootClock,
+    witness: Witness,
     inner: Mutex<Inner>,
     queue: Arc<Semaphore>,
     hasher: Arc<Semaphore>,
@@ -90,6 +91,24 @@ pub enum OpenError {
     Random(getrandom::Error),
 }
 
+/// Somebody has tried to come in.
+#[derive(Debug)]
+pub struct Attempt<'a> {
+    pub entrance: Entrance,
+    pub peer: IpAddr,
+    /// Why not; `None` when let in.
+    pub denied: Option<&'a Denied>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entrance {
+    Claim,
+    SignIn,
+}
+
+/// Is told of each attempt. Must not wait.
+type Witness = Box<dyn Fn(Attempt<'_>) + Send + Sync>;
+
 /// Why somebody was not let in.
 #[derive(Debug, thiserror::Error)]
 pub enum Denied {
@@ -127,6 +146,7 @@ impl Auth {
         Ok(Self {
             files,
             clock,
+            witness: Box::new(|_| {}),
             inner: Mutex::new(Inner {
                 ownership,
                 claims: Limiter::default(),
@@ -136,6 +156,11 @@ impl Auth {
             queue: Arc::new(Semaphore::new(HASH_QUEUE)),
             hasher: Arc::new(Semaphore::new(1)),
         })
+    }
+
+    /// Tells this witness of each attempt from now on, instead of the one before.
+    pub fn witnessed_by(self, witness: impl Fn(Attempt<'_>) + Send + Sync + 'static) -> Self {
+        Self { witness: Box::new(witness), ..self }
     }
 
     pub fn is_claimed(&self) -> bool {
@@ -160,18 +185,30 @@ impl Auth {
     /// Makes the caller the owner and signs it in. Runs to its end even when the client vanishes: a claim is
     /// never left half done.
     pub async fn claim(self: &Arc<Self>, claim: Claim, peer: IpAddr) -> Result<Session, Denied> {
-        password::check_new(&claim.password)?;
-        self.begin_claim(&claim.code, peer)?;
+        let begun = password::check_new(&claim.password).map_err(Denied::from);
+        let begun = begun.and_then(|()| self.begin_claim(&claim.code, peer));
+        if let Err(denied) = begun {
+            self.tell(Entrance::Claim, peer, Some(&denied));
+            return Err(denied);
+        }
         let auth = Arc::clone(self);
         tokio::spawn(async move {
             let stored = auth.store_owner(claim.password).await;
-            auth.finish_claim(stored, peer)
+            let finished = auth.finish_claim(stored, peer);
+            auth.tell(Entrance::Claim, peer, finished.as_ref().err());
+            finished
         })
         .await
         .map_err(|_| Denied::Lost)?
     }
 
     pub async fn login(self: &Arc<Self>, password: String, peer: IpAddr) -> Result<Session, Denied> {
+        let result = self.let_in(password, peer).await;
+        self.tell(Entrance::SignIn, peer, result.as_ref().err());
+        result
+    }
+
+    async fn let_in(&self, password: String, peer: IpAddr) -> Result<Session, Denied> {
         let place = self.place_in_queue()?;
         let stored = self.begin_login(peer)?;
         let turn = self.turn(place).await?;
@@ -256,6 +293,10 @@ impl Auth {
         let password_hash = password_hash.clone();
         inner.logins.attempt(peer, now).map_err(|wait| Denied::Wait { wait })?;
         Ok(password_hash)
+    }
+
+    fn tell(&self, entrance: Entrance, peer: IpAddr, denied: Option<&Denied>) {
+        (self.witness)(Attempt { entrance, peer, denied });
     }
 
     fn place_in_queue(&self) -> Result<OwnedSemaphorePermit, Denied> {

@@ -4,15 +4,17 @@
 //! It keeps the trait's promises: errors are reports, a flow ends, an upload that breaks off leaves nothing.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
-use agentd_console::{Appliance, Flow, Follow, LogQuery, Pending, StateFiles, Upload};
+use agentd_console::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, StateFiles, Upload};
 use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::*;
+use agentd_domain::audit::{Linked, SignedHead};
 use agentd_domain::engine::{Device, LoadedModel, ModelKind};
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::{Clock, Health};
 use agentd_domain::launcher::{ExitCause, ExitRecord};
 use agentd_domain::manifest::Limits;
 use agentd_domain::plan::*;
+use bytes::Bytes;
 use futures::StreamExt;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -31,10 +33,14 @@ struct Inner {
     /// Of each message, by its text.
     keys: HashMap<String, String>,
     calls: Vec<String>,
+    /// As agentd keeps it: each record's line, and each head's behind it.
+    audit: Vec<u8>,
 }
 
 pub const NOW_UNIX_MS: i64 = 1_795_176_243_000;
 const MIB: u64 = 1 << 20;
+/// The beginning of a log: a head, a record, a head.
+pub const AUDIT_EXAMPLE: &[u8] = include_bytes!("../../../audit/src/example.jsonl");
 
 impl Default for Fake {
     fn default() -> Self {
@@ -44,8 +50,9 @@ impl Default for Fake {
         }
         let models = [embedder(), chat_model(), cut_model()].map(|m| (m.name.clone(), m)).into();
         let log = first_log();
+        let audit = AUDIT_EXAMPLE.to_vec();
         Self {
-            inner: Mutex::new(Inner { agents, models, log, keys: HashMap::new(), calls: Vec::new() }),
+            inner: Mutex::new(Inner { agents, models, log, keys: HashMap::new(), calls: Vec::new(), audit }),
             log: tokio::sync::broadcast::channel(64).0,
         }
     }
@@ -66,6 +73,11 @@ impl Fake {
         let line = LogLine { unix_ms: NOW_UNIX_MS, stream: "out".into(), text: text.into() };
         self.inner.lock().expect("lock").log.push(line.clone());
         let _ = self.log.send(line);
+    }
+
+    /// What the audit log says from now on.
+    pub fn set_audit(&self, lines: &[u8]) {
+        self.inner.lock().expect("lock").audit = lines.to_vec();
     }
 
     pub fn followers(&self) -> usize {
@@ -262,6 +274,39 @@ impl Appliance for Fake {
                 "`agentctl model ls` shows the names",
             )
         }))
+    }
+
+    fn audit(&self, query: AuditQuery) -> Pending<'_, Bytes> {
+        let of_agent = match query.agent.as_ref().map(|agent| self.find(agent, |a| a.agent_id)) {
+            Some(Err(report)) => return ready(Err(report)),
+            Some(Ok(agent)) => Some(agent),
+            None => None,
+        };
+        let lines = self.inner.lock().expect("lock").audit.clone();
+        // A line that is no record, and each head, belongs to the record before it.
+        let (mut number, mut page) = (0, Vec::<(u64, Vec<u8>)>::new());
+        for line in lines.split_inclusive(|&byte| byte == b'\n') {
+            let record = serde_json::from_slice::<Linked>(line).ok().map(|linked| linked.record);
+            number = record.as_ref().map_or(number, |record| record.seq);
+            let wanted = of_agent.is_none_or(|agent| record.is_some_and(|r| r.agent_id == Some(agent)));
+            if wanted && (number > query.after.unwrap_or(0) || query.after.is_none_or(|after| after == 0)) {
+                page.push((number, line.to_vec()));
+            }
+        }
+        let mut numbers: Vec<u64> = page.iter().map(|(number, _)| *number).filter(|n| *n > 0).collect();
+        numbers.dedup();
+        let kept: Vec<u64> = match query.after {
+            Some(_) => numbers.into_iter().take(query.most).collect(),
+            None => numbers.into_iter().rev().take(query.most).collect(),
+        };
+        page.retain(|(number, _)| *number == 0 || kept.contains(number));
+        ready(Ok(page.into_iter().flat_map(|(_, line)| line).collect()))
+    }
+
+    fn audit_head(&self) -> Pending<'_, SignedHead> {
+        let lines = self.inner.lock().expect("lock").audit.clone();
+        let newest = lines.rsplit(|&byte| byte == b'\n').find_map(|line| serde_json::from_slice(line).ok());
+        ready(newest.ok_or_else(|| Report::environment("audit_not_kept", "no head", "there is none", "wait")))
     }
 
     fn reboot(&self) -> Pending<'_, ()> {

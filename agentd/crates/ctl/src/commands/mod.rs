@@ -1,6 +1,7 @@
 //! What does each command do?
 
 mod agents;
+mod audit;
 mod chat;
 mod entry;
 mod models;
@@ -25,6 +26,8 @@ impl From<Report> for Failed {
     }
 }
 
+pub use audit::{KeyFrom, Verified};
+
 pub type Outcome = Result<(), Failed>;
 
 pub fn run(cli: Cli) -> Outcome {
@@ -47,9 +50,11 @@ async fn dispatch(cli: Cli) -> Outcome {
         }
         Command::Plan { manifest, remote: false } => plan::local(&manifest, session.json)?,
         Command::Plan { manifest, remote: true } => plan::remote(&session, &manifest).await?,
+        Command::Diff { before, after } => plan::diff(&session, &before, &after)?,
         Command::Agent(command) => agents::run(&session, command).await?,
         Command::Chat { name, text } => chat::run(&session, &name, text).await?,
         Command::Model(command) => models::run(&session, command).await?,
+        Command::Audit(command) => audit::run(&session, command).await?,
         Command::Reboot => session.client()?.order(Method::POST, "/api/v1/reboot").await?,
         Command::Poweroff => session.client()?.order(Method::POST, "/api/v1/poweroff").await?,
     }

@@ -3,7 +3,7 @@
 use super::{Failed, Outcome, Session};
 use crate::client;
 use crate::show;
-use agentd_capability::{Package, Subject, compile, parse_manifest};
+use agentd_capability::{Difference, Package, Subject, compile, difference, parse_manifest};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_domain::manifest::Manifest;
@@ -31,6 +31,24 @@ pub async fn remote(session: &Session, path: &Path) -> Result<(), Report> {
     let answer = client.send(Method::POST, "/api/v1/plan", Some("text/plain"), client::full(text)).await?;
     print(&client::parse(answer).await?, session.json);
     Ok(())
+}
+
+/// Compared as what the kernel would enforce, not as texts.
+pub fn diff(session: &Session, before: &Path, after: &Path) -> Outcome {
+    session.show(&difference(&manifest(before)?, &manifest(after)?), changes);
+    Ok(())
+}
+
+fn changes(difference: &Difference) -> String {
+    let lines: Vec<String> = [
+        ("WIDER    ", &difference.wider),
+        ("narrower ", &difference.narrower),
+        ("other    ", &difference.other),
+    ]
+    .into_iter()
+    .flat_map(|(mark, lines)| lines.iter().map(move |line| format!("{mark}{line}\n")))
+    .collect();
+    if lines.is_empty() { "the same is allowed\n".to_owned() } else { lines.concat() }
 }
 
 /// The checked manifest, or all that is wrong with it.
