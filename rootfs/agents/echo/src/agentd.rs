@@ -16,6 +16,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A slow machine reads a long prompt for minutes before the first word.
 const MODEL_SILENCE: Duration = Duration::from_secs(600);
 
+/// Below the models' usual values: a companion that remembers should rather repeat than invent.
+pub const TEMPERATURE: f32 = 0.3;
+
 #[derive(Debug)]
 pub enum CallError {
     /// agentd is being restarted, or the connection broke.
@@ -152,7 +155,8 @@ impl Agentd {
         say: &mut dyn FnMut(&str),
     ) -> Result<(), CallError> {
         let body = json!({
-            "model": "default", "messages": messages, "max_tokens": max_tokens, "temperature": 0.3, "stream": true,
+            "model": "default", "messages": messages, "max_tokens": max_tokens,
+            "temperature": TEMPERATURE, "stream": true,
         });
         // Another prompt is another request, and needs another key.
         let mut hash = DefaultHasher::new();

@@ -13,6 +13,8 @@ const MEMORY_CHARS: usize = 600;
 const HISTORY_CHARS: usize = 4000;
 /// Below this a memory has nothing to do with the message.
 const SCORE_LEAST: f32 = 0.05;
+/// Below this share of the best one's score a memory only distracts: the smallest models then answer from it.
+const SCORE_SHARE: f32 = 0.5;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -64,12 +66,12 @@ fn lower(word: Option<&str>) -> String {
     word.unwrap_or_default().to_lowercase()
 }
 
-/// What came to mind, without the message's own record and without what has nothing to do with it; best first.
+/// What came to mind, without the message's own record and without what has little to do with it; best first.
 pub fn worth_saying(hits: Vec<Hit>, own: Option<&str>) -> Vec<Hit> {
-    hits.into_iter()
-        .filter(|hit| Some(hit.id.as_str()) != own && hit.score >= SCORE_LEAST)
-        .take(RECALLED_MOST)
-        .collect()
+    let hits: Vec<Hit> = hits.into_iter().filter(|hit| Some(hit.id.as_str()) != own).collect();
+    let best = hits.iter().map(|hit| hit.score).fold(0.0, f32::max);
+    let least = SCORE_LEAST.max(best * SCORE_SHARE);
+    hits.into_iter().filter(|hit| hit.score >= least).take(RECALLED_MOST).collect()
 }
 
 /// All that the model reads.
@@ -205,9 +207,12 @@ mod tests {
 
     #[test]
     fn the_message_itself_and_the_unrelated_are_not_said() {
-        let hits = vec![hit("own", "a", 1.0), hit("b", "b", 0.5), hit("c", "c", 0.01)];
-        let said: Vec<_> = worth_saying(hits, Some("own")).into_iter().map(|hit| hit.id).collect();
-        assert_eq!(said, ["b"]);
+        let said = |scores: &[(&str, f32)]| -> Vec<String> {
+            let hits = scores.iter().map(|(id, score)| hit(id, id, *score)).collect();
+            worth_saying(hits, Some("own")).into_iter().map(|hit| hit.id).collect()
+        };
+        assert_eq!(said(&[("own", 1.0), ("b", 0.5), ("c", 0.3), ("d", 0.2)]), ["b", "c"]);
+        assert_eq!(said(&[("own", 1.0), ("b", 0.04)]), Vec::<String>::new());
         assert_eq!(worth_saying((0..9).map(|_| hit("x", "x", 1.0)).collect(), None).len(), RECALLED_MOST);
     }
 

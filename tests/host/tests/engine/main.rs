@@ -4,6 +4,7 @@
 //! scripts in `tests/fixtures/models` that share no code with us or with llama.cpp.
 
 mod client;
+mod companion;
 mod conversations;
 mod files;
 mod mathematics;
