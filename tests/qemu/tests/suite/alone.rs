@@ -126,8 +126,8 @@ impl TimeServer {
 fn without_a_disk_the_watchdog_ends_the_wait() -> Result<()> {
     let mut appliance = Appliance::new()?;
     appliance.boot(&Start { disk: Disk::Absent, ..Start::default() })?;
-    let heard = appliance.guest()?.wait_for("Kernel panic", BOOT)?;
-    ensure!(heard.line.contains("Watchdog"), "{}", heard.line);
+    let why = appliance.said("Kernel panic")?;
+    ensure!(why.contains("Watchdog"), "{why}");
     appliance.guest()?.wait_exit(BOOT)?;
     Ok(())
 }
