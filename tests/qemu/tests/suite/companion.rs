@@ -30,16 +30,14 @@ fn a_chat_model_on_a_medium_speaks_for_echo() -> Result<()> {
             model.origin == "medium" && model.kind == ModelKind::Chat && model.default && model.loaded
         }))
     })?;
-    first_day::chat(
-        &appliance.ctl(),
-        "My sister Ana moved to Porto last spring and teaches the piano there.",
-    )?;
-    let parts = first_day::reply(&appliance.ctl(), "In which city does my sister Ana live now?")?;
+    // Small models end their answer to this one; after others they go round in circles for minutes here.
+    first_day::chat(&appliance.ctl(), "My boss is called Ingrid Solberg.")?;
+    let parts = first_day::reply(&appliance.ctl(), "What is the name of my boss?")?;
     let note = parts.iter().find_map(|part| match part {
         ReplyPart::Note { text } => text.strip_prefix("recalled: "),
         _ => None,
     });
-    ensure!(note.context("nothing was recalled")?.contains("Porto"), "{parts:?}");
+    ensure!(note.context("nothing was recalled")?.contains("Ingrid"), "{parts:?}");
     let said: String = parts
         .iter()
         .filter_map(|part| match part {
