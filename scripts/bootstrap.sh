@@ -126,9 +126,21 @@ agentd_bootstrap() {
     agentd_find_rust || agentd_stop "no rustc $agentd_rust_minimum or newer in PATH"
 }
 
+# All checkouts of a user share what is compiled, and cargo tells a changed source by its time alone: sources here that
+# are older than what another checkout compiled last would pass for compiled. So they become new when that one was.
+agentd_take_over_cache() {
+    local mark=${AGENTD_CACHE:-$HOME/.cache/agentd-os}/checkout
+    if [ "$(cat "$mark" 2>/dev/null)" = "$AGENTD_SOURCE" ]; then return; fi
+    mkdir -p "${mark%/*}"
+    if find "$AGENTD_SOURCE" \( -name target -o -name .git \) -prune -o -type f -exec touch -c {} +; then
+        printf '%s\n' "$AGENTD_SOURCE" >"$mark"
+    fi
+}
+
 # Compiles the image builder and leaves its path in agentd_image_tool. A line like those that it prints itself.
 agentd_build_image_tool() {
     local target=${AGENTD_CACHE:-$HOME/.cache/agentd-os}/tool-target begin=$SECONDS
+    agentd_take_over_cache
     printf '%-10s  ' tool >&2
     CARGO_TARGET_DIR=$target cargo build --quiet --release --locked -p image \
         --manifest-path "$AGENTD_SOURCE/Cargo.toml" || return
