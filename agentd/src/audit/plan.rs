@@ -39,6 +39,8 @@ pub struct Counted {
 pub struct Pending {
     waiting: VecDeque<Counted>,
     windows: HashMap<Entry, Window>,
+    /// Entries so far: many come within a millisecond.
+    taken: u64,
 }
 
 #[derive(Debug)]
@@ -47,16 +49,23 @@ struct Window {
     /// Since the last record.
     more: u32,
     last: Now,
+    last_taken: u64,
+}
+
+impl Window {
+    fn count(&mut self, now: Now, taken: u64) {
+        self.more = self.more.saturating_add(1);
+        (self.last, self.last_taken) = (now, taken);
+    }
 }
 
 impl Pending {
     pub fn take(&mut self, entry: Entry, now: Now) {
+        self.taken += 1;
         if let Some(window) = self.windows.get_mut(&entry)
             && (window.more > 0 || now.boot_ms < window.until_boot_ms)
         {
-            window.more = window.more.saturating_add(1);
-            window.last = now;
-            return;
+            return window.count(now, self.taken);
         }
         self.windows.retain(|_, window| window.more > 0 || now.boot_ms < window.until_boot_ms);
         let length_ms = window_ms(&entry);
@@ -64,14 +73,12 @@ impl Pending {
         if crowded || self.waiting.len() >= WAITING_MOST {
             let until_boot_ms = now.boot_ms + DENIED_WINDOW_MS;
             let window = self.windows.entry(overflow(&entry));
-            let window = window.or_insert(Window { until_boot_ms, more: 0, last: now });
-            window.more = window.more.saturating_add(1);
-            window.last = now;
-            return;
+            let window = window.or_insert(Window { until_boot_ms, more: 0, last: now, last_taken: 0 });
+            return window.count(now, self.taken);
         }
         if let Some(length_ms) = length_ms {
             let until_boot_ms = now.boot_ms + length_ms;
-            self.windows.insert(entry.clone(), Window { until_boot_ms, more: 0, last: now });
+            self.windows.insert(entry.clone(), Window { until_boot_ms, more: 0, last: now, last_taken: 0 });
         }
         self.waiting.push_back(Counted { entry, count: 1, at: now });
     }
@@ -106,13 +113,14 @@ impl Pending {
         let mut batch: Vec<_> = self.waiting.drain(..).collect();
         let mut counted = Vec::new();
         for (entry, window) in self.windows.iter_mut().filter(|(_, w)| w.more > 0 && over(w)) {
-            counted.push(Counted { entry: entry.clone(), count: window.more, at: window.last });
+            let record = Counted { entry: entry.clone(), count: window.more, at: window.last };
+            counted.push((window.last_taken, record));
             window.more = 0;
             // Whoever goes on goes on being counted.
             window.until_boot_ms = now.boot_ms + window_ms(entry).unwrap_or(DENIED_WINDOW_MS);
         }
-        counted.sort_by_key(|counted| counted.at.boot_ms);
-        batch.append(&mut counted);
+        counted.sort_by_key(|(taken, _)| *taken);
+        batch.extend(counted.into_iter().map(|(_, record)| record));
         batch
     }
 
