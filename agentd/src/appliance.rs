@@ -26,7 +26,6 @@ use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::Health;
 use agentd_domain::manifest::{Limits, Manifest};
-use agentd_domain::paths;
 use agentd_domain::plan::SandboxPlan;
 use agentd_sandbox::client::Launcher;
 use bytes::Bytes;
@@ -254,11 +253,12 @@ impl Appliance for Machine {
         Box::pin(async move {
             let manifest = checked(&manifest)?;
             let known = self.find(&AgentKey::Name(manifest.name.clone())).ok();
-            let (agent_id, uid) = known
-                .map_or((AgentId(uuid::Uuid::nil()), paths::UID_AGENTS_FIRST), |(id, view)| {
-                    (id, view.row.uid)
-                });
-            Ok(compile(&manifest, &Subject { agent_id, uid, package: Package::Installed }))
+            let subject = known.map_or_else(Subject::nobody, |(agent_id, view)| Subject {
+                agent_id,
+                uid: view.row.uid,
+                package: Package::Installed,
+            });
+            Ok(compile(&manifest, &subject))
         })
     }
 

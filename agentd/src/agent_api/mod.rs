@@ -119,7 +119,7 @@ async fn remember(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Remembered>, Refused> {
     let request: Remember = parse(body)?;
-    caller.may(&format!("memory.remember.{}", tier_name(request.tier)))?;
+    caller.may(&format!("memory.remember.{}", request.tier.name()))?;
     let key = idempotency_key(&headers)?;
     Ok(Json(caller.services.memories.remember(caller.agent, request, key).await?))
 }
@@ -133,7 +133,7 @@ async fn recall(
         request.tiers.push(Tier::Spirit);
     }
     for &tier in &request.tiers {
-        caller.may(&format!("memory.recall.{}", tier_name(tier)))?;
+        caller.may(&format!("memory.recall.{}", tier.name()))?;
     }
     Ok(Json(caller.services.memories.recall(caller.agent, request).await?))
 }
@@ -296,16 +296,6 @@ fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, 
             "see the agent API's table for the body's shape",
         )
     })
-}
-
-fn tier_name(tier: Tier) -> &'static str {
-    match tier {
-        Tier::Working => "working",
-        Tier::Active => "active",
-        Tier::Spirit => "spirit",
-        Tier::Codegraph => "codegraph",
-        Tier::Knowledge => "knowledge",
-    }
 }
 
 #[cfg(test)]

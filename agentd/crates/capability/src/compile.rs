@@ -54,6 +54,12 @@ pub enum Package {
 }
 
 impl Subject {
+    /// For a plan that is only looked at: an agent gets an id and a user id of its own when it is installed.
+    pub fn nobody() -> Self {
+        let agent_id = AgentId(uuid::Uuid::nil());
+        Self { agent_id, uid: paths::UID_AGENTS_FIRST, package: Package::Installed }
+    }
+
     fn package_folder(&self) -> String {
         match &self.package {
             Package::Builtin { folder } => format!("{}/{folder}", paths::BUILTIN_AGENTS),

@@ -4,13 +4,12 @@
 //!         else is different.
 //! Always: whatever the second's plan gives and the first's does not stands under `wider`.
 
-use crate::compile::{Package, Subject, asked, compile};
-use agentd_domain::ids::AgentId;
+use crate::compile::{Subject, asked, compile};
 use agentd_domain::manifest::Manifest;
-use agentd_domain::paths::UID_AGENTS_FIRST;
 use agentd_domain::plan::{FsAccess, LandlockRule};
-use agentd_domain::rights::is_beneath;
+use agentd_domain::rights::{Rights, is_beneath};
 use serde::Serialize;
+use std::collections::BTreeSet;
 
 /// One line for each change.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
@@ -22,22 +21,19 @@ pub struct Difference {
 }
 
 pub fn difference(before: &Manifest, after: &Manifest) -> Difference {
-    let (old, new) = (asked(before), asked(after));
-    let (old_rules, new_rules) = (rules(before), rules(after));
     // Folders are compared as the plan has them: another program may make a folder executable.
-    let but_read = |lines: Vec<String>| lines.into_iter().filter(|line| !line.starts_with("read "));
+    let but_folders = |manifest| Rights { read: BTreeSet::new(), ..asked(manifest) };
+    let (old, new) = (but_folders(before), but_folders(after));
+    let (old_rules, new_rules) = (rules(before), rules(after));
     Difference {
-        wider: but_read(new.beyond(&old)).chain(access_beyond(&new_rules, &old_rules)).collect(),
-        narrower: but_read(old.beyond(&new)).chain(access_beyond(&old_rules, &new_rules)).collect(),
+        wider: [new.beyond(&old), access_beyond(&new_rules, &old_rules)].concat(),
+        narrower: [old.beyond(&new), access_beyond(&old_rules, &new_rules)].concat(),
         other: other(before, after),
     }
 }
 
 fn rules(manifest: &Manifest) -> Vec<LandlockRule> {
-    let agent_id = AgentId(uuid::Uuid::nil());
-    compile(manifest, &Subject { agent_id, uid: UID_AGENTS_FIRST, package: Package::Installed })
-        .landlock
-        .rules
+    compile(manifest, &Subject::nobody()).landlock.rules
 }
 
 /// What these rules allow and the others do not, a line for each path and kind of access.

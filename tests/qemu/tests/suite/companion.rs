@@ -45,6 +45,10 @@ fn a_chat_model_on_a_medium_speaks_for_echo() -> Result<()> {
             _ => None,
         })
         .collect();
+    // Without its model echo answers from memory alone, and says so in a note.
+    let silent =
+        |part: &ReplyPart| matches!(part, ReplyPart::Note { text } if text.contains("did not answer"));
+    ensure!(!parts.iter().any(silent), "{parts:?}");
     // What so small a model makes of it is chance; tests/host/tests/engine/companion.rs counts over ten facts.
     ensure!(said.split_whitespace().count() > 2, "the model said nothing: {said:?}");
     println!("RESULT: in the guest {} said: {:?}", model.name, said.trim());

@@ -3,25 +3,19 @@
 use super::{Failed, Outcome, Session};
 use crate::client;
 use crate::show;
-use agentd_capability::{Difference, Package, Subject, compile, difference, parse_manifest};
+use agentd_capability::{Difference, Subject, compile, difference, parse_manifest};
 use agentd_domain::fault::Report;
-use agentd_domain::ids::AgentId;
 use agentd_domain::manifest::Manifest;
-use agentd_domain::paths::UID_AGENTS_FIRST;
 use agentd_domain::plan::SandboxPlan;
 use hyper::Method;
 use std::fs;
 use std::path::Path;
 
-const PLACEHOLDER_ID: AgentId = AgentId(uuid::Uuid::nil());
-
 /// Compiled here, by the code that the appliance uses. Id and user id are placeholders: the appliance gives an
 /// agent its own when it is installed.
 pub fn local(path: &Path, json: bool) -> Outcome {
     let manifest = manifest(path)?;
-    let package = Package::Installed;
-    let subject = Subject { agent_id: PLACEHOLDER_ID, uid: UID_AGENTS_FIRST, package };
-    print(&compile(&manifest, &subject), json);
+    print(&compile(&manifest, &Subject::nobody()), json);
     Ok(())
 }
 
