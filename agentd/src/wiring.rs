@@ -228,6 +228,7 @@ async fn start_agents(
         memories: memories.clone(),
         engine: engine.clone(),
         audit: audit.clone(),
+        launcher: launcher.clone(),
     };
     let (to_data, lines) = (data.clone(), logs.clone());
     let serve = Box::new(move |run: Serve| {

@@ -7,6 +7,7 @@
 //! Never:  a field of a request that says who is asking.
 //! Threads: tasks of the data plane.
 
+mod calls;
 mod once;
 mod serve;
 
@@ -21,6 +22,7 @@ use agentd_domain::agent_api::{Message, Recall, Recalled, Remember, Remembered, 
 use agentd_domain::audit::{Actor, Entry, Verdict};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, AgentName, RunId};
+use agentd_sandbox::client::Launcher;
 use agentd_serving::{ApiError, Front};
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;
@@ -53,6 +55,7 @@ pub struct Services {
     pub memories: Memories,
     pub engine: Engine,
     pub audit: Audit,
+    pub launcher: Launcher,
 }
 
 /// One run, as its own requests see it.
@@ -81,6 +84,7 @@ pub fn router(caller: Caller) -> Router {
         .route("/agent/v1/memory/remember", post(remember))
         .route("/agent/v1/memory/recall", post(recall))
         .route("/agent/v1/messages/next", get(next_message))
+        .route("/agent/v1/calls", post(calls::call))
         .layer(DefaultBodyLimit::max(BODY_MOST_BYTES))
         .with_state(caller);
     models.merge(own).merge(replies).fallback(nowhere)
@@ -241,7 +245,7 @@ async fn nowhere() -> Refused {
         "not_found",
         "nothing was done",
         "agentd has nothing at this path",
-        "see the agent API's table: /agent/v1/self, /agent/v1/memory/*, /agent/v1/messages/*, /v1/*",
+        "see the agent API's table: /agent/v1/self, /agent/v1/memory/*, /agent/v1/messages/*, /agent/v1/calls, /v1/*",
     ))
 }
 

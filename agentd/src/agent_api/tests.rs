@@ -40,8 +40,14 @@ impl Scene {
         let agent = AgentId(Uuid::from_u128(1));
         std::fs::create_dir(folder.path().join(agent.to_string())).expect("made");
         let memories = Memories::start(folder.path().to_owned(), db.owner(), engine.clone());
-        let services =
-            Services { inbox: Inbox::new(db.clone()), db, memories, engine, audit: Audit::default() };
+        let services = Services {
+            inbox: Inbox::new(db.clone()),
+            db,
+            memories,
+            engine,
+            audit: Audit::default(),
+            launcher: Launcher::at(folder.path().join("none")),
+        };
         let caller = Caller {
             agent,
             name: "test".parse().expect("a name"),
@@ -119,6 +125,7 @@ async fn every_route_needs_its_right() {
         (Method::POST, "/agent/v1/memory/recall", json!({ "query": "x" }).to_string()),
         (Method::GET, "/agent/v1/messages/next", String::new()),
         (Method::POST, "/agent/v1/messages/1/reply", String::new()),
+        (Method::POST, "/agent/v1/calls", json!({ "exec": ["/agent/x"] }).to_string()),
         (Method::GET, "/v1/models", String::new()),
         (Method::POST, "/v1/chat/completions", "{}".to_owned()),
         (Method::POST, "/v1/embeddings", "{}".to_owned()),

@@ -47,6 +47,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
     let read = read_fs(top.section("fs", &mut problems), &mut problems);
     let memory = read_memory(top.section("memory", &mut problems), &mut problems);
     let messages = read_messages(top.section("messages", &mut problems), &mut problems);
+    let calls = read_calls(top.section("calls", &mut problems), &mut problems);
     let restart = read_restart(top.section("restart", &mut problems), &mut problems);
     top.finish(&mut problems);
     if let (Some(name), Some(program)) = (&agent.name, agent.exec.first()) {
@@ -64,6 +65,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
             read,
             memory,
             messages,
+            calls,
             restart,
         }),
         _ => Err(problems.0),
@@ -428,6 +430,12 @@ fn read_messages(mut section: Section, problems: &mut Problems) -> bool {
     let accept = section.flag("accept", problems).unwrap_or(false);
     section.finish(problems);
     accept
+}
+
+fn read_calls(mut section: Section, problems: &mut Problems) -> bool {
+    let allow = section.flag("allow", problems).unwrap_or(false);
+    section.finish(problems);
+    allow
 }
 
 fn read_restart(mut section: Section, problems: &mut Problems) -> Restart {

@@ -9,10 +9,13 @@
 //! | `POST /agent/v1/memory/recall` | `memory.recall` | [`Recall`] | [`Recalled`] |
 //! | `GET /agent/v1/messages/next?wait_s=25` | `messages` | | [`Message`] or 204 |
 //! | `POST /agent/v1/messages/{id}/reply` | `messages` | one [`ReplyPart`] per line (NDJSON, chunked) | 204 |
+//! | `POST /agent/v1/calls` | `calls` | [`Call`] | [`Called`] |
 //! | `/v1/chat/completions`, `/v1/embeddings`, `/v1/models` | `models` | as OpenAI | as OpenAI |
 
 use crate::ids::{AgentId, AgentName, RecordId, RunId};
+use crate::launcher::ExitCause;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SelfInfo {
@@ -151,6 +154,60 @@ pub struct Explain {
     pub meaning: f32,
     /// Words that the query and the record share, stemmed.
     pub matched: Vec<String>,
+}
+
+/// A program of the agent's own package, run behind the agent's walls in a group of its own.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Call {
+    /// Absolute path inside the jail, and arguments.
+    pub exec: Vec<String>,
+    /// `/work` or a folder below it; default `/work`.
+    #[serde(default)]
+    pub workdir: Option<String>,
+    /// Besides the agent's own variables, or in place of those of the same name.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// What it reads; default nothing.
+    #[serde(default)]
+    pub stdin: Option<String>,
+    /// When it is killed, at most ten minutes; default one minute.
+    #[serde(default)]
+    pub timeout_ms: Option<u64>,
+    /// Of the call alone, within the agent's own limits; default those.
+    #[serde(default)]
+    pub memory_max_bytes: Option<u64>,
+    #[serde(default)]
+    pub pids: Option<u32>,
+    /// Of one CPU.
+    #[serde(default)]
+    pub cpu_percent: Option<u32>,
+    /// It may not write to `/work`.
+    #[serde(default)]
+    pub read_only_work: bool,
+    /// It may open no socket: neither agentd nor a network.
+    #[serde(default)]
+    pub no_sockets: bool,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Called {
+    pub cause: CallCause,
+    /// At most 256 KiB each; what is not UTF-8 is replaced.
+    pub stdout: String,
+    pub stderr: String,
+    /// There was more.
+    pub truncated: bool,
+    /// 0 when it timed out.
+    pub memory_peak_bytes: u64,
+    pub elapsed_ms: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CallCause {
+    Ended(ExitCause),
+    TimedOut,
 }
 
 /// A message from a person (or, later, another agent) to this agent.

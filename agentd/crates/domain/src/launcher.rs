@@ -20,6 +20,12 @@ pub enum Request {
         run_id: RunId,
         plan: Box<SandboxPlan>,
     },
+    /// Start another program in a living run, in a group of its own. Answered by `CallStarted` with the descriptors
+    /// of [`CALL_FDS`]. It ends with the run, and when nobody holds the read end of `ended` any more.
+    StartCall {
+        run_id: RunId,
+        call: Box<CallSpec>,
+    },
     StartEngine(EngineSpec),
     StopEngine {
         set: String,
@@ -67,6 +73,46 @@ pub enum Request {
     },
 }
 
+/// A tool call: what is started, and what it gets less than its run. There is no field that could give more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CallSpec {
+    /// Program and arguments; the program is a path inside the jail.
+    pub exec: Vec<String>,
+    pub workdir: String,
+    /// Added to the run's own variables, or in place of those of the same name.
+    pub env: Vec<(String, String)>,
+    pub limits: CallLimits,
+    pub work: WorkAccess,
+    pub sockets: SocketAccess,
+}
+
+/// Limits of the call alone, each within the run's; what is absent is the run's own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CallLimits {
+    pub memory_max_bytes: Option<u64>,
+    pub pids_max: Option<u32>,
+    /// Of one CPU.
+    pub cpu_percent: Option<u32>,
+}
+
+/// What a call may do in the agent's own folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkAccess {
+    Read,
+    ReadWrite,
+}
+
+/// Whether a call may open sockets. With them it speaks to agentd as its agent; without it reaches nobody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SocketAccess {
+    None,
+    AsRun,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineSpec {
@@ -85,6 +131,10 @@ pub enum Response {
     HandedOver {
         pid: i32,
     },
+    /// Descriptors attached, in the order of [`CALL_FDS`].
+    CallStarted {
+        pid: i32,
+    },
     EngineStarted {
         pid: i32,
     },
@@ -95,6 +145,17 @@ pub enum Response {
 
 /// The descriptors that travel with `Started` and `HandedOver`, in this order.
 pub const HANDOVER_FDS: [&str; 5] = ["api_tcp_listener", "api_unix_listener", "stdout", "stderr", "pidfd"];
+
+/// The descriptors that travel with `CallStarted`, in this order. From `ended` one [`CallEnd`] is read as JSON, and
+/// its end without one means that the launcher is gone, and the call with it.
+pub const CALL_FDS: [&str; 4] = ["stdin", "stdout", "stderr", "ended"];
+
+/// How a call ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallEnd {
+    pub cause: ExitCause,
+    pub memory_peak_bytes: u64,
+}
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Listing {

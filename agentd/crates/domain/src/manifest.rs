@@ -25,6 +25,8 @@ pub struct Manifest {
     pub memory: Vec<(Tier, MemoryAccess)>,
     /// Whether the agent takes messages from people.
     pub messages: bool,
+    /// Whether the agent may ask for tool calls in groups of their own.
+    pub calls: bool,
     pub restart: Restart,
 }
 

@@ -281,6 +281,9 @@ fn api(manifest: &Manifest) -> BTreeSet<String> {
     if manifest.messages {
         rights.insert("messages".to_owned());
     }
+    if manifest.calls {
+        rights.insert("calls".to_owned());
+    }
     if manifest.model.is_some() {
         rights.insert("models".to_owned());
     }

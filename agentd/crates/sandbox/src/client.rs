@@ -9,7 +9,7 @@
 use crate::wire::{self, WireError};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, RunId};
-use agentd_domain::launcher::{EngineSpec, Listing, Request, Response};
+use agentd_domain::launcher::{CallSpec, EngineSpec, Listing, Request, Response};
 use agentd_domain::paths;
 use agentd_domain::plan::{CgroupLimits, DiskQuota, SandboxPlan};
 use rustix::io::Errno;
@@ -79,6 +79,19 @@ pub struct RunSockets {
     pub pidfd: OwnedFd,
 }
 
+/// A call that runs. Dropping `ended` kills it, and all that it has started.
+#[derive(Debug)]
+pub struct CallHandles {
+    /// In the launcher's pid namespace; of the process that waits for the call's program.
+    pub pid: i32,
+    /// Write end; non-blocking, as are the others.
+    pub stdin: OwnedFd,
+    pub stdout: OwnedFd,
+    pub stderr: OwnedFd,
+    /// One [`agentd_domain::launcher::CallEnd`] as JSON, when it is over.
+    pub ended: OwnedFd,
+}
+
 /// The launcher, as agentd sees it.
 #[derive(Debug, Clone)]
 pub struct Launcher {
@@ -101,6 +114,17 @@ impl Launcher {
     pub fn start(&self, run_id: RunId, plan: SandboxPlan) -> Result<RunHandles, LauncherError> {
         match self.call(&Request::Start { run_id, plan: Box::new(plan) })? {
             (Response::Started { pid }, fds) => handles(pid, fds),
+            (other, _) => unexpected(&other),
+        }
+    }
+
+    /// Starts a call in a living run. When this returns, its program is running behind all its walls.
+    pub fn start_call(&self, run_id: RunId, call: CallSpec) -> Result<CallHandles, LauncherError> {
+        match self.call(&Request::StartCall { run_id, call: Box::new(call) })? {
+            (Response::CallStarted { pid }, fds) => {
+                let [stdin, stdout, stderr, ended] = wire::exactly::<4>(fds)?;
+                Ok(CallHandles { pid, stdin, stdout, stderr, ended })
+            }
             (other, _) => unexpected(&other),
         }
     }
@@ -208,6 +232,7 @@ fn unexpected<T>(response: &Response) -> Result<T, LauncherError> {
     Err(LauncherError::Unexpected(match response {
         Response::Started { .. } => "started",
         Response::HandedOver { .. } => "handed_over",
+        Response::CallStarted { .. } => "call_started",
         Response::EngineStarted { .. } => "engine_started",
         Response::Done => "done",
         Response::Listing(_) => "listing",

@@ -30,6 +30,8 @@ knowledge = "r"
 codegraph = "none"
 [messages]
 accept = true
+[calls]
+allow = true
 [restart]
 policy = "never"
 "#;
@@ -72,6 +74,7 @@ fn every_key_is_read() {
                 (Tier::Knowledge, MemoryAccess::Read),
             ],
             messages: true,
+            calls: true,
             restart: Restart::Never,
         }
     );

@@ -16,6 +16,7 @@
 //!         see the new root, seccomp forbids all of it and therefore comes last before the probe.
 //! Never:  two threads.
 
+mod call;
 mod child;
 mod mounts;
 mod parent;

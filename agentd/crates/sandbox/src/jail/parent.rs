@@ -1,11 +1,13 @@
 //! What does the jail's own process do from birth to the end of the run?
 //!
+//! In:     the first message says what it is for: a run of its own, or a call in one that lives ([`super::call`]).
 //! States: root in fresh namespaces -> walls built, child forked -> confined (the agent's uid, no capability, no file
 //!         to open, a dozen system calls) -> waits.
 //! Always: it dies with the launcher (parent death signal, and the end of the control socket), and the run dies with
 //!         it, because it is pid 1 of the run's pid namespace.
 //! Never:  reads from the agent. The pipes' read ends go to agentd.
 
+use super::call::{self, DOORS};
 use super::child::{self, AgentChild};
 use super::mounts;
 use super::spec::{FromJail, JailSpec, ToJail};
@@ -14,8 +16,9 @@ use crate::seccomp::{self, Ioctl};
 use crate::sys::{self, Forked, SignalFd};
 use crate::{landlock, wire};
 use agentd_domain::paths::inside;
+use agentd_domain::plan::SandboxPlan;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::Mode;
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with, sockopt,
@@ -65,7 +68,7 @@ const OWN_CALLS: &[&str] = &[
 ///
 /// `control` is the socket at [`super::CONTROL_FD`].
 pub fn run(control: &OwnedFd) -> i32 {
-    match raise(control) {
+    match begin(control) {
         Ok(run) => reap(control, &run),
         Err(failure) => {
             // The launcher may be gone; then nobody is left to be told.
@@ -78,14 +81,36 @@ pub fn run(control: &OwnedFd) -> i32 {
 struct Running {
     agent: Pid,
     signals: SignalFd,
+    /// Namespaces of a run, for the calls that are to enter it; a call has none.
+    doors: Vec<OwnedFd>,
     /// Held for the life of the run, so that connections wait while agentd is restarted.
     _kept: Vec<OwnedFd>,
 }
 
-fn raise(control: &OwnedFd) -> Result<Running, Failure> {
+/// The agent's program, running behind all its walls, while this process is confined itself.
+pub(super) struct Launched {
+    pub agent: Pid,
+    pub signals: SignalFd,
+    /// Write end of its standard input; dropped, the program reads the end of a file.
+    pub stdin: Option<OwnedFd>,
+    pub stdout: OwnedFd,
+    pub stderr: OwnedFd,
+}
+
+fn begin(control: &OwnedFd) -> Result<Running, Failure> {
     step("die with the launcher", set_parent_process_death_signal(Some(Signal::KILL)))?;
     step("control socket", fcntl_setfd(control, FdFlags::CLOEXEC))?;
-    let spec = receive_spec(control)?;
+    match step("read the plan", wire::receive(control.as_fd()))? {
+        (ToJail::Spec(spec), _) => raise(control, &spec),
+        (ToJail::Call(plan), doors) => {
+            let Launched { agent, signals, .. } = call::enter(control, &plan, doors)?;
+            Ok(Running { agent, signals, doors: Vec::new(), _kept: Vec::new() })
+        }
+        (ToJail::Terminate | ToJail::Knock, _) => step("read the plan", Err("stopped before the start")),
+    }
+}
+
+fn raise(control: &OwnedFd, spec: &JailSpec) -> Result<Running, Failure> {
     rustix::process::umask(Mode::from_raw_mode(0o022));
     let root = mounts::build(&spec.plan, &spec.data_dir, &spec.root_mountpoint)?;
     step("host name", rustix::system::sethostname(b"agent"))?;
@@ -93,19 +118,37 @@ fn raise(control: &OwnedFd) -> Result<Running, Failure> {
     let tcp = step("network: listen on 127.0.0.1:7070", listen_tcp())?;
     let unix = step("network: listen on /run/agentd.sock", listen_unix())?;
     root.seal()?;
+    let doors = step("namespaces", open_doors())?;
+    let Launched { agent, signals, stdin, stdout, stderr } = launch(&spec.plan, root.absent())?;
+    // At once: the agent reads the end of a file.
+    drop((stdin, root));
+    let fds = [tcp.as_fd(), unix.as_fd(), stdout.as_fd(), stderr.as_fd()];
+    step("tell the launcher", wire::send(control.as_fd(), &FromJail::Up, &fds))?;
+    Ok(Running { agent, signals, doors, _kept: vec![tcp, unix, stdout, stderr] })
+}
+
+/// Nobody can open them later: this process will be undumpable, and the launcher may not trace (proc(5)).
+fn open_doors() -> Result<Vec<OwnedFd>, Errno> {
+    let open = |name: &&str| {
+        openat(CWD, format!("/proc/self/ns/{name}"), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+    };
+    DOORS.iter().map(open).collect()
+}
+
+/// Starts the program of a plan behind its walls, and confines the caller.
+pub(super) fn launch(plan: &SandboxPlan, absent: &[String]) -> Result<Launched, Failure> {
     let (stdout, agent_stdout) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
     let (stderr, agent_stderr) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
-    // Its write end is dropped at once: the agent reads end of file.
-    let (agent_stdin, _) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
+    let (agent_stdin, stdin) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
     let (report, agent_report) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
     let (agent_go, go) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
-    for fd in [&stdout, &stderr] {
-        step("pipes", rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::NONBLOCK))?;
+    for fd in [&stdin, &stdout, &stderr] {
+        step("pipes", rustix::fs::fcntl_setfl(fd, OFlags::NONBLOCK))?;
     }
     let signals = step("signals", SignalFd::new(&[libc::SIGCHLD]))?;
     let child = AgentChild {
-        plan: &spec.plan,
-        absent: root.absent(),
+        plan,
+        absent,
         stdin: agent_stdin.as_fd(),
         stdout: agent_stdout.as_fd(),
         stderr: agent_stderr.as_fd(),
@@ -116,21 +159,12 @@ fn raise(control: &OwnedFd) -> Result<Running, Failure> {
         Forked::Child => sys::exit_now(child::run(&child)),
         Forked::Parent { child } => child,
     };
-    drop((agent_stdin, agent_stdout, agent_stderr, agent_report, agent_go, root));
-    confine(spec.plan.uid)?;
+    drop((agent_stdin, agent_stdout, agent_stderr, agent_report, agent_go));
+    confine(plan.uid)?;
     step("tell the agent's process to go on", rustix::io::write(&go, b"1"))?;
     drop(go);
     wait_for_exec(&report)?;
-    let fds = [tcp.as_fd(), unix.as_fd(), stdout.as_fd(), stderr.as_fd()];
-    step("tell the launcher", wire::send(control.as_fd(), &FromJail::Up, &fds))?;
-    Ok(Running { agent, signals, _kept: vec![tcp, unix, stdout, stderr] })
-}
-
-fn receive_spec(control: &OwnedFd) -> Result<JailSpec, Failure> {
-    match step("read the plan", wire::receive(control.as_fd()))? {
-        (ToJail::Spec(spec), _) => Ok(*spec),
-        (ToJail::Terminate, _) => step("read the plan", Err("stopped before the start")),
-    }
+    Ok(Launched { agent, signals, stdin: Some(stdin), stdout, stderr })
 }
 
 fn listen_tcp() -> Result<OwnedFd, Errno> {
@@ -203,7 +237,7 @@ fn reap(control: &OwnedFd, run: &Running) -> i32 {
             Err(_) => return 1,
         }
         let [control_event, _] = &waiting;
-        if !control_event.revents().is_empty() && !obey(control.as_fd(), run.agent) {
+        if !control_event.revents().is_empty() && !obey(control.as_fd(), run) {
             return 1;
         }
         while run.signals.next().is_some() {}
@@ -215,14 +249,15 @@ fn reap(control: &OwnedFd, run: &Running) -> i32 {
 }
 
 /// False when the launcher is gone.
-fn obey(control: BorrowedFd<'_>, agent: Pid) -> bool {
+fn obey(control: BorrowedFd<'_>, run: &Running) -> bool {
     match wire::receive(control) {
         Ok((ToJail::Terminate, _)) => {
             // It may have ended by itself this moment.
-            let _ = rustix::process::kill_process(agent, Signal::TERM);
+            let _ = rustix::process::kill_process(run.agent, Signal::TERM);
             true
         }
-        Ok((ToJail::Spec(_), _)) => true,
+        Ok((ToJail::Knock, _)) => wire::send(control, &FromJail::Doors, &wire::borrowed(&run.doors)).is_ok(),
+        Ok((ToJail::Spec(_) | ToJail::Call(_), _)) => true,
         Err(error) => error.would_block(),
     }
 }

@@ -24,8 +24,11 @@ pub struct JailSpec {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum FromJail {
-    /// All walls are up and the agent's program is running. Descriptors: TCP listener, Unix listener, stdout, stderr.
+    /// All walls are up and the program is running. Descriptors of a run: TCP listener, Unix listener, stdout, stderr;
+    /// of a call: stdin, stdout, stderr.
     Up,
+    /// The run's namespaces, in the order in which a call enters them.
+    Doors,
     /// Nothing of the agent has run, and nothing will.
     Failed { failure: Failure },
     /// The agent's first process has ended: a raw wait status (wait(2)). The jail exits right after.
@@ -36,6 +39,10 @@ pub enum FromJail {
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ToJail {
     Spec(Box<JailSpec>),
+    /// Instead of the spec: start this in the run whose doors come with it.
+    Call(Box<SandboxPlan>),
+    /// To a run: hand out the doors.
+    Knock,
     /// SIGTERM to the agent's first process.
     Terminate,
 }

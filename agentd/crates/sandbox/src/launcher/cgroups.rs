@@ -1,7 +1,7 @@
 //! Which files of cgroup v2 hold a run's limits?
 //!
-//! `/agents/<agent>/<run>` carries the limits, `/agents/<agent>/<run>/main` the processes: a later child group per
-//! tool call shares the run's limits. `/engines/<set>` carries both.
+//! `/agents/<agent>/<run>` carries the limits, `/agents/<agent>/<run>/main` the processes; `call-<n>` beside it carries
+//! a tool call with limits of its own, within the run's. `/engines/<set>` carries both.
 //! Always: a limit that cannot be written is an error; a controller that this kernel lacks is a problem that keeps
 //!         every run from starting ([`Hierarchy::prepare`]).
 //! Source: Documentation/admin-guide/cgroup-v2.rst.
@@ -39,11 +39,16 @@ pub(super) struct RunGroup {
     main: PathBuf,
 }
 
+/// The folder of one tool call.
+#[derive(Debug)]
+pub(super) struct CallGroup(PathBuf);
+
 /// What the kernel counted over a run's life.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Counted {
     pub memory_peak_bytes: u64,
-    pub killed_for_memory: bool,
+    /// Processes that the memory killer took, those of groups below counted too.
+    pub killed_for_memory: u64,
 }
 
 impl Hierarchy {
@@ -97,8 +102,10 @@ impl Hierarchy {
         let run = agent.join(run.to_string());
         let group = RunGroup { main: run.join("main"), run };
         make(&group.run)?;
-        let made =
-            self.set_limits(&group, limits).and_then(|()| make(&group.main)).and_then(|()| open(&group.main));
+        let made = self
+            .set_limits(&group.run, limits)
+            .and_then(|()| make(&group.main))
+            .and_then(|()| open(&group.main));
         match made {
             Ok(fd) => Ok((group, fd)),
             Err(report) => {
@@ -108,19 +115,42 @@ impl Hierarchy {
         }
     }
 
-    pub(super) fn set_limits(&self, group: &RunGroup, limits: &CgroupLimits) -> Result<(), Report> {
+    /// A group for one tool call. The controllers reach it from the first call on: a run that makes none saves them.
+    pub(super) fn create_call(
+        &self,
+        run: &RunGroup,
+        number: u64,
+        limits: &CgroupLimits,
+    ) -> Result<(CallGroup, OwnedFd), Report> {
+        self.enable_below(&run.run)?;
+        let group = CallGroup(run.run.join(format!("call-{number}")));
+        make(&group.0)?;
+        match self.set_limits(&group.0, limits).and_then(|()| open(&group.0)) {
+            Ok(fd) => Ok((group, fd)),
+            Err(report) => {
+                group.remove();
+                Err(report)
+            }
+        }
+    }
+
+    pub(super) fn change_limits(&self, group: &RunGroup, limits: &CgroupLimits) -> Result<(), Report> {
+        self.set_limits(&group.run, limits)
+    }
+
+    fn set_limits(&self, group: &Path, limits: &CgroupLimits) -> Result<(), Report> {
         if self.has("memory") {
-            set(&group.run, "memory.high", limits.memory_high_bytes)?;
-            set(&group.run, "memory.max", limits.memory_max_bytes)?;
-            no_swap(&group.run)?;
+            set(group, "memory.high", limits.memory_high_bytes)?;
+            set(group, "memory.max", limits.memory_max_bytes)?;
+            no_swap(group)?;
             // A run that lost one process to the memory killer is broken: all of it ends, and is started again.
-            set(&group.run, "memory.oom.group", 1)?;
+            set(group, "memory.oom.group", 1)?;
         }
         if self.has("pids") {
-            set(&group.run, "pids.max", limits.pids_max)?;
+            set(group, "pids.max", limits.pids_max)?;
         }
         if self.has("cpu") {
-            set(&group.run, "cpu.max", format!("{} {}", limits.cpu_quota_us, limits.cpu_period_us))?;
+            set(group, "cpu.max", format!("{} {}", limits.cpu_quota_us, limits.cpu_period_us))?;
         }
         if self.has("io")
             && let Some(rate) = limits.io_bytes_per_second
@@ -132,7 +162,7 @@ impl Hierarchy {
                     "remove `limits.io` from the manifest",
                 ));
             };
-            set(&group.run, "io.max", format!("{disk} rbps={rate} wbps={rate}"))?;
+            set(group, "io.max", format!("{disk} rbps={rate} wbps={rate}"))?;
         }
         Ok(())
     }
@@ -178,13 +208,7 @@ impl RunGroup {
     }
 
     pub(super) fn counted(&self) -> Counted {
-        let number = |text: &str| text.trim().parse().unwrap_or(0);
-        let events = fs::read_to_string(self.run.join("memory.events")).unwrap_or_default();
-        Counted {
-            memory_peak_bytes: fs::read_to_string(self.run.join("memory.peak"))
-                .map_or(0, |text| number(&text)),
-            killed_for_memory: counts_a_kill(&events),
-        }
+        counted(&self.run)
     }
 
     /// True when nothing is left: a folder whose last process is still dying is busy for a moment.
@@ -193,6 +217,31 @@ impl RunGroup {
         // The agent's folder goes with its last run; while another lives this fails, as it should.
         let _ = self.run.parent().map(fs::remove_dir);
         !self.run.exists()
+    }
+}
+
+impl CallGroup {
+    pub(super) fn kill(&self) -> Result<(), Report> {
+        kill(&self.0)
+    }
+
+    pub(super) fn counted(&self) -> Counted {
+        counted(&self.0)
+    }
+
+    /// True when nothing is left.
+    pub(super) fn remove(&self) -> bool {
+        remove_tree(&self.0, 0);
+        !self.0.exists()
+    }
+}
+
+fn counted(group: &Path) -> Counted {
+    let number = |text: &str| text.trim().parse().unwrap_or(0);
+    let events = fs::read_to_string(group.join("memory.events")).unwrap_or_default();
+    Counted {
+        memory_peak_bytes: fs::read_to_string(group.join("memory.peak")).map_or(0, |text| number(&text)),
+        killed_for_memory: kills(&events),
     }
 }
 
@@ -207,11 +256,12 @@ pub(super) fn kill(group: &Path) -> Result<(), Report> {
     set(group, "cgroup.kill", 1)
 }
 
-fn counts_a_kill(memory_events: &str) -> bool {
+fn kills(memory_events: &str) -> u64 {
     memory_events
         .lines()
-        .filter_map(|line| line.split_once(' '))
-        .any(|(name, count)| name.starts_with("oom_") && name.ends_with("kill") && count.trim() != "0")
+        .filter_map(|line| line.strip_prefix("oom_kill "))
+        .find_map(|count| count.trim().parse().ok())
+        .unwrap_or(0)
 }
 
 fn no_swap(group: &Path) -> Result<(), Report> {
@@ -279,8 +329,8 @@ mod tests {
 
     #[test]
     fn the_memory_killer_is_told_from_pressure() {
-        assert!(!counts_a_kill("low 0\nhigh 17\nmax 3\noom 1\noom_kill 0\noom_group_kill 0\n"));
-        assert!(counts_a_kill("high 17\noom_kill 2\noom_group_kill 1\n"));
-        assert!(!counts_a_kill(""));
+        assert_eq!(kills("low 0\nhigh 17\nmax 3\noom 1\noom_kill 0\noom_group_kill 0\n"), 0);
+        assert_eq!(kills("high 17\noom_kill 2\noom_group_kill 1\n"), 2);
+        assert_eq!(kills(""), 0);
     }
 }

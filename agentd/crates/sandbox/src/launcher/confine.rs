@@ -59,6 +59,7 @@ pub(super) fn confine() -> Result<(), ConfineError> {
 /// | capability | for |
 /// |---|---|
 /// | SYS_ADMIN | namespaces, mounts, quotas |
+/// | SYS_CHROOT | entering a run's mount namespace, for a call in it |
 /// | SYS_RESOURCE | limits of runs above the launcher's own |
 /// | CHOWN, DAC_OVERRIDE, FOWNER | agents' folders, also to remove them |
 /// | SETUID, SETGID, SETPCAP | the jail's change of user and its locked securebits |
@@ -67,6 +68,7 @@ pub(super) fn confine() -> Result<(), ConfineError> {
 /// | KILL | children of other uids |
 fn needed() -> CapabilitySet {
     CapabilitySet::SYS_ADMIN
+        | CapabilitySet::SYS_CHROOT
         | CapabilitySet::SYS_RESOURCE
         | CapabilitySet::CHOWN
         | CapabilitySet::DAC_OVERRIDE

@@ -7,6 +7,7 @@
 //!         What agentd sends is checked again ([`crate::check`]). Its own death ends every run and engine.
 //! Never:  a network, a name to resolve, a file of an agent's opened without `openat2` and without following links.
 
+mod calls;
 mod cgroups;
 mod confine;
 mod engines;

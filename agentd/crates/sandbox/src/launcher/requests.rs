@@ -21,6 +21,7 @@ impl Server {
             Request::Start { run_id, plan } => return self.start(token, run_id, *plan),
             Request::RemoveAgent { agent_id, uid } => return self.remove_agent(token, agent_id, uid),
             Request::Handover { run_id } => return self.hand_over(token, run_id),
+            Request::StartCall { run_id, call } => return self.start_call(token, run_id, &call),
             Request::StartEngine(spec) => self.start_engine(spec),
             Request::List { after } => Ok(Response::Listing(self.listing(after))),
             other => self.change(other).map(|()| Response::Done),
@@ -35,7 +36,7 @@ impl Server {
             Request::ChangeLimits { run_id, cgroup } => {
                 let run = self.runs.get(&run_id).ok_or_else(|| unknown(run_id))?;
                 check::check_within(&cgroup, &run.plan.cgroup)?;
-                self.hierarchy.set_limits(&run.group, &cgroup)
+                self.hierarchy.change_limits(&run.group, &cgroup)
             }
             Request::Freeze { run_id } => self.freeze(run_id, true),
             Request::Thaw { run_id } => self.freeze(run_id, false),
@@ -55,6 +56,7 @@ impl Server {
             Request::Start { .. }
             | Request::RemoveAgent { .. }
             | Request::Handover { .. }
+            | Request::StartCall { .. }
             | Request::StartEngine(_)
             | Request::List { .. } => Err(Report::bug(
                 "launcher_dispatch",
@@ -219,6 +221,6 @@ impl Server {
     }
 }
 
-fn unknown(run_id: RunId) -> Report {
+pub(super) fn unknown(run_id: RunId) -> Report {
     refused("not_found", format!("no run {run_id} is alive here"), "`agentctl agent ls` lists runs")
 }

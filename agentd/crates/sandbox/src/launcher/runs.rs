@@ -20,6 +20,7 @@ use agentd_domain::plan::SandboxPlan;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, Signal, set_parent_process_death_signal};
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -28,7 +29,7 @@ use std::process::Command;
 /// Raising all walls takes milliseconds; a minute of memory pressure on a small machine is still covered.
 pub(super) const RAISE_LIMIT_MS: u64 = 10_000;
 /// Higher than anything of the system, so that the machine's memory killer takes agents first.
-const OOM_SCORE_ADJ: &str = "500";
+pub(super) const OOM_SCORE_ADJ: &str = "500";
 /// The descriptors that a jail sends with `Up`.
 const JAIL_FDS: usize = 4;
 
@@ -53,6 +54,10 @@ pub(super) struct Run {
     /// Asked to stop: when the rest is killed.
     pub kill_at_boot_ms: Option<u64>,
     pub stop_asked: bool,
+    /// Calls that wait for the doors, in the order in which the jail was asked.
+    pub knocking: VecDeque<u64>,
+    /// Processes that the memory killer took in calls that are over: their groups count for the run's too.
+    pub killed_in_calls: u64,
     failure: Option<Failure>,
     status: Option<i32>,
 }
@@ -74,6 +79,8 @@ pub(super) enum Progress {
     Nothing,
     /// All walls are up.
     Started,
+    /// The run's namespaces, for the call that has waited longest.
+    Doors(Vec<OwnedFd>),
     /// The jail has no more to say.
     Silent,
 }
@@ -123,6 +130,8 @@ impl Run {
             frozen: false,
             kill_at_boot_ms: None,
             stop_asked: false,
+            knocking: VecDeque::new(),
+            killed_in_calls: 0,
             failure: None,
             status: None,
         };
@@ -169,6 +178,7 @@ impl Run {
                     Progress::Nothing
                 }
             },
+            Ok((FromJail::Doors, doors)) => Progress::Doors(doors),
             Ok((FromJail::Failed { failure }, _)) => {
                 self.failure.get_or_insert(failure);
                 Progress::Nothing
@@ -256,7 +266,8 @@ impl Run {
 
     /// The record of a run whose jail has been reaped.
     pub(super) fn record(&self) -> ExitRecord {
-        let counted = self.group.counted();
+        let mut counted = self.group.counted();
+        counted.killed_for_memory = counted.killed_for_memory.saturating_sub(self.killed_in_calls);
         ExitRecord {
             run_id: self.run_id,
             agent_id: self.plan.agent_id,
@@ -272,18 +283,18 @@ impl Run {
             return ExitCause::WallFailed { why: failure.to_string() };
         }
         if let Phase::Raising { .. } = self.phase {
-            return if counted.killed_for_memory {
+            return if counted.killed_for_memory > 0 {
                 ExitCause::OutOfMemory
             } else {
                 ExitCause::WallFailed { why: "the jail ended before the walls were up".to_owned() }
             };
         }
-        classify(self.status, self.stop_asked, counted.killed_for_memory)
+        classify(self.status, self.stop_asked, counted.killed_for_memory > 0)
     }
 }
 
 /// What the end of a run that had started means. `status` is absent when the jail was killed with its agent.
-fn classify(status: Option<i32>, stop_asked: bool, killed_for_memory: bool) -> ExitCause {
+pub(super) fn classify(status: Option<i32>, stop_asked: bool, killed_for_memory: bool) -> ExitCause {
     let signal = match status {
         Some(status) if libc::WIFEXITED(status) => {
             return if stop_asked {
@@ -304,7 +315,7 @@ fn classify(status: Option<i32>, stop_asked: bool, killed_for_memory: bool) -> E
 }
 
 /// In the new process, which is pid 1 of its namespace: becomes the jail's program or exits.
-fn become_jail(program: &Path, control: BorrowedFd<'_>) -> i32 {
+pub(super) fn become_jail(program: &Path, control: BorrowedFd<'_>) -> i32 {
     let ready = set_parent_process_death_signal(Some(Signal::KILL))
         .and_then(|()| silence())
         .and_then(|()| sys::place_fd(control, CONTROL_FD))

@@ -6,7 +6,8 @@
 //! Always: a client has at most one open request; while it waits for a start, nothing is read from it.
 //! Always: a peer that is not agentd's uid gets one refusal and is closed; what it says is not looked at.
 
-use super::cgroups::{self, Hierarchy, RunGroup};
+use super::calls::Call;
+use super::cgroups::{self, CallGroup, Hierarchy, RunGroup};
 use super::confine::{ConfineError, confine};
 use super::engines::Engine;
 use super::records::Records;
@@ -73,11 +74,16 @@ pub(super) enum Waits {
     Stranger,
     ForRun(RunId),
     ForRemoval(AgentId),
+    ForCall(u64),
 }
 
 pub(super) enum Source {
     Client,
     Jail(RunId),
+    /// The control socket of a call.
+    Call(u64),
+    /// The pipe that tells of a call's end; what it says is that nobody listens any more.
+    Asker(u64),
 }
 
 pub(super) struct Server {
@@ -91,10 +97,13 @@ pub(super) struct Server {
     pub(super) sources: BTreeMap<u64, Source>,
     pub(super) clients: BTreeMap<u64, Client>,
     pub(super) runs: BTreeMap<RunId, Run>,
+    /// By numbers that are never used again.
+    pub(super) calls: BTreeMap<u64, Call>,
     pub(super) engines: BTreeMap<String, Engine>,
     pub(super) records: Records,
     pub(super) removals: VecDeque<Removal>,
     pub(super) buried_runs: Vec<RunGroup>,
+    pub(super) buried_calls: Vec<CallGroup>,
     pub(super) buried_engines: Vec<PathBuf>,
     pub(super) stopping: bool,
 }
@@ -155,10 +164,12 @@ impl Server {
             sources: BTreeMap::new(),
             clients: BTreeMap::new(),
             runs: BTreeMap::new(),
+            calls: BTreeMap::new(),
             engines: BTreeMap::new(),
             records,
             removals,
             buried_runs: Vec::new(),
+            buried_calls: Vec::new(),
             buried_engines: Vec::new(),
             stopping: false,
         })
@@ -181,6 +192,7 @@ impl Server {
         }
         self.pass_deadlines();
         self.remove_a_little();
+        self.buried_calls.retain(|group| !group.remove());
         self.buried_runs.retain(|group| !group.remove());
         self.buried_engines.retain(|group| !cgroups::remove_engine(group));
         Ok(())
@@ -192,8 +204,10 @@ impl Server {
             return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         }
         let now = boot_ms();
-        let buried = !self.buried_runs.is_empty() || !self.buried_engines.is_empty();
+        let buried =
+            !self.buried_runs.is_empty() || !self.buried_calls.is_empty() || !self.buried_engines.is_empty();
         let runs = self.runs.values().filter_map(Run::next_deadline);
+        let runs = runs.chain(self.calls.values().filter_map(Call::deadline_boot_ms));
         let engines = self.engines.values().filter_map(|engine| engine.due_boot_ms);
         let due = runs.chain(engines).chain(buried.then_some(now + GRAVEYARD_MS)).min()?;
         // One millisecond more, so that the deadline has passed when the wait ends.
@@ -243,6 +257,10 @@ impl Server {
             self.finish_run(run_id);
             return;
         }
+        if let Some(call) = self.calls.iter().find(|(_, call)| call.pid() == Some(pid)).map(|(call, _)| *call)
+        {
+            return self.finish_call(call);
+        }
         let stopping = self.stopping;
         if let Some(engine) = self.engines.values_mut().find(|engine| engine.pid() == Some(pid)) {
             engine.ended();
@@ -260,6 +278,14 @@ impl Server {
                 let run_id = *run_id;
                 self.hear_jail(token, run_id);
             }
+            Some(Source::Call(call)) => {
+                let call = *call;
+                self.hear_call(token, call);
+            }
+            Some(Source::Asker(call)) => {
+                let call = *call;
+                self.abandon_call(token, call);
+            }
         }
     }
 
@@ -269,6 +295,10 @@ impl Server {
             match run.listen() {
                 Progress::Nothing => {}
                 Progress::Started => break,
+                Progress::Doors(doors) => {
+                    let next = run.knocking.pop_front();
+                    return self.enter_call(next, doors);
+                }
                 Progress::Silent => {
                     // A closed socket stays readable for ever; the end of the process comes as a signal.
                     if wire_closed(run.control.as_fd()) {
@@ -304,10 +334,11 @@ impl Server {
         loop {
             match self.runs.get_mut(&run_id).map(Run::listen) {
                 Some(Progress::Started) => self.answer_start(run_id),
-                Some(Progress::Nothing) => {}
+                Some(Progress::Nothing | Progress::Doors(_)) => {}
                 Some(Progress::Silent) | None => break,
             }
         }
+        self.end_calls_of(run_id);
         let Some(run) = self.runs.remove(&run_id) else { return };
         let record = run.record();
         if let Err(error) = self.records.add(record.clone()) {
@@ -329,6 +360,9 @@ impl Server {
         }
         if client.waits != Waits::No {
             // Only an end of the connection wakes us now. What it waits for goes on; another agentd may adopt it.
+            if let Waits::ForCall(call) = client.waits {
+                self.kill_call(call);
+            }
             self.drop_client(token);
             return;
         }
@@ -390,6 +424,7 @@ impl Server {
                 run.deadline_passed();
             }
         }
+        self.pass_deadlines_of_calls(now);
         for engine in self.engines.values_mut() {
             if engine.due_boot_ms.is_some_and(|due| due <= now) {
                 engine.restart(&self.options, &self.hierarchy);
@@ -438,11 +473,11 @@ impl Server {
     }
 }
 
-fn waiting_for(clients: &BTreeMap<u64, Client>, waits: Waits) -> Vec<u64> {
+pub(super) fn waiting_for(clients: &BTreeMap<u64, Client>, waits: Waits) -> Vec<u64> {
     clients.iter().filter(|(_, client)| client.waits == waits).map(|(token, _)| *token).collect()
 }
 
-fn wire_closed(socket: BorrowedFd<'_>) -> bool {
+pub(super) fn wire_closed(socket: BorrowedFd<'_>) -> bool {
     let mut byte = [0_u8; 1];
     let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
     !matches!(rustix::net::recv(socket, &mut byte, flags), Err(Errno::AGAIN))
@@ -453,7 +488,7 @@ pub(super) fn watch(epoll: &OwnedFd, fd: BorrowedFd<'_>, token: u64) -> Result<(
 }
 
 /// What a start that came to nothing means to the one who asked for it.
-fn refused_start(cause: &ExitCause) -> Report {
+pub(super) fn refused_start(cause: &ExitCause) -> Report {
     let (why, fix) = match cause {
         ExitCause::WallFailed { why } if why.starts_with("exec: ") => {
             let fix = "check `agent.exec`: the program must be in the package, executable, and made for this machine";

@@ -27,9 +27,40 @@ pub(crate) fn run(words: &[String]) -> u8 {
         "fork-bomb" => fork_bomb(),
         "fill-disk" => fill_disk(),
         "scene" => print_scene(),
+        "copy" => copy(),
+        "attempt" => attempt(),
         other => panic!("the test agent does not know `{other}`"),
     }
     0
+}
+
+/// Standard input to standard output.
+fn copy() {
+    let mut text = String::new();
+    std::io::stdin().read_to_string(&mut text).unwrap();
+    say("read", text.trim());
+}
+
+/// What a call may have given up.
+fn attempt() {
+    say(
+        "socket",
+        std::net::TcpStream::connect("127.0.0.1:7070")
+            .map_or_else(|error| error.to_string(), |_| "connected".to_owned()),
+    );
+    say(
+        "write",
+        std::fs::write("/work/by-a-call", "x")
+            .map_or_else(|error| error.to_string(), |()| "written".to_owned()),
+    );
+    let other: i32 = std::env::var("OTHER").unwrap().parse().unwrap();
+    // SAFETY: signal 0 only asks.
+    #[allow(unsafe_code)]
+    let killed = unsafe { libc::kill(other, 0) };
+    say(
+        "kill",
+        if killed == 0 { "possible".to_owned() } else { std::io::Error::last_os_error().to_string() },
+    );
 }
 
 fn say(name: &str, what: impl std::fmt::Display) {

@@ -1,7 +1,7 @@
 //! The tests. Each starts a launcher of its own and leaves nothing behind.
 
 use crate::scene::{LIMIT, Scene, new_run, readable, until};
-use crate::{Case, Outcome};
+use crate::{Case, Outcome, calls};
 use agentd_domain::launcher::{EngineSpec, ExitCause, Request, Response};
 use agentd_domain::plan::{CgroupLimits, DiskQuota};
 use agentd_sandbox::client::LauncherError;
@@ -39,8 +39,15 @@ pub(crate) const ALL: &[Case] = &[
     ("limits_of_a_living_run_shrink_and_never_grow", change_limits),
     ("the_data_disk_s_rate_is_limited", disk_rate),
     ("an_engine_is_confined_and_started_again", engine),
+    ("a_call_has_its_run_s_walls_and_ends_with_its_word", calls::walls),
+    ("a_call_gives_up_what_it_is_told_to", calls::narrower),
+    ("a_call_that_eats_memory_takes_nothing_with_it", calls::out_of_memory),
+    ("a_call_that_forks_stops_at_its_own_limit", calls::fork_bomb),
+    ("a_call_ends_with_its_asker_and_with_its_run", calls::ends),
+    ("a_call_wider_than_its_run_is_refused", calls::refused),
 ];
 
+#[macro_export]
 macro_rules! scene {
     () => {
         match Scene::new() {
@@ -50,6 +57,7 @@ macro_rules! scene {
     };
 }
 
+#[macro_export]
 macro_rules! needs {
     ($scene:expr, $feature:literal) => {
         if let Some(reason) = $scene.lacks($feature) {

@@ -8,6 +8,7 @@
 //! is printed with its reason and counted. In the appliance's kernel nothing is skipped.
 
 mod agent;
+mod calls;
 mod cases;
 mod scene;
 
