@@ -5,6 +5,7 @@
 //! Out:   [`Views`] for everybody who watches; orders to the launcher; a served API per living run.
 //! Always: one run per agent at most (`plan.rs` and its tests).
 
+mod archive;
 pub mod package;
 pub mod plan;
 mod run;

@@ -1,6 +1,6 @@
 //! Is this tar an agent's package, and what is its digest?
 //!
-//! In:    a tar from the owner, or a folder of the image. Out: the manifest's text, the digest, and for a tar its
+//! In:    a tar from the owner, compressed or not, or a folder of the image. Out: the manifest's text, the digest, and for a tar its
 //!        files below `/data/agents/<id>/package`.
 //! Always: nothing is written outside of that folder; only folders and regular files are taken, within bounds;
 //!         modes are 0755 or 0644 whatever the tar says. What was half written is removed.
@@ -8,11 +8,12 @@
 //! Threads: everything blocks.
 //! Source: POSIX.1-2017, `pax` interchange format.
 
+use super::archive;
 use agentd_domain::fault::Report;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
@@ -62,7 +63,8 @@ impl PackageError {
                 "package_invalid",
                 what,
                 self.to_string(),
-                "give `agentctl agent install` the folder that holds `agent.toml` and the agent's files",
+                "give `agentctl agent install` the folder that holds `agent.toml` and the agent's files, or what \
+                 `agentctl agent pack` has made of it",
             ),
         }
     }
@@ -94,10 +96,10 @@ pub struct Unpacked {
 }
 
 /// The text of the manifest in a tar; reads no further than needed.
-pub fn manifest_of_tar(tar: impl Read) -> Result<String, PackageError> {
-    let mut archive = tar::Archive::new(tar);
-    for entry in archive.entries().map_err(PackageError::Tar)? {
-        let mut entry = entry.map_err(PackageError::Tar)?;
+pub fn manifest_of_tar(tar: impl BufRead) -> Result<String, PackageError> {
+    let mut archive = tar::Archive::new(archive::open(tar).map_err(not_read)?);
+    for entry in archive.entries().map_err(not_read)? {
+        let mut entry = entry.map_err(not_read)?;
         if relative(&entry)?.as_deref() == Some(MANIFEST) {
             return read_manifest(&mut entry);
         }
@@ -106,7 +108,7 @@ pub fn manifest_of_tar(tar: impl Read) -> Result<String, PackageError> {
 }
 
 /// Unpacks into `folder`, which must not exist, and syncs it.
-pub fn unpack(tar: impl Read, folder: &Path) -> Result<Unpacked, PackageError> {
+pub fn unpack(tar: impl BufRead, folder: &Path) -> Result<Unpacked, PackageError> {
     let result = unpack_all(tar, folder);
     if result.is_err() {
         let _ = fs::remove_dir_all(folder);
@@ -114,13 +116,13 @@ pub fn unpack(tar: impl Read, folder: &Path) -> Result<Unpacked, PackageError> {
     result
 }
 
-fn unpack_all(tar: impl Read, folder: &Path) -> Result<Unpacked, PackageError> {
+fn unpack_all(tar: impl BufRead, folder: &Path) -> Result<Unpacked, PackageError> {
     make_folder(folder)?;
     let mut content = Content::default();
     let mut room_bytes = PACKAGE_MOST_BYTES;
-    let mut archive = tar::Archive::new(tar);
-    for entry in archive.entries().map_err(PackageError::Tar)? {
-        let mut entry = entry.map_err(PackageError::Tar)?;
+    let mut archive = tar::Archive::new(archive::open(tar).map_err(not_read)?);
+    for entry in archive.entries().map_err(not_read)? {
+        let mut entry = entry.map_err(not_read)?;
         let Some(path) = relative(&entry)? else { continue };
         let target = folder.join(&path);
         match entry.header().entry_type() {
@@ -177,6 +179,13 @@ pub fn read_folder(folder: &Path) -> Result<Unpacked, PackageError> {
     let path = folder.join(MANIFEST);
     let mut file = File::open(&path).map_err(|_| PackageError::NoManifest)?;
     Ok(Unpacked { manifest: read_manifest(&mut file)?, digest: content.digest() })
+}
+
+fn not_read(error: io::Error) -> PackageError {
+    match error.kind() {
+        io::ErrorKind::FileTooLarge => PackageError::TooLarge,
+        _ => PackageError::Tar(error),
+    }
 }
 
 /// The entry's path without a leading `./`; `None` for the top itself.
@@ -241,7 +250,7 @@ fn copy(
     if let Some(error) = broken {
         return Err(error);
     }
-    let digest = digest.map_err(PackageError::Tar)?;
+    let digest = digest.map_err(not_read)?;
     file.sync_all().map_err(failed)?;
     Ok(digest)
 }

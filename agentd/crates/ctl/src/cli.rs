@@ -86,9 +86,16 @@ pub enum Agent {
     /// List them
     #[command(alias = "list")]
     Ls,
-    /// Install the package in a directory: agent.toml and the agent's files
+    /// Install a package: a directory with agent.toml and the agent's files, or what `pack` has made of it
     Install {
+        package: PathBuf,
+    },
+    /// Make one file of a directory, to hand on: a tar compressed with Zstandard
+    Pack {
         directory: PathBuf,
+        /// Default: the agent's name and version, with `.agent`
+        #[arg(long, short)]
+        output: Option<PathBuf>,
     },
     Start {
         name: AgentKey,

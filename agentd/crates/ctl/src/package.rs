@@ -7,6 +7,7 @@
 //! Packing is decided first, as a list ([`list`]), and then done ([`write`]).
 
 use agentd_domain::fault::Report;
+use ruzstd::encoding::{CompressionLevel, compress};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -74,6 +75,48 @@ pub fn write(directory: &Path, entries: &[Entry], out: impl Write) -> io::Result
         }
     }
     tar.finish()
+}
+
+/// Writes the tar as one Zstandard frame. A file that is there already stays as it is.
+pub fn write_compressed(directory: &Path, entries: &[Entry], path: &Path) -> io::Result<()> {
+    let file = File::create_new(path)?;
+    let (reader, writer) = io::pipe()?;
+    let mut drain = Drain { out: io::BufWriter::new(&file), failed: None };
+    let packed = std::thread::scope(|scope| {
+        let packing = scope.spawn(move || write(directory, entries, io::BufWriter::new(writer)));
+        compress(io::BufReader::new(reader), &mut drain, CompressionLevel::Fastest);
+        packing.join().unwrap_or_else(|_| Err(io::Error::other("packing broke off")))
+    });
+    let written = packed.and(drain.finished()).and_then(|()| file.sync_all());
+    if written.is_err() {
+        let _ = fs::remove_file(path);
+    }
+    written
+}
+
+/// Takes everything and remembers the first error: the compressor panics when its drain has one.
+struct Drain<W: Write> {
+    out: io::BufWriter<W>,
+    failed: Option<io::Error>,
+}
+
+impl<W: Write> Drain<W> {
+    fn finished(mut self) -> io::Result<()> {
+        self.failed.take().map_or_else(|| self.out.flush(), Err)
+    }
+}
+
+impl<W: Write> Write for Drain<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.failed.is_none() {
+            self.failed = self.out.write_all(bytes).err();
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A reader that must give as many bytes as the header promised.
@@ -162,6 +205,23 @@ mod tests {
         let other = package(&["a", "bin/run", "agent.toml"]);
         fs::set_permissions(other.path().join("a"), fs::Permissions::from_mode(0o640)).expect("set");
         assert_eq!(packed(one.path()), packed(other.path()));
+    }
+
+    #[test]
+    fn a_compressed_package_holds_the_same_tar_and_overwrites_nothing() {
+        let folder = package(&["agent.toml", "bin/run", "a"]);
+        let elsewhere = tempfile::tempdir().expect("a folder");
+        let file = elsewhere.path().join("packed.agent");
+        let entries = list(folder.path()).expect("listed");
+        write_compressed(folder.path(), &entries, &file).expect("written");
+        let frame = fs::read(&file).expect("read");
+        let mut tar = Vec::new();
+        let mut decoder = ruzstd::decoding::StreamingDecoder::new(frame.as_slice()).expect("a frame");
+        io::Read::read_to_end(&mut decoder, &mut tar).expect("decoded");
+        assert_eq!(tar, packed(folder.path()));
+        let again = write_compressed(folder.path(), &entries, &file).expect_err("it is there");
+        assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read(&file).expect("read"), frame);
     }
 
     #[test]

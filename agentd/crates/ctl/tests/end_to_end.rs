@@ -337,6 +337,12 @@ async fn a_package_is_checked_here_and_packed_the_same_everywhere() {
     let first: Agent = scene.json(&["agent", "install", text(one.path())]).await;
     let second: Agent = scene.json(&["agent", "install", text(other.path())]).await;
     assert_eq!(first.digest, second.digest);
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let file = elsewhere.path().join("guest.agent");
+    let output = scene.run(&["agent", "pack", text(one.path()), "--output", text(&file)], "").await;
+    assert!(output.status.success(), "{output:?}");
+    let third: Agent = scene.json(&["agent", "install", text(&file)]).await;
+    assert_eq!(third.name, first.name);
 
     let calls = scene.fake.calls().len();
     let empty = package(MANIFEST, false);

@@ -1,6 +1,6 @@
 //! Listing, installing, starting, stopping, removing agents, and reading what they printed.
 
-use super::{Outcome, Session, plan};
+use super::{Failed, Outcome, Session, plan};
 use crate::cli;
 use crate::client::{self, Body};
 use crate::package::{self, Entry, Kind, MANIFEST};
@@ -12,7 +12,7 @@ use agentd_domain::paths::inside;
 use bytes::Bytes;
 use hyper::Method;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tokio::sync::mpsc;
 
 /// Pieces that wait to be sent; bounds memory.
@@ -21,7 +21,9 @@ const PIECE_BYTES: usize = 64 * 1024;
 
 pub async fn run(session: &Session, command: cli::Agent) -> Outcome {
     match command {
-        cli::Agent::Install { directory } => install(session, &directory).await?,
+        cli::Agent::Install { package } if package.is_file() => install_file(session, &package).await?,
+        cli::Agent::Install { package } => install(session, &package).await?,
+        cli::Agent::Pack { directory, output } => pack(session, &directory, output)?,
         cli::Agent::Ls => {
             let agents: Vec<Agent> = session.client()?.get("/api/v1/agents").await?;
             session.show(agents.as_slice(), show::agents);
@@ -55,11 +57,54 @@ async fn change(session: &Session, path: &str) -> Result<(), Report> {
 
 /// Checked here first, so that mistakes are told before anything is sent.
 async fn install(session: &Session, directory: &Path) -> Outcome {
+    let (_, entries) = checked(directory)?;
+    send(session, packed(directory.to_owned(), entries)).await
+}
+
+/// The appliance looks into it.
+async fn install_file(session: &Session, path: &Path) -> Outcome {
+    let file = tokio::fs::File::open(path).await.map_err(|error| {
+        Report::caller(
+            "package_unreadable",
+            "nothing was sent",
+            format!("{}: {error}", path.display()),
+            "name a file that you may read",
+        )
+    })?;
+    send(session, client::streamed(tokio_util::io::ReaderStream::with_capacity(file, PIECE_BYTES))).await
+}
+
+#[derive(serde::Serialize)]
+struct Packed {
+    file: PathBuf,
+}
+
+fn pack(session: &Session, directory: &Path, output: Option<PathBuf>) -> Outcome {
+    let (manifest, entries) = checked(directory)?;
+    let path =
+        output.unwrap_or_else(|| PathBuf::from(format!("{}-{}.agent", manifest.name, manifest.version)));
+    package::write_compressed(directory, &entries, &path).map_err(|error| {
+        Report::environment(
+            "package_not_written",
+            "no package was made",
+            format!("{}: {error}", path.display()),
+            "write it elsewhere with `--output FILE`",
+        )
+    })?;
+    let packed = Packed { file: path };
+    session.show(&packed, |packed| format!("{}\n", packed.file.display()));
+    Ok(())
+}
+
+fn checked(directory: &Path) -> Result<(Manifest, Vec<Entry>), Failed> {
     let manifest = plan::manifest(&directory.join(MANIFEST))?;
     let entries = package::list(directory)?;
     check_program(&manifest, &entries)?;
+    Ok((manifest, entries))
+}
+
+async fn send(session: &Session, body: Body) -> Outcome {
     let client = session.client()?;
-    let body = packed(directory.to_owned(), entries);
     let answer = client.send_slowly(Method::POST, "/api/v1/agents", Some("application/x-tar"), body).await;
     let agent: Agent = client::parse(answer?).await?;
     session.show(&agent, show::agent);
