@@ -3,7 +3,8 @@
 //! In:    requests of exactly one run: who it is was decided when the launcher handed its listeners over.
 //! Out:   answers; errors as [`Report`] with the status that belongs to them, below `/v1/` as OpenAI's.
 //! Always: each route names the right it needs, and the right is looked up in the plan that the run was started
-//!         with. Bodies are bounded. An answer to a `POST` with `Idempotency-Key` is kept for 24 hours.
+//!         with. Bodies are bounded. An answer to a `POST` with `Idempotency-Key` is kept for 24 hours. What a model
+//!         was used for is entered before the answer's end is sent (`once.rs`).
 //! Never:  a field of a request that says who is asking.
 //! Threads: tasks of the data plane.
 
@@ -72,7 +73,7 @@ pub fn router(caller: Caller) -> Router {
     let front = Front { engine: Arc::new(caller.services.engine.clone()), caller: caller.agent.to_string() };
     // The right is checked first: an answer that is kept is an answer of a model too.
     let models = agentd_serving::router(front)
-        .route_layer(from_fn_with_state(caller.clone(), once::kept))
+        .route_layer(from_fn_with_state(caller.clone(), once::settled))
         .route_layer(from_fn_with_state(caller.clone(), models_only));
     // Replies are streams and have their own end; everything else is answered once.
     let replies = Router::new()

@@ -1,8 +1,9 @@
 use super::*;
 use crate::engine::testing::FakeEngine;
 use crate::engine::{self, Choice, Stage, Wanted};
-use crate::store::Store;
+use crate::store::{AgentRow, Store};
 use agentd_domain::engine::ModelKind;
+use agentd_domain::ids::OwnerId;
 use agentd_sandbox::client::Launcher;
 use axum::http::Method;
 use serde_json::{Value, json};
@@ -38,6 +39,7 @@ impl Scene {
         engine.watch().wait_for(|view| view.stage == Stage::Ready).await.expect("ready");
         let db = Db::new(Store::open(&folder.path().join("system.redb")).expect("opens"));
         let agent = AgentId(Uuid::from_u128(1));
+        db.here().add_agent(&row_of(agent, db.owner())).expect("added");
         std::fs::create_dir(folder.path().join(agent.to_string())).expect("made");
         let memories = Memories::start(folder.path().to_owned(), db.owner(), engine.clone());
         let services = Services {
@@ -70,9 +72,32 @@ impl Scene {
         (status, String::from_utf8(bytes.to_vec()).expect("utf-8"))
     }
 
+    /// The keys of the record of requests, oldest first.
+    fn requests(&self) -> Vec<Option<String>> {
+        let rows = self.caller.services.db.here().requests(self.caller.agent).expect("read");
+        rows.into_iter().map(|row| row.key).collect()
+    }
+
     async fn post(&self, path: &str, key: Option<&str>, body: &Value) -> (u16, Value) {
         let (status, text) = self.ask(Method::POST, path, key, body.to_string()).await;
         (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+}
+
+fn row_of(agent_id: AgentId, owner_id: OwnerId) -> AgentRow {
+    AgentRow {
+        v: 1,
+        agent_id,
+        owner_id,
+        name: "test".parse().expect("a name"),
+        version: "1.0.0".to_owned(),
+        digest: String::new(),
+        manifest: String::new(),
+        uid: 1_000_000,
+        wanted: true,
+        bundled: false,
+        restarts: 0,
+        installed_unix_ms: 0,
     }
 }
 
@@ -206,6 +231,49 @@ async fn a_completion_asked_for_twice_is_made_once() {
         assert_eq!((status, &answer["error"]["code"]), (409, &json!("conflict")));
     }
     assert_eq!(scene.fake.seen.lock().expect("unpoisoned").generated.len(), 2);
+    assert_eq!(scene.requests(), [Some("key-false".to_owned()), Some("key-true".to_owned())]);
+}
+
+#[tokio::test]
+async fn every_finished_request_to_a_model_is_entered_once() {
+    let scene = Scene::new(&ALL).await;
+    let chat = |stream: bool, stop: &str| json!({ "messages": [{ "role": "user", "content": "hi" }], "stream": stream, "stop": stop });
+    assert_eq!(scene.post("/v1/chat/completions", None, &chat(true, "x")).await.0, 200);
+    assert_eq!(scene.post("/v1/embeddings", Some("e"), &json!({ "input": "a ship" })).await.0, 200);
+    assert_eq!(scene.post("/v1/embeddings", Some("e"), &json!({ "input": "a ship" })).await.0, 200);
+    assert_eq!(scene.post("/v1/chat/completions", None, &json!({ "messages": [] })).await.0, 400);
+    let (_, text) = scene.post("/v1/chat/completions", Some("d"), &chat(true, "die")).await;
+    assert!(!text.to_string().contains("[DONE]"), "{text}");
+    assert_eq!(scene.requests(), [None, Some("e".to_owned())]);
+}
+
+#[tokio::test]
+async fn the_end_of_an_answer_comes_after_it_was_entered() {
+    let scene = Scene::new(&ALL).await;
+    let body = json!({ "messages": [{ "role": "user", "content": "hi" }], "stream": true }).to_string();
+    let request = Request::post("/v1/chat/completions").header("idempotency-key", "k").body(Body::from(body));
+    let response = router(scene.caller.clone()).oneshot(request.expect("a request")).await.expect("answered");
+    let mut body = response.into_body();
+    let mut text = String::new();
+    while let Some(frame) = body.frame().await {
+        let data = frame.expect("whole").into_data().expect("data");
+        text.push_str(&String::from_utf8_lossy(&data));
+        let ended = text.contains("\"finish_reason\":\"stop\"");
+        assert_eq!(scene.requests().len(), usize::from(ended), "{text}");
+    }
+    assert!(text.trim_end().ends_with("data: [DONE]"), "{text}");
+}
+
+#[tokio::test]
+async fn without_its_row_an_answer_has_no_end() {
+    let scene = Scene::new(&ALL).await;
+    let row = row_of(scene.caller.agent, scene.caller.services.db.owner());
+    scene.caller.services.db.here().remove_agent(&row).expect("removed");
+    let body = |stream: bool| json!({ "messages": [{ "role": "user", "content": "hi" }], "stream": stream });
+    let (_, text) = scene.post("/v1/chat/completions", Some("s"), &body(true)).await;
+    assert!(!text.to_string().contains("[DONE]") && text.to_string().contains("not_found"), "{text}");
+    let (status, answer) = scene.post("/v1/chat/completions", Some("w"), &body(false)).await;
+    assert_eq!((status, &answer["error"]["code"]), (404, &json!("not_found")), "{answer}");
 }
 
 #[tokio::test]

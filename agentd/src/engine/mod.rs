@@ -27,7 +27,7 @@ pub use run::{Links, start};
 
 use agentd_domain::engine::{Device, EngineStatus, Event, Generate, LoadedModel, ModelKind, Request};
 use agentd_domain::fault::Report;
-use agentd_serving::{Embeddings, EngineHandle, Pending, Piece, Pieces, ServedModel};
+use agentd_serving::{Embeddings, EngineHandle, Leaving, Pending, Piece, Pieces, ServedModel};
 use futures::stream;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -39,6 +39,8 @@ const QUEUE: usize = 64;
 /// Embedding a batch under plain emulation takes seconds; a minute means that the engine is stuck.
 const EMBED_LIMIT: Duration = Duration::from_secs(60);
 const STATUS_LIMIT: Duration = Duration::from_secs(3);
+/// How long a generation goes on for a reader that may return: as long as the engine itself keeps one.
+const RETURN_LIMIT: Duration = Duration::from_secs(60);
 
 /// What is known of the engine without asking it.
 #[derive(Debug, Clone)]
@@ -99,6 +101,7 @@ enum Command {
     /// The reader of this generation is gone.
     GiveUp {
         ticket: u64,
+        leaving: Leaving,
     },
 }
 
@@ -148,40 +151,58 @@ impl Engine {
         tokio::time::timeout(limit, asked).await.map_err(|_| silent(limit))?
     }
 
-    async fn generation(&self, generate: Generate) -> Result<Pieces, Report> {
+    async fn generation(&self, generate: Generate, leaving: Leaving) -> Result<Pieces, Report> {
         static TICKETS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
         let ticket = TICKETS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let (pieces, mut received) = mpsc::unbounded_channel();
         self.commands.send(Command::Generate { generate, pieces, ticket }).await.map_err(|_| gone())?;
-        let guard = GiveUp { commands: self.commands.clone(), ticket };
+        let mut guard = GiveUp { commands: self.commands.clone(), ticket, leaving, ended: false };
         // The first piece tells whether the request was taken: only then an error can still be a status.
         let first = match received.recv().await {
             Some(Ok(piece)) => piece,
-            Some(Err(report)) => return Err(report),
+            Some(Err(report)) => {
+                guard.ended = true;
+                return Err(report);
+            }
             None => return Err(gone()),
         };
         let rest =
-            stream::unfold((received, guard, Some(first)), |(mut received, guard, first)| async move {
+            stream::unfold((received, guard, Some(first)), |(mut received, mut guard, first)| async move {
                 let item = match first {
                     Some(piece) => Ok(piece),
                     None => received.recv().await?,
                 };
+                guard.ended |= !matches!(item, Ok(Piece::Text(_)));
                 Some((item, (received, guard, None)))
             });
         Ok(Box::pin(rest))
     }
 }
 
-/// Ends the generation when its reader is dropped. Harmless after its end.
+/// Tells when a generation's reader goes before its end.
 struct GiveUp {
     commands: mpsc::Sender<Command>,
     ticket: u64,
+    leaving: Leaving,
+    ended: bool,
 }
 
 impl Drop for GiveUp {
     fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
         // A full queue loses this; the generation then runs to its own end.
-        let _ = self.commands.try_send(Command::GiveUp { ticket: self.ticket });
+        let _ = self.commands.try_send(Command::GiveUp { ticket: self.ticket, leaving: self.leaving });
+        if self.leaving == Leaving::MayReturn
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let (commands, ticket) = (self.commands.clone(), self.ticket);
+            runtime.spawn(async move {
+                tokio::time::sleep(RETURN_LIMIT).await;
+                let _ = commands.try_send(Command::GiveUp { ticket, leaving: Leaving::Cancels });
+            });
+        }
     }
 }
 
@@ -202,8 +223,8 @@ impl EngineHandle for Engine {
             .collect()
     }
 
-    fn generate(&self, request: Generate) -> Pending<'_, Pieces> {
-        Box::pin(self.generation(request))
+    fn generate(&self, request: Generate, leaving: Leaving) -> Pending<'_, Pieces> {
+        Box::pin(self.generation(request, leaving))
     }
 
     fn embed(&self, model: String, inputs: Vec<String>) -> Pending<'_, Embeddings> {

@@ -12,7 +12,7 @@ use agentd_domain::engine::{
 use agentd_domain::fault::Report;
 use agentd_domain::launcher::EngineSpec;
 use agentd_sandbox::client::Launcher;
-use agentd_serving::Piece;
+use agentd_serving::{Leaving, Piece};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,6 +28,10 @@ const RETRY_MOST: Duration = Duration::from_secs(5);
 
 /// A file that ended so many engines in a row is to blame.
 const DEATHS_MOST: u32 = 2;
+
+/// Generations of one caller that go on without a reader, for a client that may return. More are cancelled: a caller
+/// that leaves again and again must not fill the engine.
+const ALONE_MOST: usize = 4;
 
 /// What the task needs of the world.
 pub struct Links {
@@ -338,10 +342,23 @@ enum Busy {
     Unloading(String),
 }
 
+/// Whether a generation's pieces are still read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    Here,
+    /// It may come back with the same key, and then reads from the first piece again.
+    Away,
+}
+
 /// Who waits for the answer to a frame.
 enum Open {
     One(oneshot::Sender<Result<Event, Report>>),
-    Generation { key: String, ticket: u64, pieces: mpsc::UnboundedSender<Result<Piece, Report>> },
+    Generation {
+        key: String,
+        ticket: u64,
+        pieces: mpsc::UnboundedSender<Result<Piece, Report>>,
+        reader: Reading,
+    },
     Models,
     Cancel,
 }
@@ -368,19 +385,27 @@ impl Session {
             Command::One { request, answer } => self.send(request, Open::One(answer)).await,
             Command::Generate { generate, pieces, ticket } => {
                 let key = generate.key.clone();
-                self.send(Request::Generate(generate), Open::Generation { key, ticket, pieces }).await
+                let open = Open::Generation { key, ticket, pieces, reader: Reading::Here };
+                self.send(Request::Generate(generate), open).await
             }
-            Command::GiveUp { ticket } => self.give_up(ticket).await,
+            Command::GiveUp { ticket, leaving } => self.give_up(ticket, leaving).await,
         }
     }
 
-    /// Cancels a generation unless somebody else reads it too: a retry attaches to the one it repeats.
-    async fn give_up(&mut self, gone: u64) -> Result<(), WireError> {
+    /// Cancels a generation unless its reader may return, or somebody else reads it too: a retry attaches to the one
+    /// it repeats.
+    async fn give_up(&mut self, gone: u64, leaving: Leaving) -> Result<(), WireError> {
         let found = self.open.iter().find_map(|(id, open)| match open {
             Open::Generation { key, ticket, .. } if *ticket == gone => Some((*id, key.clone())),
             _ => None,
         });
         let Some((id, key)) = found else { return Ok(()) };
+        if leaving == Leaving::MayReturn && self.alone_of(caller_of(&key)) < ALONE_MOST {
+            if let Some(Open::Generation { reader, .. }) = self.open.get_mut(&id) {
+                *reader = Reading::Away;
+            }
+            return Ok(());
+        }
         self.open.remove(&id);
         let shared = self
             .open
@@ -391,6 +416,17 @@ impl Session {
         }
         self.send(Request::Cancel { key }, Open::Cancel).await
     }
+
+    /// How many generations of this caller go on without a reader.
+    fn alone_of(&self, caller: &str) -> usize {
+        let alone = |open: &&Open| matches!(open, Open::Generation { key, reader: Reading::Away, .. } if caller_of(key) == caller);
+        self.open.values().filter(alone).count()
+    }
+}
+
+/// A key begins with its caller.
+fn caller_of(key: &str) -> &str {
+    key.split('/').next().unwrap_or(key)
 }
 
 fn refuse(command: Command, report: Report) {

@@ -79,7 +79,8 @@ async fn what_is_wanted_is_loaded_and_answers() {
     let view = ready(&engine).await;
     assert_eq!(view.default_chat.as_deref(), Some("tiny"));
     assert_eq!(view.embedder().map(|embedder| embedder.dimension), Some(2));
-    let pieces: Vec<_> = engine.generate(generate("k", "")).await.expect("taken").collect().await;
+    let pieces: Vec<_> =
+        engine.generate(generate("k", ""), Leaving::Cancels).await.expect("taken").collect().await;
     let text = |text: &str| Ok(Piece::Text(text.to_owned()));
     assert_eq!(pieces, [text("a"), text("b"), Ok(Piece::Done(done()))]);
     let vectors =
@@ -110,13 +111,13 @@ async fn a_lost_engine_is_an_error_and_then_there_is_a_new_one() {
     let engine = scene.engine();
     engine.want(wanted(&[("tiny", "/tiny")]));
     ready(&engine).await;
-    let error = engine.generate(generate("k", "die")).await.err().expect("lost");
+    let error = engine.generate(generate("k", "die"), Leaving::Cancels).await.err().expect("lost");
     assert_eq!(error.code, "engine_lost");
     let mut view = engine.watch();
     view.wait_for(|view| matches!(view.stage, Stage::Down(_))).await.expect("alive");
     scene.restart_engine();
     ready(&engine).await;
-    assert!(engine.generate(generate("k2", "")).await.is_ok());
+    assert!(engine.generate(generate("k2", ""), Leaving::Cancels).await.is_ok());
 }
 
 #[tokio::test]
@@ -125,8 +126,8 @@ async fn a_reader_that_goes_cancels_unless_another_reads_the_same() {
     let engine = scene.engine();
     engine.want(wanted(&[("tiny", "/tiny")]));
     ready(&engine).await;
-    let first = engine.generate(generate("same", "hang")).await.expect("taken");
-    let second = engine.generate(generate("same", "hang")).await.expect("taken");
+    let first = engine.generate(generate("same", "hang"), Leaving::Cancels).await.expect("taken");
+    let second = engine.generate(generate("same", "hang"), Leaving::Cancels).await.expect("taken");
     drop(first);
     engine.status().await.expect("answered after what was before it");
     assert!(scene.seen.lock().expect("unpoisoned").cancelled.is_empty());
@@ -165,4 +166,22 @@ async fn without_an_engine_requests_are_refused_and_do_not_hang() {
     let error = engine.status().await.expect_err("nobody there");
     assert_eq!(error.code, "launcher_unreachable");
     assert!(engine.models().is_empty());
+}
+
+#[tokio::test]
+async fn a_reader_that_may_return_finds_its_generation_going_on() {
+    let scene = Scene::new();
+    let engine = scene.engine();
+    engine.want(wanted(&[("tiny", "/tiny")]));
+    ready(&engine).await;
+    let cancelled = || scene.seen.lock().expect("unpoisoned").cancelled.clone();
+    let mut keys = Vec::new();
+    for number in 0..6 {
+        let key = format!("agent/{number}");
+        drop(engine.generate(generate(&key, "hang"), Leaving::MayReturn).await.expect("taken"));
+        keys.push(key);
+    }
+    drop(engine.generate(generate("other/0", "hang"), Leaving::MayReturn).await.expect("taken"));
+    engine.status().await.expect("answered after what was before it");
+    assert_eq!(cancelled(), keys[4..], "one caller may leave four, another has four of its own");
 }

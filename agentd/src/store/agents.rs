@@ -7,7 +7,7 @@ use agentd_domain::paths;
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
-const AGENT: TableDefinition<u128, &[u8]> = TableDefinition::new("agent");
+pub(super) const AGENT: TableDefinition<u128, &[u8]> = TableDefinition::new("agent");
 /// `<owner>/<name>` to the agent: a name is unique per owner.
 const NAME: TableDefinition<&str, u128> = TableDefinition::new("agent_name");
 /// Agent and run to [`RunRow`]. Run ids are UUIDv7, so they sort by their start.
@@ -142,6 +142,7 @@ impl Store {
             txn.open_table(RUN)?.retain_in((agent, 0)..=(agent, u128::MAX), |_, _| false)?;
             super::messages::forget(txn, row.agent_id)?;
             super::once::forget(txn, row.agent_id)?;
+            super::requests::forget(txn, row.agent_id)?;
             Ok(Ok(()))
         })
     }

@@ -1,7 +1,7 @@
 //! What does the appliance know besides its agents' memories?
 //!
-//! Owns:  `/data/system.redb`: owner, agents, ledger of runs, messages, answers kept for a retry, the audit log. The
-//!        format is `FORMAT-system.md` beside this program.
+//! Owns:  `/data/system.redb`: owner, agents, ledger of runs, record of requests, messages, answers kept for a retry,
+//!        the audit log. The format is `FORMAT-system.md` beside this program.
 //! Always: a call that changes something returns after the commit is on disk (`Durability::Immediate`, two-phase).
 //!         Each row carries the version of its layout; uids and sequence numbers are never given twice.
 //! Threads: every call blocks, on the disk or on the one writer before it. Async code calls through
@@ -12,11 +12,13 @@ mod agents;
 mod audit;
 mod messages;
 mod once;
+mod requests;
 
 pub use agents::AgentRow;
 pub use audit::{AUDIT_MOST_BYTES, AuditEnd, AuditQuery, Dropped, Front};
 pub use messages::{MessageRow, MessageState, Outcome};
 pub use once::Kept;
+pub use requests::{RequestRow, Settled};
 
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, OwnerId};
@@ -56,6 +58,8 @@ pub enum StoreError {
     UidsSpent,
     #[error("there is no message {0}")]
     NoMessage(String),
+    #[error("this `Idempotency-Key` was used with another body")]
+    KeyReused,
     #[error("{waiting} messages wait for the agent already")]
     InboxFull { waiting: usize },
     #[error("the store's thread ended early: {0}")]
@@ -74,6 +78,9 @@ impl StoreError {
             ),
             Self::NoAgent(_) | Self::NoMessage(_) => {
                 Report::caller("not_found", what, why, "`agentctl agent ls` shows the agents")
+            }
+            Self::KeyReused => {
+                Report::caller("conflict", what, why, "send a fresh UUID as the key of each new request")
             }
             Self::InboxFull { .. } => {
                 Report::caller("too_many_requests", what, why, "wait until the agent has answered")
@@ -169,6 +176,7 @@ impl Store {
             agents::create_tables(&txn)?;
             messages::create_tables(&txn)?;
             once::create_tables(&txn)?;
+            requests::create_tables(&txn)?;
             audit::create_tables(&txn)?;
             if let Some(owner) = known
                 && txn.list_tables()?.count() == tables

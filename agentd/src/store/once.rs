@@ -23,7 +23,9 @@ pub struct Kept {
     pub request: String,
     pub status: u16,
     pub content_type: String,
-    pub body: String,
+    /// `None`: it was too long to be kept. The request is known all the same, so it is not counted again.
+    #[serde(default)]
+    pub body: Option<String>,
 }
 
 pub(super) fn create_tables(txn: &WriteTransaction) -> Result<(), redb::Error> {
@@ -40,44 +42,70 @@ pub(super) fn forget(txn: &WriteTransaction, agent: AgentId) -> Result<(), redb:
 }
 
 impl Store {
-    pub fn kept(&self, agent: AgentId, key: &str, now_unix_ms: i64) -> Result<Option<Kept>, StoreError> {
-        let key = format!("{agent}/{key}");
+    pub fn kept(&self, agent: AgentId, place: &str, now_unix_ms: i64) -> Result<Option<Kept>, StoreError> {
+        let key = key_of(agent, place);
         self.read(|txn| {
             let table = txn.open_table(ONCE)?;
-            let Some(bytes) = table.get(key.as_str())? else { return Ok(Ok(None)) };
-            let kept: Result<Kept, _> = self.decode(&key, bytes.value());
-            // A clock that was set back must not make an answer immortal: age counts both ways.
-            Ok(kept.map(|kept| Some(kept).filter(|kept| (now_unix_ms - kept.unix_ms).abs() <= KEPT_MS)))
+            let row = table.get(key.as_str())?;
+            Ok(self.alive(&key, row.as_ref().map(|row| row.value()), now_unix_ms))
         })
     }
 
-    /// Keeps an answer and drops what is over its time.
-    pub fn keep(&self, agent: AgentId, key: &str, kept: &Kept) -> Result<(), StoreError> {
-        let (first, last) = super::keys_of(agent);
-        let key = format!("{agent}/{key}");
-        self.write(|txn| {
-            let (mut answers, mut made) = (txn.open_table(ONCE)?, txn.open_table(MADE)?);
-            let mut alive = Vec::new();
-            let mut dead = Vec::new();
-            for entry in made.range(first.as_str()..last.as_str())? {
-                let (key, unix_ms) = entry?;
-                let (key, unix_ms) = (key.value().to_owned(), unix_ms.value());
-                if (kept.unix_ms - unix_ms).abs() > KEPT_MS {
-                    dead.push(key);
-                } else {
-                    alive.push((unix_ms, key));
-                }
-            }
-            alive.sort();
-            let surplus = (alive.len() + 1).saturating_sub(KEPT_PER_AGENT);
-            dead.extend(alive.into_iter().take(surplus).map(|(_, key)| key));
-            for key in dead {
-                answers.remove(key.as_str())?;
-                made.remove(key.as_str())?;
-            }
-            answers.insert(key.as_str(), encode(kept).as_slice())?;
-            made.insert(key.as_str(), kept.unix_ms)?;
-            Ok(Ok(()))
-        })
+    /// A clock that was set back must not make an answer immortal: age counts both ways.
+    fn alive(&self, key: &str, row: Option<&[u8]>, now_unix_ms: i64) -> Result<Option<Kept>, StoreError> {
+        let Some(bytes) = row else { return Ok(None) };
+        let kept: Kept = self.decode(key, bytes)?;
+        Ok(Some(kept).filter(|kept| (now_unix_ms - kept.unix_ms).abs() <= KEPT_MS))
     }
+}
+
+/// What is kept at this place, within a transaction.
+pub(super) fn earlier(
+    store: &Store,
+    txn: &WriteTransaction,
+    agent: AgentId,
+    place: &str,
+    now_unix_ms: i64,
+) -> Result<Result<Option<Kept>, StoreError>, redb::Error> {
+    let key = key_of(agent, place);
+    let table = txn.open_table(ONCE)?;
+    let row = table.get(key.as_str())?;
+    Ok(store.alive(&key, row.as_ref().map(|row| row.value()), now_unix_ms))
+}
+
+/// Keeps an answer and drops what is over its time, and the oldest beyond the most.
+pub(super) fn keep(
+    txn: &WriteTransaction,
+    agent: AgentId,
+    place: &str,
+    kept: &Kept,
+) -> Result<(), redb::Error> {
+    let (first, last) = super::keys_of(agent);
+    let key = key_of(agent, place);
+    let (mut answers, mut made) = (txn.open_table(ONCE)?, txn.open_table(MADE)?);
+    let mut alive = Vec::new();
+    let mut dead = Vec::new();
+    for entry in made.range(first.as_str()..last.as_str())? {
+        let (key, unix_ms) = entry?;
+        let (key, unix_ms) = (key.value().to_owned(), unix_ms.value());
+        if (kept.unix_ms - unix_ms).abs() > KEPT_MS {
+            dead.push(key);
+        } else {
+            alive.push((unix_ms, key));
+        }
+    }
+    alive.sort();
+    let surplus = (alive.len() + 1).saturating_sub(KEPT_PER_AGENT);
+    dead.extend(alive.into_iter().take(surplus).map(|(_, key)| key));
+    for key in dead {
+        answers.remove(key.as_str())?;
+        made.remove(key.as_str())?;
+    }
+    answers.insert(key.as_str(), encode(kept).as_slice())?;
+    made.insert(key.as_str(), kept.unix_ms)?;
+    Ok(())
+}
+
+fn key_of(agent: AgentId, place: &str) -> String {
+    format!("{agent}/{place}")
 }

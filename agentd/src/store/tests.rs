@@ -3,7 +3,7 @@ use agentd_domain::ids::{AgentId, RunId};
 use agentd_domain::launcher::{ExitCause, ExitRecord};
 use agentd_domain::paths;
 
-fn agent_row(store: &Store, n: u128, name: &str) -> AgentRow {
+pub(super) fn agent_row(store: &Store, n: u128, name: &str) -> AgentRow {
     AgentRow {
         v: 1,
         agent_id: AgentId(Uuid::from_u128(n)),
@@ -20,6 +20,18 @@ fn agent_row(store: &Store, n: u128, name: &str) -> AgentRow {
     }
 }
 
+fn request() -> RequestRow {
+    RequestRow {
+        v: 1,
+        unix_ms: 1,
+        path: "/x".to_owned(),
+        key: None,
+        model: "tiny".to_owned(),
+        prompt_tokens: 1,
+        completion_tokens: 1,
+    }
+}
+
 fn message(text: &str, key: Option<&str>) -> MessageRow {
     MessageRow {
         v: 1,
@@ -31,19 +43,19 @@ fn message(text: &str, key: Option<&str>) -> MessageRow {
     }
 }
 
-struct Scene {
+pub(super) struct Scene {
     _folder: tempfile::TempDir,
     path: PathBuf,
 }
 
 impl Scene {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("system.redb");
         Self { _folder: folder, path }
     }
 
-    fn open(&self) -> Store {
+    pub(super) fn open(&self) -> Store {
         Store::open(&self.path).expect("opens")
     }
 }
@@ -101,12 +113,12 @@ fn a_removed_agent_leaves_nothing_and_takes_nothing_of_others() {
         request: String::new(),
         status: 200,
         content_type: String::new(),
-        body: "b".to_owned(),
+        body: Some("b".to_owned()),
     };
     for row in [&gone, &stays] {
         store.add_agent(row).expect("added");
         store.add_message(row.agent_id, &message("m", None)).expect("queued");
-        store.keep(row.agent_id, "POST /x/k", &kept).expect("kept");
+        store.settle(row.agent_id, &request(), Some(("POST /x/k", &kept))).expect("kept");
     }
     store.remove_agent(&gone).expect("removed");
     assert_eq!(store.agents().expect("read"), std::slice::from_ref(&stays));
@@ -187,20 +199,23 @@ fn the_inbox_is_bounded_and_numbers_go_on() {
 fn kept_answers_end_after_a_day() {
     let scene = Scene::new();
     let store = scene.open();
-    let agent = AgentId(Uuid::from_u128(1));
+    let row = agent_row(&store, 1, "echo");
+    store.add_agent(&row).expect("added");
+    let agent = row.agent_id;
     let kept = |unix_ms| Kept {
         v: 1,
         unix_ms,
         request: "r".to_owned(),
         status: 200,
         content_type: "c".to_owned(),
-        body: "b".to_owned(),
+        body: Some("b".to_owned()),
     };
-    store.keep(agent, "k", &kept(1000)).expect("kept");
+    let keep = |place: &str, unix_ms| store.settle(agent, &request(), Some((place, &kept(unix_ms))));
+    keep("k", 1000).expect("kept");
     let day_ms = 24 * 3600 * 1000;
     assert!(store.kept(agent, "k", 1000 + day_ms).expect("read").is_some());
     assert!(store.kept(agent, "k", 1001 + day_ms).expect("read").is_none());
-    store.keep(agent, "l", &kept(2000 + day_ms)).expect("kept");
+    keep("l", 2000 + day_ms).expect("kept");
     assert!(store.kept(agent, "k", 1000).expect("read").is_none(), "what is over its time was dropped");
 }
 

@@ -3,7 +3,8 @@
 //! Owns:   every generation under its idempotency key, with all text so far.
 //! States: running with a listener; running alone (its client vanished; given up after [`KEEP`]); ended (kept
 //!         for [`KEEP`], so that a client that lost its connection in the last moment can still read it).
-//! True:   one key is one generation while it is kept; a listener gets every piece from the first one, once.
+//! True:   one key is one generation while it is kept; a listener gets every piece from the first one, once. What was
+//!         cancelled or has failed is no answer: the same request under its key begins anew.
 //! Thread: the table is locked by connections, each generation also by its decode thread. The table's lock is
 //!         taken before a generation's, never after it, and nothing blocks under them.
 
@@ -106,6 +107,17 @@ impl Generation {
         state.listener = all_sent.then_some(listener);
     }
 
+    /// False when nobody will ever read a whole answer here.
+    fn is_worth_reading(&self) -> bool {
+        let state = self.lock();
+        let failed = match state.events.last() {
+            Some(Event::Done(done)) => done.reason == FinishReason::Cancelled,
+            Some(Event::Error(_)) => true,
+            _ => self.cancelled.load(Ordering::Relaxed),
+        };
+        !failed
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic ends the process in release builds; in tests the state is still whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -142,7 +154,7 @@ impl Generations {
     pub(crate) fn begin(&self, key: &str, request: String, listener: Listener, now: Instant) -> Begun {
         let mut by_key = self.lock();
         forget_old(&mut by_key, now);
-        if let Some(existing) = by_key.get(key) {
+        if let Some(existing) = by_key.get(key).filter(|existing| existing.is_worth_reading()) {
             if existing.lock().request != request {
                 return Begun::Conflict;
             }
@@ -279,6 +291,27 @@ mod tests {
         assert!(matches!(table.begin("k", "another".to_owned(), other.clone(), now), Begun::Conflict));
         assert!(matches!(table.begin("k", "q".to_owned(), other, now), Begun::Attached));
         assert_eq!(text_of(&inbox), "!conflict", "the stream before ends with a reason");
+    }
+
+    #[test]
+    fn what_was_cancelled_or_failed_is_begun_anew_and_not_read_as_an_answer() {
+        let (table, now) = (Generations::default(), Instant::now());
+        let (to, _inbox) = listener(1);
+        let cancelled = begin(&table, "k", "q", to.clone(), now);
+        cancelled.piece("half".to_owned(), 1, now);
+        assert!(table.cancel("k"));
+        let (again, inbox) = listener(2);
+        let second = begin(&table, "k", "q", again, now);
+        cancelled.done(Done { reason: FinishReason::Cancelled, ..done() }, now);
+        assert_eq!(text_of(&inbox), "", "the first one's half and its end are not the second's");
+        second.fail(Report::bug("x", "x", "x", "x"), now);
+        assert_eq!(text_of(&inbox), "!x");
+        let (third, inbox) = listener(3);
+        let third = begin(&table, "k", "q", third, now);
+        third.done(done(), now);
+        let (fourth, _) = listener(4);
+        assert!(matches!(table.begin("k", "q".to_owned(), fourth, now), Begun::Attached));
+        assert_eq!(text_of(&inbox), ".");
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub enum Refusal {
     ReferenceTooLong { bytes: usize, most: usize },
     #[error("an idempotency key has 1 to {most} bytes, this one has {bytes}")]
     IdempotencyKey { bytes: usize, most: usize },
-    #[error("this idempotency key was used within 24 hours for another text")]
+    #[error("this idempotency key was used within 24 hours for something else")]
     KeyReused,
     #[error("k is {k}; it is 1 to {most}")]
     K { k: u32, most: u32 },

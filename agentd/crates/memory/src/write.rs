@@ -156,7 +156,7 @@ impl<'txn> Batch<'txn> {
             let row = self.record.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
             decode(seq, row.value())?
         };
-        if record.text != work.record.text || record.tier != work.record.tier {
+        if !is_same_request(&record, &work.record) {
             return Err(Refusal::KeyReused.into());
         }
         let state = if !plan::has_meaning(record.tier) {
@@ -366,6 +366,16 @@ impl<'txn> Batch<'txn> {
         self.changes.push(Change::Rebuild);
         Ok(())
     }
+}
+
+/// Whether the record came of this request. Without a time in the request it has that of the first attempt.
+fn is_same_request(record: &Record, request: &Checked) -> bool {
+    record.text == request.text
+        && record.tier == request.tier
+        && record.role == request.role
+        && record.source == request.source
+        && record.reference == request.reference
+        && request.event_unix_ms.is_none_or(|event| event == record.event_unix_ms)
 }
 
 pub(crate) fn decode(seq: u64, bytes: &[u8]) -> Result<Record, Damage> {

@@ -220,6 +220,9 @@ fn a_repeated_request_is_one_record() {
         store.remember(keyed("other", NOW + 1000), None),
         Err(StoreError::Refused(Refusal::KeyReused))
     ));
+    let mut other = keyed("once", NOW + 1000);
+    other.request.role = Some("preference".into());
+    assert!(matches!(store.remember(other, None), Err(StoreError::Refused(Refusal::KeyReused))));
     assert_eq!(store.counters().unwrap().records(), 1);
     let day = 24 * 60 * 60 * 1000;
     let later = store.remember(keyed("other", NOW + day + 1), None).unwrap();

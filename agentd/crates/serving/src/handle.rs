@@ -12,14 +12,23 @@ use std::pin::Pin;
 /// An answer that is being worked on. Dropping it gives the request up.
 pub type Pending<'a, T> = Pin<Box<dyn Future<Output = Result<T, Report>> + Send + 'a>>;
 
-/// What a generation says, in order. Ends after [`Piece::Done`] or an error. Dropping it cancels the
-/// generation.
+/// What a generation says, in order. Ends after [`Piece::Done`] or an error. Dropping it before means what
+/// [`Leaving`] says.
 pub type Pieces = Pin<Box<dyn Stream<Item = Result<Piece, Report>> + Send + 'static>>;
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Piece {
     Text(String),
     Done(Done),
+}
+
+/// What a reader that goes away before the end means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leaving {
+    /// Nobody can ask for it again: it is cancelled.
+    Cancels,
+    /// Its client gave a key and may come back with it: it goes on for a while.
+    MayReturn,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -45,7 +54,7 @@ pub trait EngineHandle: Send + Sync + 'static {
     fn models(&self) -> Vec<ServedModel>;
 
     /// Answers when the engine has taken the request. A key whose generation is alive attaches to it.
-    fn generate(&self, request: Generate) -> Pending<'_, Pieces>;
+    fn generate(&self, request: Generate, leaving: Leaving) -> Pending<'_, Pieces>;
 
     fn embed(&self, model: String, inputs: Vec<String>) -> Pending<'_, Embeddings>;
 }

@@ -1,10 +1,12 @@
 //! Carries requests to the engine and answers back.
 //!
-//! A client that goes away drops the stream, and with it the generation. A stream that fails midway says so in
-//! a last `data:` line with an `error`, which OpenAI's clients raise; it then ends without `[DONE]`.
+//! A client that goes away drops the stream, and with it the generation, unless it gave a key with which it may come
+//! back. A stream that fails midway says so in a last `data:` line with an `error`, which OpenAI's clients raise; it
+//! then ends without `[DONE]`. With a key the answer's `id` follows from it: a repeated answer is the same one.
 
 use crate::error::ApiError;
-use crate::handle::{EngineHandle, Piece, Pieces};
+use crate::handle::{EngineHandle, Leaving, Piece, Pieces};
+use crate::meter::{Meter, Used};
 use crate::plan::{self, Delivery, Planned};
 use crate::request::{ChatRequest, CompletionRequest, EmbeddingsRequest};
 use crate::response::{self, Api, Head};
@@ -21,6 +23,7 @@ use axum::{Json, Router};
 use futures::{StreamExt, stream};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -54,8 +57,9 @@ async fn chat(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let request: ChatRequest = parse(body)?;
-    let planned = plan::chat(request, &front.engine.models(), front.key(&headers))?;
-    front.answer(planned, Api::Chat).await
+    let (key, leaving) = front.key(&headers);
+    let planned = plan::chat(request, &front.engine.models(), key)?;
+    front.answer(planned, Api::Chat, leaving).await
 }
 
 async fn completions(
@@ -64,8 +68,9 @@ async fn completions(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let request: CompletionRequest = parse(body)?;
-    let planned = plan::completion(request, &front.engine.models(), front.key(&headers))?;
-    front.answer(planned, Api::Completion).await
+    let (key, leaving) = front.key(&headers);
+    let planned = plan::completion(request, &front.engine.models(), key)?;
+    front.answer(planned, Api::Completion, leaving).await
 }
 
 async fn embeddings(
@@ -75,7 +80,10 @@ async fn embeddings(
     let request: EmbeddingsRequest = parse(body)?;
     let planned = plan::embeddings(request, &front.engine.models())?;
     let got = front.engine.embed(planned.model.clone(), planned.inputs).await?;
-    Ok(Json(response::embeddings(&planned.model, &got.vectors, got.tokens, planned.encoding)).into_response())
+    let answer = response::embeddings(&planned.model, &got.vectors, got.tokens, planned.encoding);
+    let meter = Meter::default();
+    meter.fill(Used { model: planned.model, prompt_tokens: got.tokens, completion_tokens: 0 });
+    Ok(metered(Json(answer).into_response(), meter))
 }
 
 async fn models(State(front): State<Front>) -> Json<Value> {
@@ -101,26 +109,26 @@ fn model_card(name: &str) -> Value {
 }
 
 impl Front {
-    fn key(&self, headers: &HeaderMap) -> String {
+    fn key(&self, headers: &HeaderMap) -> (String, Leaving) {
         let given = headers.get("idempotency-key").and_then(|value| value.to_str().ok());
         match given.filter(|key| !key.is_empty() && key.len() <= 200) {
-            Some(key) => format!("{}/{key}", self.caller),
-            None => format!("{}//{}", self.caller, Uuid::now_v7()),
+            Some(key) => (format!("{}/{key}", self.caller), Leaving::MayReturn),
+            None => (format!("{}//{}", self.caller, Uuid::now_v7()), Leaving::Cancels),
         }
     }
 
-    async fn answer(&self, planned: Planned, api: Api) -> Result<Response, ApiError> {
+    async fn answer(&self, planned: Planned, api: Api, leaving: Leaving) -> Result<Response, ApiError> {
         let prefix = match api {
             Api::Chat => "chatcmpl",
             Api::Completion => "cmpl",
         };
         let head = Head {
             api,
-            id: format!("{prefix}-{}", Uuid::now_v7().simple()),
+            id: format!("{prefix}-{}", &hex::encode(Sha256::digest(&planned.generate.key))[..32]),
             created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             model: planned.generate.model.clone(),
         };
-        let pieces = self.engine.generate(planned.generate).await?;
+        let pieces = self.engine.generate(planned.generate, leaving).await?;
         match planned.delivery {
             Delivery::Whole => whole(head, pieces).await,
             Delivery::Stream { usage } => Ok(streamed(head, pieces, usage)),
@@ -133,29 +141,51 @@ async fn whole(head: Head, mut pieces: Pieces) -> Result<Response, ApiError> {
     while let Some(piece) = pieces.next().await {
         match piece? {
             Piece::Text(more) => text.push_str(&more),
-            Piece::Done(done) => return Ok(Json(head.whole(&text, &done)).into_response()),
+            Piece::Done(done) => {
+                let meter = Meter::default();
+                meter.fill(used(&head, &done));
+                return Ok(metered(Json(head.whole(&text, &done)).into_response(), meter));
+            }
         }
     }
     Err(cut_short().into())
 }
 
+fn used(head: &Head, done: &Done) -> Used {
+    Used {
+        model: head.model.clone(),
+        prompt_tokens: done.prompt_tokens,
+        completion_tokens: done.completion_tokens,
+    }
+}
+
+fn metered(mut response: Response, meter: Meter) -> Response {
+    response.extensions_mut().insert(meter);
+    response
+}
+
 fn streamed(head: Head, pieces: Pieces, usage: bool) -> Response {
     let opening = stream::iter(head.opening().map(data));
-    let rest = stream::unfold(Some((head, pieces)), move |state| async move {
-        let (head, mut pieces) = state?;
+    let meter = Meter::default();
+    let state = Some((head, pieces, meter.clone()));
+    let rest = stream::unfold(state, move |state| async move {
+        let (head, mut pieces, meter) = state?;
         let lines = match pieces.next().await {
             Some(Ok(Piece::Text(text))) => {
                 let line = data(head.piece(&text));
-                return Some((vec![line], Some((head, pieces))));
+                return Some((vec![line], Some((head, pieces, meter))));
             }
-            Some(Ok(Piece::Done(done))) => ending(&head, &done, usage),
+            Some(Ok(Piece::Done(done))) => {
+                meter.fill(used(&head, &done));
+                ending(&head, &done, usage)
+            }
             Some(Err(report)) => vec![data(ApiError::from(report).body())],
             None => vec![data(ApiError::from(cut_short()).body())],
         };
         Some((lines, None))
     });
     let lines = rest.flat_map(stream::iter);
-    Sse::new(opening.chain(lines).map(Ok::<_, Infallible>)).into_response()
+    metered(Sse::new(opening.chain(lines).map(Ok::<_, Infallible>)).into_response(), meter)
 }
 
 fn ending(head: &Head, done: &Done, usage: bool) -> Vec<Event> {

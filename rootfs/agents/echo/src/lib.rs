@@ -10,7 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agentd;
-mod http;
+pub mod http;
 pub mod mind;
 mod reply;
 

@@ -1,5 +1,5 @@
 use super::*;
-use crate::handle::{Embeddings, Pending, ServedModel};
+use crate::handle::{Embeddings, Leaving, Pending, ServedModel};
 use agentd_domain::engine::{FinishReason, Generate, ModelKind};
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
@@ -13,6 +13,7 @@ struct FakeEngine {
     pieces: Vec<&'static str>,
     fails_after: Option<usize>,
     keys: Mutex<Vec<String>>,
+    leaving: Mutex<Vec<Leaving>>,
 }
 
 impl EngineHandle for FakeEngine {
@@ -22,7 +23,8 @@ impl EngineHandle for FakeEngine {
         vec![model("tiny", ModelKind::Chat), model("minilm", ModelKind::Embedding)]
     }
 
-    fn generate(&self, request: Generate) -> Pending<'_, Pieces> {
+    fn generate(&self, request: Generate, leaving: Leaving) -> Pending<'_, Pieces> {
+        self.leaving.lock().expect("unpoisoned").push(leaving);
         self.keys.lock().expect("unpoisoned").push(request.key);
         let mut said: Vec<_> = self.pieces.iter().map(|text| Ok(Piece::Text((*text).to_owned()))).collect();
         match self.fails_after {
@@ -172,4 +174,59 @@ async fn models_are_listed_and_found() {
     assert_eq!(get("/v1/models").await.expect("answer").status(), StatusCode::OK);
     assert_eq!(get("/v1/models/minilm").await.expect("answer").status(), StatusCode::OK);
     assert_eq!(get("/v1/models/none").await.expect("answer").status(), StatusCode::NOT_FOUND);
+}
+
+/// Asks for the same twice, each time of a new engine, and gives the answers' ids and who may return.
+async fn ids_of(key: Option<&str>, stream: bool) -> Vec<(Value, Vec<Leaving>)> {
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        let engine = FakeEngine { pieces: vec!["a"], ..FakeEngine::default() };
+        let (_, body, engine) = ask(engine, "/v1/chat/completions", chat_body(stream), key).await;
+        let text = if stream { lines(&body)[0].to_owned() } else { body };
+        let value: Value = serde_json::from_str(&text).expect("json");
+        let leaving = engine.leaving.lock().expect("unpoisoned").clone();
+        seen.push((value["id"].clone(), leaving));
+    }
+    seen
+}
+
+#[tokio::test]
+async fn with_a_key_a_repeated_answer_has_the_same_id_and_its_reader_may_return() {
+    for stream in [false, true] {
+        let seen = ids_of(Some("k"), stream).await;
+        assert_eq!(seen[0], seen[1]);
+        assert_eq!(seen[0].1, [Leaving::MayReturn]);
+        let seen = ids_of(None, stream).await;
+        assert_ne!(seen[0].0, seen[1].0);
+        assert_eq!(seen[0].1, [Leaving::Cancels]);
+    }
+}
+
+#[tokio::test]
+async fn the_meter_is_filled_before_the_end_is_given_out_and_not_before() {
+    let engine = FakeEngine { pieces: vec!["a", "b"], ..FakeEngine::default() };
+    let front = Front { engine: Arc::new(engine), caller: String::new() };
+    let request = Request::post("/v1/chat/completions").body(Body::from(chat_body(true))).expect("request");
+    let response = router(front).oneshot(request).await.expect("answer");
+    let meter = response.extensions().get::<Meter>().expect("a meter").clone();
+    let mut body = response.into_body();
+    while let Some(frame) = body.frame().await {
+        let bytes = frame.expect("whole").into_data().expect("data");
+        let ends = [&b"\"finish_reason\":\"length\""[..], b"total_tokens", b"[DONE]"];
+        let is_end = ends.iter().any(|end| bytes.windows(end.len()).any(|window| window == *end));
+        assert_eq!(meter.used().is_some(), is_end, "{}", String::from_utf8_lossy(&bytes));
+    }
+    let used = Used { model: "tiny".to_owned(), prompt_tokens: 3, completion_tokens: 2 };
+    assert_eq!(meter.used(), Some(&used));
+}
+
+#[tokio::test]
+async fn a_failed_answer_fills_no_meter() {
+    let engine = FakeEngine { pieces: vec!["a"], fails_after: Some(1), ..FakeEngine::default() };
+    let front = Front { engine: Arc::new(engine), caller: String::new() };
+    let request = Request::post("/v1/chat/completions").body(Body::from(chat_body(true))).expect("request");
+    let response = router(front).oneshot(request).await.expect("answer");
+    let meter = response.extensions().get::<Meter>().expect("a meter").clone();
+    response.into_body().collect().await.expect("body");
+    assert_eq!(meter.used(), None);
 }

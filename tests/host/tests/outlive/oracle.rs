@@ -1,0 +1,239 @@
+//! Does what the stores hold equal what the agents were told?
+//!
+//! In:    the agents' own files of acknowledgements; `memory.redb` and `system.redb`, read by their format pages
+//!        (`agentd/crates/memory/FORMAT.md`, `agentd/FORMAT-system.md`) and by none of agentd's code.
+//! Out:   every difference, in words. [`differences`] is pure.
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use uuid::Uuid;
+
+const RECORD: TableDefinition<u64, &[u8]> = TableDefinition::new("record");
+const MEMORY_ONCE: TableDefinition<&str, (i64, u64)> = TableDefinition::new("once");
+const REQUEST: TableDefinition<(u128, u64), &[u8]> = TableDefinition::new("request");
+const RUN: TableDefinition<(u128, u128), &[u8]> = TableDefinition::new("run");
+const REQUEST_TOTAL: TableDefinition<u128, &[u8]> = TableDefinition::new("request_total");
+
+/// What one agent was told.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Told {
+    /// Key to the text that was to be remembered.
+    pub memories: BTreeMap<String, String>,
+    /// Key to the completion's tokens.
+    pub requests: BTreeMap<String, (u64, u64)>,
+    /// What is wrong with the answers themselves.
+    pub wrong: Vec<String>,
+    pub operations: u64,
+    pub repeats: u64,
+    /// Operations that needed more than one attempt, and of these the completions whose text had begun.
+    pub retried: u64,
+    pub resumed: u64,
+    pub longest_ms: u64,
+}
+
+/// What the stores hold of one agent.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// The text of every record.
+    pub texts: Vec<String>,
+    /// Key to the text of the record that it stands for.
+    pub keys: BTreeMap<String, String>,
+    /// Key and tokens of every row, oldest first.
+    pub requests: Vec<(String, (u64, u64))>,
+    /// Requests, tokens in, tokens out.
+    pub totals: (u64, u64, u64),
+}
+
+pub fn told(work: &Path) -> Told {
+    let text = fs::read_to_string(work.join("acknowledged.jsonl")).unwrap_or_default();
+    let mut told = Told::default();
+    let mut answers: BTreeMap<u64, Value> = BTreeMap::new();
+    for line in text.lines() {
+        let line: Value = serde_json::from_str(line).expect("a line is whole or absent");
+        told.take(&line, &answers);
+        answers.insert(line["number"].as_u64().expect("a number"), line);
+    }
+    told
+}
+
+impl Told {
+    fn take(&mut self, line: &Value, before: &BTreeMap<u64, Value>) {
+        let key = line["key"].as_str().unwrap_or_default().to_owned();
+        self.operations += 1;
+        self.longest_ms = self.longest_ms.max(line["elapsed_ms"].as_u64().unwrap_or(0));
+        self.retried += u64::from(line["attempts"].as_u64() > Some(1));
+        self.resumed += u64::from(line["partial_bytes"].as_u64() > Some(0));
+        if !line["refused"].is_null() {
+            self.wrong.push(format!("{key} was refused: {}", line["refused"]));
+        }
+        if line["diverged"] == true {
+            self.wrong.push(format!("{key}: a retry was answered with another text than the first attempt"));
+        }
+        let tokens = || Some((line["prompt_tokens"].as_u64()?, line["completion_tokens"].as_u64()?));
+        match line["kind"].as_str() {
+            Some("completion") => match tokens() {
+                Some(tokens) => drop(self.requests.insert(key, tokens)),
+                None => self.wrong.push(format!("{key}: no usage in {line}")),
+            },
+            Some("memory") => {
+                let text = line["text"].as_str().unwrap_or_default().to_owned();
+                self.memories.insert(key, text);
+            }
+            Some("repeat") => {
+                self.repeats += 1;
+                let first = line["of"].as_u64().and_then(|of| before.get(&of));
+                let same = |first: &Value| {
+                    let of_completion = first["kind"] == "completion";
+                    first["id"] == line["id"] && (!of_completion || first["text"] == line["text"])
+                };
+                if !first.is_some_and(same) {
+                    self.wrong.push(format!("{key}: the repetition was answered otherwise: {line}"));
+                }
+            }
+            Some("nothing") => {}
+            other => self.wrong.push(format!("what is {other:?}?")),
+        }
+    }
+}
+
+/// Opens files that nobody has open.
+pub fn stored(memory: &Path, system: &Path, agent_id: &str) -> Stored {
+    let mut stored = Stored::default();
+    if memory.exists() {
+        let database = Database::open(memory).expect("the memory opens");
+        let txn = database.begin_read().expect("reads");
+        let records = txn.open_table(RECORD).expect("records");
+        for row in records.iter().expect("rows") {
+            stored.texts.push(text_of(row.expect("a row").1.value()));
+        }
+        for row in txn.open_table(MEMORY_ONCE).expect("keys").iter().expect("rows") {
+            let (key, used) = row.expect("a row");
+            let record = records.get(used.value().1).expect("reads").expect("a key stands for a record");
+            stored.keys.insert(key.value().to_owned(), text_of(record.value()));
+        }
+    }
+    let agent = agent_id.parse::<Uuid>().expect("an id").as_u128();
+    let database = Database::open(system).expect("the system's store opens");
+    let txn = database.begin_read().expect("reads");
+    let number = |value: &Value| value.as_u64().expect("a number");
+    let rows = txn.open_table(REQUEST).expect("requests");
+    for row in rows.range((agent, 0)..=(agent, u64::MAX)).expect("rows") {
+        let row: Value = serde_json::from_slice(row.expect("a row").1.value()).expect("json");
+        let tokens = (number(&row["prompt_tokens"]), number(&row["completion_tokens"]));
+        stored.requests.push((row["key"].as_str().unwrap_or("(no key)").to_owned(), tokens));
+    }
+    if let Some(row) = txn.open_table(REQUEST_TOTAL).expect("totals").get(agent).expect("reads") {
+        let row: Value = serde_json::from_slice(row.value()).expect("json");
+        let part = |name: &str| number(&row[name]);
+        stored.totals = (part("requests"), part("prompt_tokens"), part("completion_tokens"));
+    }
+    stored
+}
+
+/// How the runs of this agent ended, by run id, as JSON.
+pub fn ended_runs(system: &Path, agent_id: &str) -> BTreeMap<String, Value> {
+    let agent = agent_id.parse::<Uuid>().expect("an id").as_u128();
+    let database = Database::open(system).expect("the system's store opens");
+    let txn = database.begin_read().expect("reads");
+    let runs = txn.open_table(RUN).expect("runs");
+    let rows = runs.range((agent, 0)..=(agent, u128::MAX)).expect("rows").map(|row| {
+        let (key, row) = row.expect("a row");
+        (Uuid::from_u128(key.value().1).to_string(), serde_json::from_slice(row.value()).expect("json"))
+    });
+    rows.collect()
+}
+
+/// Layout 1: lengths of the reference and of the text at 52 and 54, then both.
+fn text_of(record: &[u8]) -> String {
+    let two = |at: usize| u16::from_le_bytes([record[at], record[at + 1]]);
+    let reference = if two(52) == 0xFFFF { 0 } else { usize::from(two(52)) };
+    let text = u32::from_le_bytes([record[54], record[55], record[56], record[57]]) as usize;
+    let from = 58 + reference;
+    String::from_utf8(record[from..from + text].to_vec()).expect("text")
+}
+
+/// Lost, twice, or other than it was told: nothing of it may be. `rows_kept` is how many requests have a row each.
+pub fn differences(told: &Told, stored: &Stored, rows_kept: usize) -> Vec<String> {
+    let mut found = told.wrong.clone();
+    let mut texts: BTreeMap<&str, usize> = BTreeMap::new();
+    for text in &stored.texts {
+        *texts.entry(text.as_str()).or_default() += 1;
+    }
+    for (key, text) in &told.memories {
+        match texts.remove(text.as_str()) {
+            Some(1) => {}
+            None => found.push(format!("the memory {key} is lost")),
+            Some(times) => found.push(format!("the memory {key} is there {times} times")),
+        }
+        if stored.keys.get(key) != Some(text) {
+            found.push(format!("the key {key} does not stand for its memory"));
+        }
+    }
+    found.extend(texts.keys().map(|text| format!("a memory that nobody was told of: {text:?}")));
+    let mut rows: BTreeMap<&str, Vec<(u64, u64)>> = BTreeMap::new();
+    for (key, tokens) in &stored.requests {
+        rows.entry(key.as_str()).or_default().push(*tokens);
+    }
+    let gone = told.requests.len().saturating_sub(rows_kept);
+    let mut missing = 0;
+    for (key, tokens) in &told.requests {
+        match rows.remove(key.as_str()).as_deref() {
+            Some([one]) if one == tokens => {}
+            Some([one]) => {
+                found.push(format!("the request {key} used {tokens:?} and is entered with {one:?}"))
+            }
+            Some(many) => found.push(format!("the request {key} is entered {} times", many.len())),
+            None => {
+                missing += 1;
+                if missing > gone {
+                    found.push(format!("the request {key} is lost"));
+                }
+            }
+        }
+    }
+    found.extend(rows.keys().map(|key| format!("a request that nobody was told of: {key}")));
+    let sum =
+        told.requests.values().fold((0, 0, 0), |sum, tokens| (sum.0 + 1, sum.1 + tokens.0, sum.2 + tokens.1));
+    if sum != stored.totals {
+        found.push(format!("the sums are {:?} and not {sum:?}", stored.totals));
+    }
+    found
+}
+
+#[test]
+fn the_oracle_sees_what_is_lost_or_twice_or_other() {
+    let text = |n: u32| format!("text {n}");
+    let told = Told {
+        memories: BTreeMap::from([("a".to_owned(), text(1)), ("b".to_owned(), text(2))]),
+        requests: BTreeMap::from([("c".to_owned(), (3, 4)), ("d".to_owned(), (5, 6))]),
+        ..Told::default()
+    };
+    let good = Stored {
+        texts: vec![text(2), text(1)],
+        keys: told.memories.clone(),
+        requests: vec![("d".to_owned(), (5, 6)), ("c".to_owned(), (3, 4))],
+        totals: (2, 8, 10),
+    };
+    assert_eq!(differences(&told, &good, 100), Vec::<String>::new());
+    type Change = fn(&mut Stored);
+    let bad: [(Change, &str); 9] = [
+        (|s| drop(s.texts.pop()), "the memory a is lost"),
+        (|s| s.texts.push("text 1".to_owned()), "the memory a is there 2 times"),
+        (|s| s.texts.push("text 3".to_owned()), "a memory that nobody was told of"),
+        (|s| drop(s.keys.remove("b")), "the key b does not stand"),
+        (|s| drop(s.requests.pop()), "the request c is lost"),
+        (|s| s.requests.push(("c".to_owned(), (3, 4))), "the request c is entered 2 times"),
+        (|s| s.requests[0].1 = (5, 7), "is entered with (5, 7)"),
+        (|s| s.requests.push(("e".to_owned(), (0, 0))), "a request that nobody was told of: e"),
+        (|s| s.totals.0 = 3, "the sums are (3, 8, 10)"),
+    ];
+    for (change, expect) in bad {
+        let mut stored = good.clone();
+        change(&mut stored);
+        let found = differences(&told, &stored, 100);
+        assert!(found.iter().any(|line| line.contains(expect)), "{expect}: {found:?}");
+    }
+}
