@@ -10,7 +10,7 @@ use agentd_domain::engine::{
     ClientFrame, Event, LoadedModel, ModelKind, PROTOCOL_VERSION, Request, ServerFrame,
 };
 use agentd_domain::fault::Report;
-use agentd_domain::launcher::EngineSpec;
+use agentd_domain::launcher::{EngineSpec, Listing};
 use agentd_sandbox::client::Launcher;
 use agentd_serving::{Leaving, Piece};
 use std::collections::{BTreeMap, HashMap};
@@ -41,8 +41,8 @@ pub struct Links {
     pub memory_max_bytes: u64,
 }
 
-/// Starts the task on the current runtime. The engine's process is asked for when `begin` is over: loading models
-/// keeps a small machine busy for seconds.
+/// Starts the task on the current runtime. A new engine's process is asked for when `begin` is over: loading models
+/// keeps a small machine busy for seconds. One that runs already, because agentd was restarted, is used at once.
 pub fn start(links: Links, begin: impl Future<Output = ()> + Send + 'static) -> Engine {
     let (commands, queue) = mpsc::channel(QUEUE);
     let (wanted, wish) = watch::channel(None);
@@ -55,11 +55,24 @@ pub fn start(links: Links, begin: impl Future<Output = ()> + Send + 'static) -> 
     };
     let (shown, view) = watch::channel(Arc::new(start));
     let task = Task { links, queue, wish, shown, failed: BTreeMap::new(), deaths: BTreeMap::new() };
+    let launcher = task.links.launcher.clone();
     tokio::spawn(async move {
-        begin.await;
+        tokio::select! {
+            () = begin => {}
+            () = runs_already(launcher) => {}
+        }
         task.run().await;
     });
     Engine { commands, wanted, view }
+}
+
+/// Returns if the launcher holds a living engine now, and else never.
+async fn runs_already(launcher: Launcher) {
+    let listing = tokio::task::spawn_blocking(move || launcher.list()).await;
+    let lives = |listing: Listing| listing.engines.iter().any(|engine| engine.set == SET && engine.pid != 0);
+    if !matches!(listing, Ok(Ok(listing)) if lives(listing)) {
+        std::future::pending::<()>().await;
+    }
 }
 
 struct Task {
