@@ -42,46 +42,41 @@ pub(super) fn forget(txn: &WriteTransaction, agent: AgentId) -> Result<(), redb:
 }
 
 impl Store {
-    pub fn kept(&self, agent: AgentId, place: &str, now_unix_ms: i64) -> Result<Option<Kept>, StoreError> {
-        let key = key_of(agent, place);
+    pub fn kept(&self, agent: AgentId, key: &str, now_unix_ms: i64) -> Result<Option<Kept>, StoreError> {
+        let key = format!("{agent}/{key}");
         self.read(|txn| {
             let table = txn.open_table(ONCE)?;
-            let row = table.get(key.as_str())?;
-            Ok(self.alive(&key, row.as_ref().map(|row| row.value()), now_unix_ms))
+            let Some(bytes) = table.get(key.as_str())? else { return Ok(Ok(None)) };
+            let kept: Result<Kept, _> = self.decode(&key, bytes.value());
+            Ok(kept.map(|kept| Some(kept).filter(|kept| is_fresh(kept, now_unix_ms))))
         })
-    }
-
-    /// A clock that was set back must not make an answer immortal: age counts both ways.
-    fn alive(&self, key: &str, row: Option<&[u8]>, now_unix_ms: i64) -> Result<Option<Kept>, StoreError> {
-        let Some(bytes) = row else { return Ok(None) };
-        let kept: Kept = self.decode(key, bytes)?;
-        Ok(Some(kept).filter(|kept| (now_unix_ms - kept.unix_ms).abs() <= KEPT_MS))
     }
 }
 
-/// What is kept at this place, within a transaction.
-pub(super) fn earlier(
+/// As [`Store::kept`], within a transaction that may keep one.
+pub(super) fn kept_in(
     store: &Store,
     txn: &WriteTransaction,
     agent: AgentId,
-    place: &str,
+    key: &str,
     now_unix_ms: i64,
 ) -> Result<Result<Option<Kept>, StoreError>, redb::Error> {
-    let key = key_of(agent, place);
+    let key = format!("{agent}/{key}");
     let table = txn.open_table(ONCE)?;
-    let row = table.get(key.as_str())?;
-    Ok(store.alive(&key, row.as_ref().map(|row| row.value()), now_unix_ms))
+    let Some(bytes) = table.get(key.as_str())? else { return Ok(Ok(None)) };
+    let kept: Result<Kept, _> = store.decode(&key, bytes.value());
+    Ok(kept.map(|kept| Some(kept).filter(|kept| is_fresh(kept, now_unix_ms))))
 }
 
-/// Keeps an answer and drops what is over its time, and the oldest beyond the most.
-pub(super) fn keep(
+/// Keeps an answer and drops what is over its time.
+pub(super) fn keep_in(
     txn: &WriteTransaction,
     agent: AgentId,
-    place: &str,
+    key: &str,
     kept: &Kept,
 ) -> Result<(), redb::Error> {
     let (first, last) = super::keys_of(agent);
-    let key = key_of(agent, place);
+    let key = format!("{agent}/{key}");
     let (mut answers, mut made) = (txn.open_table(ONCE)?, txn.open_table(MADE)?);
     let mut alive = Vec::new();
     let mut dead = Vec::new();
@@ -106,6 +101,7 @@ pub(super) fn keep(
     Ok(())
 }
 
-fn key_of(agent: AgentId, place: &str) -> String {
-    format!("{agent}/{place}")
+/// A clock that was set back must not make an answer immortal: age counts both ways.
+fn is_fresh(kept: &Kept, now_unix_ms: i64) -> bool {
+    (now_unix_ms - kept.unix_ms).abs() <= KEPT_MS
 }

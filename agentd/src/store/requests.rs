@@ -80,8 +80,8 @@ impl Store {
                 return Ok(Err(StoreError::NoAgent(agent.to_string())));
             }
             if let Some((place, kept)) = answer {
-                match once::earlier(self, txn, agent, place, kept.unix_ms)? {
-                    Ok(None) => once::keep(txn, agent, place, kept)?,
+                match once::kept_in(self, txn, agent, place, kept.unix_ms)? {
+                    Ok(None) => once::keep_in(txn, agent, place, kept)?,
                     Ok(Some(earlier)) if earlier.request == kept.request => return Ok(Ok(Settled::Before)),
                     Ok(Some(_)) => return Ok(Err(StoreError::KeyReused)),
                     Err(error) => return Ok(Err(error)),

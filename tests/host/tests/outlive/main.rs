@@ -209,7 +209,9 @@ fn rest(scene: &Scene) {
     for work in works(scene) {
         fs::write(work.join("stop"), "").expect("written");
     }
-    scene.until("the agents have come to rest", || works(scene).iter().all(|work| work.join("resting").exists()));
+    scene.until("the agents have come to rest", || {
+        works(scene).iter().all(|work| work.join("resting").exists())
+    });
 }
 
 fn resume(work: &std::path::Path) {
