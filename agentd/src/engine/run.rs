@@ -69,8 +69,8 @@ pub fn start(links: Links, begin: impl Future<Output = ()> + Send + 'static) -> 
 /// Returns if the launcher holds a living engine now, and else never.
 async fn runs_already(launcher: Launcher) {
     let listing = tokio::task::spawn_blocking(move || launcher.list()).await;
-    let lives = |listing: Listing| listing.engines.iter().any(|engine| engine.set == SET && engine.pid != 0);
-    if !matches!(listing, Ok(Ok(listing)) if lives(listing)) {
+    let lives = |listing: &Listing| listing.engines.iter().any(|engine| engine.set == SET && engine.pid != 0);
+    if !matches!(&listing, Ok(Ok(listing)) if lives(listing)) {
         std::future::pending::<()>().await;
     }
 }
