@@ -11,6 +11,13 @@
 //! | `POST /agent/v1/messages/{id}/reply` | `messages` | one [`ReplyPart`] per line (NDJSON, chunked) | 204 |
 //! | `POST /agent/v1/calls` | `calls` | [`Call`] | [`Called`] |
 //! | `/v1/chat/completions`, `/v1/embeddings`, `/v1/models` | `models` | as OpenAI | as OpenAI |
+//!
+//! A connection breaks when agentd is restarted; the run goes on, and so does the engine. `remember` and every `POST`
+//! below `/v1/` take the header `Idempotency-Key` (1 to 128 bytes, a fresh one for each new request): send a broken
+//! request again with the same key and body. The answer is the first one's, from its beginning, whether that was
+//! finished, is still being made, or broke off; it is stored and counted once. Another body under the key is 409
+//! `conflict`. Keys are kept for 24 hours, below `/v1/` the newest 256 of each agent. `[DONE]`, or the end of a body,
+//! means that all of it is on disk.
 
 use crate::ids::{AgentId, AgentName, RecordId, RunId};
 use crate::launcher::ExitCause;

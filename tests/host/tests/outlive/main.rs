@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 const ADOPTED_WITHIN: Duration = Duration::from_secs(1);
 /// From the launcher's death to the last process that was below it. The kernel does it at once.
 const ENDED_WITHIN: Duration = Duration::from_secs(5);
+/// How long init waits before it starts agentd again (`init/src/plan.rs`, `FIRST_PAUSE_MS`); doubled when agentd does
+/// not live for ten seconds, which would make this test long and no harder.
+const INIT_PAUSE: Duration = Duration::from_millis(250);
 /// Rows of requests that agentd keeps of each agent.
 const ROWS_KEPT: usize = 1_000;
 
@@ -84,7 +87,7 @@ fn agents_outlive_agentd_and_not_the_launcher() {
     let told = compare(&scene);
     println!("RESULT: seed {seed}: {agents} agents, {kills} kill -9 of agentd: {}", words(&adoptions, &told));
     assert!(told.resumed > 0, "no kill has hit a completion in its middle: this has shown nothing");
-    assert!(median(&adoptions) <= ADOPTED_WITHIN, "adoption took {adoptions:?}");
+    assert!(adoptions.iter().all(|took| *took <= ADOPTED_WITHIN), "adoption took {adoptions:?}");
 
     let runs = runs_end_while_agentd_is_dead(&mut scene, runs);
     kill_launcher(&mut scene, &runs);
@@ -101,6 +104,7 @@ fn kill_agentd(
     for kill in 0..kills {
         let killed = Instant::now();
         scene.kill_agentd();
+        std::thread::sleep(INIT_PAUSE);
         let begun = scene.start_agentd();
         let last = kill + 1 == kills;
         let until = match (last, dice.below(5)) {
@@ -251,7 +255,7 @@ fn compare(scene: &Scene) -> Told {
 
 fn words(adoptions: &[Duration], told: &Told) -> String {
     format!(
-        "from the kill to the last adopted run p50 {} ms, most {} ms ({} of the lives were long enough); {} completions \
+        "from the kill to the last adopted run, init's pause of 250 ms included, p50 {} ms, most {} ms ({} of the lives were long enough); {} completions \
          and {} memories, {} repeated, {} retried, {} completions broken in their middle; longest operation {} ms; \
          nothing lost, nothing twice",
         median(adoptions).as_millis(),
