@@ -4,7 +4,7 @@
 //! Out:   answers; errors as [`Report`] with the status that belongs to them, below `/v1/` as OpenAI's.
 //! Always: each route names the right it needs, and the right is looked up in the plan that the run was started
 //!         with. Bodies are bounded. An answer to a `POST` with `Idempotency-Key` is kept for 24 hours. What a model
-//!         was used for is entered before the answer's end is sent (`once.rs`).
+//!         was used for is entered, with a key before the answer's end is sent (`once.rs`).
 //! Never:  a field of a request that says who is asking.
 //! Threads: tasks of the data plane.
 

@@ -1,11 +1,13 @@
 //! Does this request repeat one that was answered, and what did it use?
 //!
 //! A `POST` below `/v1/` with `Idempotency-Key` is answered once in 24 hours; whoever asks again with the same key
-//! and body gets the same answer. With or without a key, what an answer used is entered in the record of requests.
-//! Answers are collected while they are sent, streams too. At the end one transaction enters the request and keeps
-//! the answer, and only then the end is sent: an agent that has seen it may forget its key, one that has not asks
-//! again. An answer that broke off is neither entered nor kept; the engine goes on with it for a while, so a retry
-//! reads the same one from its beginning, and joins it when the first attempt is still being answered.
+//! and body gets the same answer. Answers are collected while they are sent, streams too. At the end one transaction
+//! enters the request in the record and keeps the answer, and only then the end is sent: an agent that has seen it may
+//! forget its key, one that has not asks again. An answer that broke off is neither entered nor kept; the engine goes
+//! on with it for a while, so a retry reads the same one from its beginning, and joins it when the first attempt is
+//! still being answered.
+//! Without a key nobody can ask for the same again: the request is entered too, behind the answer's end, so that a
+//! slow disk delays no answer; a kill in that moment loses the row.
 //! (`remember` keeps its keys in the memory's own transaction, and a message's reply is kept with the message.)
 
 use super::{Caller, idempotency_key};
@@ -22,9 +24,13 @@ use axum::response::{IntoResponse, Response};
 use futures::stream;
 use http_body_util::BodyExt;
 use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
 
 /// A longer answer is sent and not kept.
 const ANSWER_MOST_BYTES: usize = 256 * 1024;
+/// Requests without a key that wait to be entered, of all agents. When the disk is that far behind, answers wait.
+const BEHIND_MOST: usize = 64;
+static BEHIND: Semaphore = Semaphore::const_new(BEHIND_MOST);
 /// As the front's own limit: the body must be read here to know whether it is the same.
 const REQUEST_MOST_BYTES: usize = 4 * 1024 * 1024;
 
@@ -173,7 +179,7 @@ impl Outgoing {
         Some((Ok(end), None))
     }
 
-    /// `first` and what follows it, once the request was entered.
+    /// `first` and what follows it, once a request with a key was entered.
     async fn end(mut self, first: Bytes) -> Result<Bytes, ApiError> {
         let rest = self.body.collect().await.map_err(|error| ApiError::from(unfinished(&error)))?;
         let end: Bytes = [first, rest.to_bytes()].concat().into();
@@ -181,7 +187,19 @@ impl Outgoing {
         self.remember(&end);
         // It was filled before the end was begun.
         if let Some(used) = self.meter.used().cloned() {
-            self.ledger.enter(used, self.content_type, self.so_far).await?;
+            let behind = self.ledger.keyed.is_none();
+            let entering = self.ledger.enter(used, self.content_type, self.so_far);
+            if behind {
+                // The semaphore is never closed.
+                let place = BEHIND.acquire().await.ok();
+                tokio::spawn(async move {
+                    // What went wrong was said.
+                    let _ = entering.await;
+                    drop(place);
+                });
+            } else {
+                entering.await?;
+            }
         }
         Ok(end)
     }

@@ -238,13 +238,23 @@ async fn a_completion_asked_for_twice_is_made_once() {
 async fn every_finished_request_to_a_model_is_entered_once() {
     let scene = Scene::new(&ALL).await;
     let chat = |stream: bool, stop: &str| json!({ "messages": [{ "role": "user", "content": "hi" }], "stream": stream, "stop": stop });
-    assert_eq!(scene.post("/v1/chat/completions", None, &chat(true, "x")).await.0, 200);
+    for stream in [true, false] {
+        assert_eq!(scene.post("/v1/chat/completions", None, &chat(stream, "x")).await.0, 200);
+        // It follows the answer.
+        tokio::time::timeout(Duration::from_secs(20), async {
+            while scene.requests().len() != 1 + usize::from(!stream) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await
+        .expect("entered");
+    }
     assert_eq!(scene.post("/v1/embeddings", Some("e"), &json!({ "input": "a ship" })).await.0, 200);
     assert_eq!(scene.post("/v1/embeddings", Some("e"), &json!({ "input": "a ship" })).await.0, 200);
     assert_eq!(scene.post("/v1/chat/completions", None, &json!({ "messages": [] })).await.0, 400);
     let (_, text) = scene.post("/v1/chat/completions", Some("d"), &chat(true, "die")).await;
     assert!(!text.to_string().contains("[DONE]"), "{text}");
-    assert_eq!(scene.requests(), [None, Some("e".to_owned())]);
+    assert_eq!(scene.requests(), [None, None, Some("e".to_owned())]);
 }
 
 #[tokio::test]

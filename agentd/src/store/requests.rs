@@ -1,7 +1,7 @@
 //! What each agent has asked of models: the record of requests.
 //!
-//! Always: a request is entered in the transaction that keeps its answer, before the answer's end is sent: who has
-//!         seen the end finds the row, and a retry with the same key finds it too and enters nothing.
+//! Always: a request with a key is entered in the transaction that keeps its answer, before the answer's end is sent:
+//!         who has seen the end finds the row, and a retry with the same key finds it too and enters nothing.
 //! Bounded: the newest rows of each agent, and sums over all.
 
 use super::agents::AGENT;

@@ -17,7 +17,7 @@
 //! request again with the same key and body. The answer is the first one's, from its beginning, whether that was
 //! finished, is still being made, or broke off; it is stored and counted once. Another body under the key is 409
 //! `conflict`. Keys are kept for 24 hours, below `/v1/` the newest 256 of each agent. `[DONE]`, or the end of a body,
-//! means that all of it is on disk.
+//! means that the key and its answer are on disk.
 
 use crate::ids::{AgentId, AgentName, RecordId, RunId};
 use crate::launcher::ExitCause;

@@ -8,6 +8,8 @@
 //!         the next one when this was killed in between.
 //! Never:  a memory of its own for what it has done but that file.
 
+#![forbid(unsafe_code)]
+
 use echo_agent::http::{self, Body, Request};
 use serde_json::{Value, json};
 use std::fs::{self, File, OpenOptions};
@@ -120,7 +122,7 @@ fn completion_of(name: &str, number: u64, dice: u64) -> (&'static str, String, V
 }
 
 fn memory_of(name: &str, number: u64, dice: u64) -> (&'static str, String, Value) {
-    let tier = if dice / 10_000 % 4 == 0 { "spirit" } else { "working" };
+    let tier = if (dice / 10_000).is_multiple_of(4) { "spirit" } else { "working" };
     let text =
         format!("operation {number} of {name}: {}", "word ".repeat(1 + dice as usize / 1_000_000 % 40));
     ("/agent/v1/memory/remember", format!("{name}-{number}"), json!({ "tier": tier, "text": text }))
