@@ -115,7 +115,7 @@ fn wait(pause: &mut Duration) {
 fn completion_of(name: &str, number: u64, dice: u64) -> (&'static str, String, Value) {
     let body = json!({
         "model": "tiny", "stream": true, "stream_options": { "include_usage": true }, "temperature": 1.0,
-        "max_tokens": 16 + dice / 10_000 % 150,
+        "max_tokens": 32 + dice / 10_000 % 200,
         "messages": [{ "role": "user", "content": format!("This is operation {number} of {name}.") }],
     });
     ("/v1/chat/completions", format!("{name}-{number}"), body)
@@ -130,7 +130,8 @@ fn memory_of(name: &str, number: u64, dice: u64) -> (&'static str, String, Value
 
 fn complete(name: &str, number: u64, dice: u64) -> Value {
     let (path, key, body) = completion_of(name, number, dice);
-    let mut line = insist(path, &key, &body);
+    let patience = if (dice / 100_000).is_multiple_of(4) { Patience::LeavesOnce } else { Patience::Stays };
+    let mut line = insist(path, &key, &body, patience);
     line["kind"] = "completion".into();
     line["number"] = number.into();
     line
@@ -138,7 +139,7 @@ fn complete(name: &str, number: u64, dice: u64) -> Value {
 
 fn remember(name: &str, number: u64, dice: u64) -> Value {
     let (path, key, body) = memory_of(name, number, dice);
-    let mut line = insist(path, &key, &body);
+    let mut line = insist(path, &key, &body, Patience::Stays);
     line["kind"] = "memory".into();
     line["number"] = number.into();
     line["text"] = body["text"].clone();
@@ -156,21 +157,29 @@ fn repeat(name: &str, number: u64, dice_now: u64) -> Value {
         5..=8 => memory_of(name, earlier, dice),
         _ => return nothing,
     };
-    let mut line = insist(path, &key, &body);
+    let mut line = insist(path, &key, &body, Patience::Stays);
     line["kind"] = "repeat".into();
     line["number"] = number.into();
     line["of"] = earlier.into();
     line
 }
 
+/// Whether it hangs up in the middle of the first answer, as a client with too short a time limit does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Patience {
+    Stays,
+    LeavesOnce,
+}
+
 /// Until it is acknowledged, or refused for good.
-fn insist(path: &str, key: &str, body: &Value) -> Value {
+fn insist(path: &str, key: &str, body: &Value, patience: Patience) -> Value {
     let begun = Instant::now();
     let (mut pause, mut attempts, mut diverged) = (PAUSE_FIRST, 0_u32, false);
     let mut partial: Vec<String> = Vec::new();
     loop {
         attempts += 1;
-        let mut line = match attempt(path, key, body) {
+        let now = if attempts == 1 { patience } else { Patience::Stays };
+        let mut line = match attempt(path, key, body, now) {
             Attempt::Broken(text) => {
                 partial.push(text);
                 wait(&mut pause);
@@ -185,6 +194,7 @@ fn insist(path: &str, key: &str, body: &Value) -> Value {
         let most = partial.iter().map(String::len).max().unwrap_or(0);
         line["key"] = key.into();
         line["attempts"] = attempts.into();
+        line["left"] = (patience == Patience::LeavesOnce).into();
         line["diverged"] = diverged.into();
         line["partial_bytes"] = most.into();
         line["elapsed_ms"] = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX).into();
@@ -192,7 +202,7 @@ fn insist(path: &str, key: &str, body: &Value) -> Value {
     }
 }
 
-fn attempt(path: &str, key: &str, body: &Value) -> Attempt {
+fn attempt(path: &str, key: &str, body: &Value, patience: Patience) -> Attempt {
     let body = body.to_string();
     let request = Request {
         method: "POST",
@@ -206,7 +216,7 @@ fn attempt(path: &str, key: &str, body: &Value) -> Attempt {
         Err(_) => return Attempt::Broken(String::new()),
     };
     match response.status {
-        200 if path.ends_with("/completions") => stream(response),
+        200 if path.ends_with("/completions") => stream(response, patience),
         200 => match response.text().ok().and_then(|text| serde_json::from_str::<Value>(&text).ok()) {
             Some(answer) => Attempt::Whole(json!({ "id": answer["id"] })),
             None => Attempt::Broken(String::new()),
@@ -216,7 +226,7 @@ fn attempt(path: &str, key: &str, body: &Value) -> Attempt {
     }
 }
 
-fn stream(response: http::Response) -> Attempt {
+fn stream(response: http::Response, patience: Patience) -> Attempt {
     let (mut text, mut id, mut usage) = (String::new(), Value::Null, Value::Null);
     for line in response.lines() {
         let Ok(line) = line else { return Attempt::Broken(text) };
@@ -236,6 +246,9 @@ fn stream(response: http::Response) -> Attempt {
             usage = chunk["usage"].clone();
         }
         text.push_str(chunk["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
+        if patience == Patience::LeavesOnce && !text.is_empty() {
+            return Attempt::Broken(text);
+        }
     }
     Attempt::Broken(text)
 }

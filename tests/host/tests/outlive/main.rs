@@ -93,7 +93,8 @@ fn agents_outlive_agentd_and_not_the_launcher() {
     kill_launcher(&mut scene, &runs);
 }
 
-/// Kills agentd at random times, also while it is still adopting. How long each adoption took that was not cut off.
+/// Kills agentd at random times, also while it is still adopting, and in the end lets it live. How long each adoption
+/// took that was not cut off. Goes on until a kill has hit a completion in its middle.
 fn kill_agentd(
     scene: &mut Scene,
     dice: &mut Dice,
@@ -101,12 +102,13 @@ fn kill_agentd(
     kills: usize,
 ) -> Vec<Duration> {
     let mut adoptions = Vec::new();
-    for kill in 0..kills {
+    for kill in 1.. {
         let killed = Instant::now();
         scene.kill_agentd();
         std::thread::sleep(INIT_PAUSE);
         let begun = scene.start_agentd();
-        let last = kill + 1 == kills;
+        let last =
+            kill >= kills && (kill >= 5 * kills || scene.works().values().any(|work| told(work).resumed > 0));
         let until = match (last, dice.below(5)) {
             (true, _) => begun + LIMIT,
             (_, 0) => begun + dice.ms(0, 200),
@@ -120,9 +122,10 @@ fn kill_agentd(
             None if last => panic!("not adopted:\n{}", scene.tail()),
             None => {}
         }
-        if !last {
-            std::thread::sleep(until.saturating_duration_since(Instant::now()));
+        if last {
+            break;
         }
+        std::thread::sleep(until.saturating_duration_since(Instant::now()));
     }
     adoptions
 }
@@ -244,6 +247,7 @@ fn compare(scene: &Scene) -> Told {
         all.repeats += told.repeats;
         all.retried += told.retried;
         all.resumed += told.resumed;
+        all.left += told.left;
         all.longest_ms = all.longest_ms.max(told.longest_ms);
         all.memories.extend(told.memories);
         all.requests.extend(told.requests);
@@ -255,8 +259,9 @@ fn compare(scene: &Scene) -> Told {
 
 fn words(adoptions: &[Duration], told: &Told) -> String {
     format!(
-        "from the kill to the last adopted run, init's pause of 250 ms included, p50 {} ms, most {} ms ({} of the lives were long enough); {} completions \
-         and {} memories, {} repeated, {} retried, {} completions broken in their middle; longest operation {} ms; \
+        "from the kill to the last adopted run, init's pause of 250 ms included, p50 {} ms, most {} ms ({} lives were \
+         long enough); {} completions and {} memories, {} repeated, {} retried, {} completions broken in their middle, {} left by their agent and \
+         asked for again; longest operation {} ms; \
          nothing lost, nothing twice",
         median(adoptions).as_millis(),
         adoptions.iter().max().map_or(0, Duration::as_millis),
@@ -266,6 +271,7 @@ fn words(adoptions: &[Duration], told: &Told) -> String {
         told.repeats,
         told.retried,
         told.resumed,
+        told.left,
         told.longest_ms,
     )
 }

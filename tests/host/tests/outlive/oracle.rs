@@ -31,6 +31,8 @@ pub struct Told {
     /// Operations that needed more than one attempt, and of these the completions whose text had begun.
     pub retried: u64,
     pub resumed: u64,
+    /// Completions that the agent itself hung up on once.
+    pub left: u64,
     pub longest_ms: u64,
 }
 
@@ -64,8 +66,10 @@ impl Told {
         let key = line["key"].as_str().unwrap_or_default().to_owned();
         self.operations += 1;
         self.longest_ms = self.longest_ms.max(line["elapsed_ms"].as_u64().unwrap_or(0));
-        self.retried += u64::from(line["attempts"].as_u64() > Some(1));
-        self.resumed += u64::from(line["partial_bytes"].as_u64() > Some(0));
+        let left = line["left"] == true;
+        self.left += u64::from(left);
+        self.retried += u64::from(!left && line["attempts"].as_u64() > Some(1));
+        self.resumed += u64::from(!left && line["partial_bytes"].as_u64() > Some(0));
         if !line["refused"].is_null() {
             self.wrong.push(format!("{key} was refused: {}", line["refused"]));
         }
