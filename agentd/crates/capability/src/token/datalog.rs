@@ -2,10 +2,10 @@
 //!
 //! A request is one fact `asks(kind, what, amount)`. Each check is about that fact and lets other kinds pass.
 
-use super::{Grant, keypair, not_made};
+use super::{Grant, Later, keypair, not_made};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
-use agentd_domain::rights::{Narrowing, Request};
+use agentd_domain::rights::Request;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use biscuit_auth::builder::{Term, date, fact, int, string};
@@ -38,7 +38,8 @@ pub fn authority(grant: &Grant) -> Result<BiscuitBuilder, Report> {
         for (limit, value) in &rights.limits {
             builder = builder.fact(fact("limit", &[string(limit.name()), int(number(*value))]))?;
         }
-        builder = builder.code("check if caller($agent), holder($agent)")?;
+        builder = builder
+            .code("check if caller($agent), holder($agent) or holder($agent), handed_on($agent)")?;
         match grant.expires_unix_s {
             Some(end) => builder.code_with_params(BEFORE, HashMap::from([end_param(end)]), HashMap::new()),
             None => Ok(builder),
@@ -49,10 +50,16 @@ pub fn authority(grant: &Grant) -> Result<BiscuitBuilder, Report> {
 
 const BEFORE: &str = "check if time($now), $now < {end}";
 
-/// A block that takes away.
-pub fn attenuation(by: &Narrowing) -> Result<BlockBuilder, Report> {
+/// A block that takes away, and may name another holder.
+pub fn later(block: &Later) -> Result<BlockBuilder, Report> {
+    let by = &block.by;
     let build = || -> Result<BlockBuilder, error::Token> {
-        let mut builder = BlockBuilder::new().fact(fact(MEANS, &[string(&encoded(by))]))?;
+        let mut builder = BlockBuilder::new().fact(fact(MEANS, &[string(&encoded(block))]))?;
+        if let Some(to) = block.to {
+            let params = HashMap::from([("to".to_owned(), string(&to.to_string()))]);
+            let check = "check if caller({to}) or handed_on({to})";
+            builder = builder.code_with_params(check, params, HashMap::new())?;
+        }
         for (kind, names) in [(API, &by.api), (CALLS, &by.calls), (READ, &by.read)] {
             if let Some(names) = names {
                 builder = only(builder, kind, names)?;
@@ -73,9 +80,11 @@ pub fn attenuation(by: &Narrowing) -> Result<BlockBuilder, Report> {
     build().map_err(not_made)
 }
 
-/// The request, and when it is allowed at all.
+/// The request, and when it is allowed at all. Of the holders the last may use the token; that the others have handed
+/// it on is a fact that only who asks can state, so no block can.
 pub fn question(
-    builder: AuthorizerBuilder,
+    mut builder: AuthorizerBuilder,
+    holders: &[AgentId],
     caller: AgentId,
     now_unix_s: i64,
     request: &Request,
@@ -86,6 +95,13 @@ pub fn question(
         Request::Calls(group) => (CALLS, group.as_str(), 0),
         Request::Limit(limit, value) => (LIMIT, limit.name(), number(*value)),
     };
+    if let Some((last, earlier)) = holders.split_last() {
+        let params = HashMap::from([("last".to_owned(), string(&last.to_string()))]);
+        builder = builder.code_with_params("check if caller({last})", params, HashMap::new())?;
+        for holder in earlier {
+            builder = builder.fact(fact("handed_on", &[string(&holder.to_string())]))?;
+        }
+    }
     builder
         .fact(fact("caller", &[string(&caller.to_string())]))?
         .fact(fact("time", &[date(&time(now_unix_s))]))?

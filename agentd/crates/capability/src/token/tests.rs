@@ -1,11 +1,12 @@
 use super::*;
 use crate::asked;
 use crate::parse_manifest;
-use agentd_domain::plan::{DiskQuota, Mount, SandboxPlan};
-use agentd_domain::rights::{Limit, UNLIMITED, is_beneath};
+use agentd_domain::plan::{Mount, SandboxPlan};
+use agentd_domain::rights::{Limit, Rights, UNLIMITED, is_beneath};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
+use std::sync::LazyLock;
 use uuid::Uuid;
 
 const NOW: i64 = 1_790_000_000;
@@ -28,7 +29,8 @@ fn grant() -> Grant {
 }
 
 fn at(caller: u128, now_unix_s: i64) -> Circumstances<'static> {
-    Circumstances { caller: agent(caller), now_unix_s, revoked: &|_| false }
+    static NONE: LazyLock<HashSet<RevocationId>> = LazyLock::new(HashSet::new);
+    Circumstances { caller: agent(caller), now_unix_s, revoked: &NONE }
 }
 
 fn code(result: Result<impl std::fmt::Debug, Report>) -> String {
@@ -71,8 +73,8 @@ fn to_revoke_one_ends_its_descendants_and_no_one_else() {
     let grandchild = attenuate(&child, &Narrowing::default(), &Fresh([4; 32])).unwrap();
     let revoked = inspect(&child).unwrap().revocation_ids.remove(1);
     let gone = |token: &str| {
-        let is_revoked = |id: &RevocationId| *id == revoked;
-        let at = Circumstances { revoked: &is_revoked, ..at(1, NOW) };
+        let revoked = HashSet::from([revoked.clone()]);
+        let at = Circumstances { revoked: &revoked, ..at(1, NOW) };
         verify(token, key().public(), &at).is_err_and(|report| report.code == "token_revoked")
     };
     assert_eq!([&parent, &child, &sibling, &grandchild].map(|token| gone(token)), [false, true, false, true]);
@@ -104,16 +106,17 @@ fn what_is_not_a_token_of_ours_is_refused_with_a_reason() {
 #[test]
 fn a_block_that_is_not_of_the_template_is_refused() {
     let token = UnverifiedBiscuit::from_base64(mint(&key(), &grant(), &Fresh([1; 32])).unwrap()).unwrap();
-    let narrow = Narrowing { api: names(&["messages"]), ..Narrowing::default() };
-    let wide = datalog::attenuation(&Narrowing::default()).unwrap();
+    let by = Narrowing { api: names(&["messages"]), ..Narrowing::default() };
+    let narrow = Later { to: None, by };
+    let wide = datalog::later(&Later::default()).unwrap();
     let own = |code: &str| biscuit_auth::BlockBuilder::new().code(code).unwrap();
     for (what, block) in [
         ("no meaning", own("check if asks($k, $w, $a), $w != \"models\"")),
         ("a right of its own", own("right(\"api\", \"everything\")")),
-        ("a rule", datalog::attenuation(&narrow).unwrap().code("right(\"api\", $x) <- holder($x)").unwrap()),
-        ("another check", datalog::attenuation(&narrow).unwrap().code("check if time($t)").unwrap()),
+        ("a rule", datalog::later(&narrow).unwrap().code("right(\"api\", $x) <- holder($x)").unwrap()),
+        ("another check", datalog::later(&narrow).unwrap().code("check if time($t)").unwrap()),
         ("nothing at all", own("")),
-        ("two meanings", wide.merge(datalog::attenuation(&narrow).unwrap())),
+        ("two meanings", wide.merge(datalog::later(&narrow).unwrap())),
     ] {
         let changed = token.append_with_keypair(&keypair(&[2; 32]).unwrap(), block).unwrap();
         assert_eq!(code(inspect(&changed.to_base64().unwrap())), "token_profile", "{what}");
@@ -252,7 +255,7 @@ proptest! {
                 Request::Api(right) => plan.api.contains(right),
                 Request::Read(path) => reads(&plan, path) && !reads(&bare, path),
                 Request::Calls(group) => plan.seccomp.groups.contains(group),
-                Request::Limit(limit, value) => limit_given(&plan, crate::quota_with(&rights), *limit, *value),
+                Request::Limit(limit, value) => limit_given(&plan, &rights, *limit, *value),
             };
             let in_runtime = matches!(request, Request::Read(path) if reads(&bare, path));
             let beyond_ceiling = matches!(request, Request::Limit(limit, value) if *value > limit.ceiling());
@@ -300,7 +303,8 @@ fn no_attenuation_widens() {
     println!("{rounds} attenuations, none widened");
 }
 
-fn limit_given(plan: &SandboxPlan, quota: DiskQuota, limit: Limit, value: u64) -> bool {
+fn limit_given(plan: &SandboxPlan, rights: &Rights, limit: Limit, value: u64) -> bool {
+    let quota = crate::quota_with(rights);
     let most = match limit {
         Limit::MemoryHigh => plan.cgroup.memory_high_bytes,
         Limit::MemoryMax => plan.cgroup.memory_max_bytes,
@@ -319,6 +323,8 @@ fn limit_given(plan: &SandboxPlan, quota: DiskQuota, limit: Limit, value: u64) -
         // Of the volume, which is prepared apart from a run.
         Limit::DiskBytes => quota.bytes,
         Limit::DiskInodes => quota.inodes,
+        // No wall: agentd counts children when one is to be started.
+        Limit::AgentsChildren | Limit::AgentsDepth => return value <= rights.limit(limit),
     };
     value <= most
 }
