@@ -19,6 +19,7 @@ mod agents;
 mod appliance;
 mod audit;
 mod bundled;
+mod children;
 mod clock;
 mod confine;
 mod engine;
@@ -35,6 +36,7 @@ mod places;
 mod readings;
 mod state_files;
 mod store;
+mod tokens;
 mod wiring;
 
 use options::Options;

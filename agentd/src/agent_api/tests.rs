@@ -1,7 +1,11 @@
 use super::*;
 use crate::engine::testing::FakeEngine;
 use crate::engine::{self, Choice, Stage, Wanted};
+use crate::children;
 use crate::store::Store;
+use crate::tokens::nothing;
+use agentd_capability::token::RootKey;
+use agentd_domain::rights::Rights;
 use agentd_domain::engine::ModelKind;
 use agentd_sandbox::client::Launcher;
 use axum::http::Method;
@@ -9,6 +13,10 @@ use serde_json::{Value, json};
 use std::future::pending;
 use tower::ServiceExt;
 use uuid::Uuid;
+
+fn rights_of(api: &[&str]) -> Rights {
+    Rights { api: api.iter().map(|right| (*right).to_owned()).collect(), ..nothing(AgentId(Uuid::nil())).rights }
+}
 
 struct Scene {
     folder: tempfile::TempDir,
@@ -40,19 +48,25 @@ impl Scene {
         let agent = AgentId(Uuid::from_u128(1));
         std::fs::create_dir(folder.path().join(agent.to_string())).expect("made");
         let memories = Memories::start(folder.path().to_owned(), db.owner(), engine.clone());
-        let services = Services {
-            inbox: Inbox::new(db.clone()),
-            db,
-            memories,
-            engine,
-            audit: Audit::default(),
+        let audit = Audit::default();
+        let key = RootKey::from_secret(&[7; 32]).expect("a key");
+        let tokens = Tokens::open(key, db.clone()).expect("opened");
+        let children = Children::new(children::Links {
+            db: db.clone(),
+            tokens: tokens.clone(),
+            audit: audit.clone(),
             launcher: Launcher::at(folder.path().join("none")),
-        };
+            folder: folder.path().to_owned(),
+        });
+        let inbox = Inbox::new(db.clone());
+        let services = Services { inbox, db, memories, engine, audit, launcher: Launcher::at(folder.path().join("none")), tokens, children };
+        let held = Verified { rights: rights_of(rights), expires_unix_s: None, ..nothing(agent) };
         let caller = Caller {
             agent,
             name: "test".parse().expect("a name"),
             run: RunId(Uuid::from_u128(2)),
-            rights: Arc::new(rights.iter().map(|right| (*right).to_owned()).collect()),
+            held: Arc::new(held),
+            shown: None,
             services,
         };
         Self { folder, fake, caller }

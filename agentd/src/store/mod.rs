@@ -1,6 +1,6 @@
 //! What does the appliance know besides its agents' memories?
 //!
-//! Owns:  `/data/system.redb`: owner, agents, ledger of runs, messages, answers kept for a retry, the audit log. The
+//! Owns:  `/data/system.redb`: owner, agents and their tokens, ledger of runs, messages, answers kept for a retry, the audit log. The
 //!        format is `FORMAT-system.md` beside this program.
 //! Always: a call that changes something returns after the commit is on disk (`Durability::Immediate`, two-phase).
 //!         Each row carries the version of its layout; uids and sequence numbers are never given twice.
@@ -12,11 +12,13 @@ mod agents;
 mod audit;
 mod messages;
 mod once;
+mod tokens;
 
 pub use agents::AgentRow;
 pub use audit::{AUDIT_MOST_BYTES, AuditEnd, AuditQuery, Dropped, Front};
 pub use messages::{MessageRow, MessageState, Outcome};
 pub use once::Kept;
+pub use tokens::TokenRow;
 
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, OwnerId};
@@ -170,6 +172,7 @@ impl Store {
             messages::create_tables(&txn)?;
             once::create_tables(&txn)?;
             audit::create_tables(&txn)?;
+            tokens::create_tables(&txn)?;
             if let Some(owner) = known
                 && txn.list_tables()?.count() == tables
             {

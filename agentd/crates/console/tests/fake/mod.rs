@@ -363,6 +363,7 @@ fn agent(n: u128, name: &str, description: &str, state: AgentState) -> Agent {
     Agent {
         agent_id: agentd_domain::ids::AgentId(id(n)),
         owner_id: agentd_domain::ids::OwnerId(id(99)),
+        parent: None,
         name: name.parse().expect("name"),
         version: "0.1.0".into(),
         description: description.into(),
