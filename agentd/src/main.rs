@@ -35,6 +35,8 @@ mod options;
 mod places;
 mod readings;
 mod state_files;
+#[cfg(test)]
+mod snapshots;
 mod store;
 mod tokens;
 mod wiring;

@@ -10,9 +10,12 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use biscuit_auth::builder::{Term, date, fact, int, string};
 use biscuit_auth::datalog::SymbolTable;
-use biscuit_auth::{AuthorizerBuilder, BiscuitBuilder, BlockBuilder, error};
+use biscuit_auth::{
+    Algorithm, AuthorizerBuilder, Biscuit, BiscuitBuilder, BlockBuilder, KeyPair, PrivateKey, error,
+};
 use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
+use std::sync::LazyLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 const API: &str = "api";
@@ -124,15 +127,26 @@ pub fn said(printed: &str) -> Option<Vec<u8>> {
 /// A block as Biscuit prints it: the later one if there is one. The keys matter to nobody.
 pub fn printed(authority: BiscuitBuilder, later: Option<BlockBuilder>) -> Result<String, Report> {
     let key = keypair(&[1; 32])?;
-    let token = authority.build_with_key_pair(&key, SymbolTable::default(), &key);
     let printed = match later {
-        None => token.and_then(|token| token.print_block_source(0)),
-        Some(later) => token
-            .and_then(|token| token.append_with_keypair(&key, later))
-            .and_then(|token| token.print_block_source(1)),
+        None => authority
+            .build_with_key_pair(&key, SymbolTable::default(), &key)
+            .and_then(|token| token.print_block_source(0)),
+        Some(later) => match &*EMPTY {
+            Ok(empty) => empty
+                .append_with_keypair(&key, later)
+                .and_then(|token| token.print_block_source(1)),
+            Err(error) => Err(error.clone()),
+        },
     };
     printed.map_err(not_made)
 }
+
+/// A token without content, to print later blocks behind it.
+static EMPTY: LazyLock<Result<Biscuit, error::Token>> = LazyLock::new(|| {
+    let key = PrivateKey::from_bytes(&[1; 32], Algorithm::Ed25519)?;
+    let key = KeyPair::from(&key);
+    BiscuitBuilder::new().build_with_key_pair(&key, SymbolTable::default(), &key)
+});
 
 /// Of this kind only these; of folders also what lies below. An alternative for each, and not one set: the order in
 /// a set depends on the blocks before it.
