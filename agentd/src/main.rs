@@ -34,9 +34,9 @@ mod models;
 mod options;
 mod places;
 mod readings;
-mod state_files;
 #[cfg(test)]
 mod snapshots;
+mod state_files;
 mod store;
 mod tokens;
 mod wiring;

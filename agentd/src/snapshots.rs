@@ -23,13 +23,18 @@ fn subject(stem: &str) -> Subject {
         "02-companion" => Package::Builtin { folder: "companion".to_owned() },
         _ => Package::Installed,
     };
-    Subject { agent_id: AgentId(Uuid::from_u128(0x0190_0000_0000_7000_8000_0000_0000_0001)), uid: 1_000_007, package }
+    Subject {
+        agent_id: AgentId(Uuid::from_u128(0x0190_0000_0000_7000_8000_0000_0000_0001)),
+        uid: 1_000_007,
+        package,
+    }
 }
 
 /// What a token takes away before the plan is compiled.
 fn narrowing(stem: &str) -> Option<Narrowing> {
     let without = |group: &str| {
-        let all = asked(&parse_manifest("[agent]\nname = \"a\"\nexec = [\"/agent/run\"]\n").expect("a manifest"));
+        let all =
+            asked(&parse_manifest("[agent]\nname = \"a\"\nexec = [\"/agent/run\"]\n").expect("a manifest"));
         Some(all.calls.into_iter().filter(|name| name != group).collect::<BTreeSet<_>>())
     };
     match stem {
@@ -70,7 +75,9 @@ fn plan(stem: &str) -> SandboxPlan {
     let manifest = parse_manifest(&text).unwrap_or_else(|problems| panic!("{stem}: {problems:?}"));
     match narrowing(stem) {
         None => compile(&manifest, &subject(stem)),
-        Some(by) => compile_with(&manifest, &asked(&manifest).narrowed(&by), &subject(stem)).expect("compiled"),
+        Some(by) => {
+            compile_with(&manifest, &asked(&manifest).narrowed(&by), &subject(stem)).expect("compiled")
+        }
     }
 }
 
@@ -117,8 +124,11 @@ fn twenty_manifests_give_exactly_these_plans_and_programs() {
 /// What the kernel gets, an instruction a line: number, code, jumps, value, and the call where a number is compared.
 fn listing(filters: &seccomp::Filters) -> String {
     let mut text = String::new();
-    let programs =
-        [("guard", Some(&filters.guard)), ("enosys", filters.enosys.as_ref()), ("allow", Some(&filters.allow))];
+    let programs = [
+        ("guard", Some(&filters.guard)),
+        ("enosys", filters.enosys.as_ref()),
+        ("allow", Some(&filters.allow)),
+    ];
     for (name, program) in programs {
         let Some(program) = program else { continue };
         let _ = writeln!(text, "{name}, {} instructions", program.len());

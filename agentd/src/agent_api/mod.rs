@@ -15,11 +15,11 @@ mod serve;
 pub use serve::serve;
 
 use crate::audit::Audit;
+use crate::children::Children;
 use crate::engine::Engine;
 use crate::inbox::Inbox;
 use crate::memory::Memories;
 use crate::store::Db;
-use crate::children::Children;
 use crate::tokens::Tokens;
 use agentd_domain::agent_api::{Message, Recall, Recalled, Remember, Remembered, ReplyPart, SelfInfo, Tier};
 use agentd_domain::audit::{Actor, Entry, Verdict};

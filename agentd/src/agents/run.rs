@@ -66,15 +66,32 @@ pub struct Links {
 }
 
 pub(super) enum Input {
-    Want { agent: AgentId, wanted: bool, answer: Done },
-    Installed { row: Box<AgentRow>, answer: Done },
-    Remove { agent: AgentId, answer: Done },
+    Want {
+        agent: AgentId,
+        wanted: bool,
+        answer: Done,
+    },
+    Installed {
+        row: Box<AgentRow>,
+        answer: Done,
+    },
+    Remove {
+        agent: AgentId,
+        answer: Done,
+    },
     /// Something was revoked: told when it is acted on, and to whom it was done.
-    Revoked { answer: oneshot::Sender<Vec<AgentId>> },
+    Revoked {
+        answer: oneshot::Sender<Vec<AgentId>>,
+    },
     /// An agent has another token.
-    Renewed { agent: AgentId, answer: Done },
+    Renewed {
+        agent: AgentId,
+        answer: Done,
+    },
     Answer(Answer),
-    ProcessEnded { run: RunId },
+    ProcessEnded {
+        run: RunId,
+    },
 }
 
 type Done = oneshot::Sender<Result<(), Report>>;

@@ -13,8 +13,8 @@ use crate::audit::Audit;
 use crate::clock;
 use crate::store::{AgentRow, Db, Kept};
 use crate::tokens::Tokens;
-use agentd_capability::token::genuine;
 use agentd_capability::quota_with;
+use agentd_capability::token::genuine;
 use agentd_domain::agent_api::{Child, StartChild};
 use agentd_domain::audit::{Actor, Entry, Verdict};
 use agentd_domain::fault::Report;
@@ -202,7 +202,9 @@ impl Children {
         self.0.links.audit.report(entry.detail(&format!("its child {name} {child}")));
         let agents = self.agents()?.clone();
         let removal = tokio::spawn(async move { agents.remove(child).await });
-        removal.await.map_err(|error| Report::bug("thread_lost", "it was not removed", error.to_string(), "try again"))?
+        removal.await.map_err(|error| {
+            Report::bug("thread_lost", "it was not removed", error.to_string(), "try again")
+        })?
     }
 
     async fn seen(&self, view: &View) -> Result<Child, Report> {
@@ -232,7 +234,8 @@ impl Children {
             launcher.prepare_agent(agent, uid, quota).map_err(Report::from)?;
             if bundled { Ok(()) } else { package::link(&from, &to).map_err(|error| error.report()) }
         });
-        let made = made.await.map_err(|error| Report::bug("thread_lost", WHAT, error.to_string(), "try again"));
+        let made =
+            made.await.map_err(|error| Report::bug("thread_lost", WHAT, error.to_string(), "try again"));
         let made = made.and_then(|made| made);
         if made.is_err() {
             self.drop_folder(row).await;
@@ -250,7 +253,8 @@ impl Children {
     }
 
     fn note_refusal(&self, parent: &Parent, against: &Against) {
-        let entry = Entry::new(Actor::Agent, "agents.start", Verdict::Denied).of_run(parent.agent, parent.run);
+        let entry =
+            Entry::new(Actor::Agent, "agents.start", Verdict::Denied).of_run(parent.agent, parent.run);
         let entry = entry.by_right(&against.right).detail(&against.report.why);
         self.0.links.audit.report(entry);
     }

@@ -36,12 +36,20 @@ impl From<Report> for Against {
 pub fn admitted(parent: &Rights, children: &[Rights], asked: &Narrowing) -> Result<Narrowing, Against> {
     if !parent.api.contains(START_AGENTS) || parent.limit(Limit::AgentsDepth) == 0 {
         let why = "its token gives it no children";
-        return Err(against(Limit::AgentsDepth, why, "let the manifest ask for them: `[agents]` with `children` and `depth`"));
+        return Err(against(
+            Limit::AgentsDepth,
+            why,
+            "let the manifest ask for them: `[agents]` with `children` and `depth`",
+        ));
     }
     let most = parent.limit(Limit::AgentsChildren);
     if children.len() as u64 >= most {
         let why = format!("it has {} children, and its token gives it {most}", children.len());
-        return Err(against(Limit::AgentsChildren, why, "end one of them first: `DELETE /agent/v1/agents/{id}`"));
+        return Err(against(
+            Limit::AgentsChildren,
+            why,
+            "end one of them first: `DELETE /agent/v1/agents/{id}`",
+        ));
     }
     beyond(parent, asked)?;
     let by = completed(parent, asked);
@@ -50,7 +58,9 @@ pub fn admitted(parent: &Rights, children: &[Rights], asked: &Narrowing) -> Resu
         let taken: u64 = children.iter().map(|rights| rights.limit(limit)).fold(0, u64::saturating_add);
         let (whole, wanted) = (parent.limit(limit), child.limit(limit));
         if taken.saturating_add(wanted) > whole {
-            let why = format!("the parent's token gives {whole}, its children have {taken} of it, and {wanted} more is asked");
+            let why = format!(
+                "the parent's token gives {whole}, its children have {taken} of it, and {wanted} more is asked"
+            );
             return Err(against(limit, why, "ask for less in `limits`, or end a child first"));
         }
     }
@@ -61,8 +71,10 @@ pub fn admitted(parent: &Rights, children: &[Rights], asked: &Narrowing) -> Resu
 fn beyond(parent: &Rights, asked: &Narrowing) -> Result<(), Against> {
     let api = asked.api.iter().flatten().map(|right| (right.clone(), Request::Api(right.clone())));
     let read = asked.read.iter().flatten().map(|path| (format!("read {path}"), Request::Read(path.clone())));
-    let calls = asked.calls.iter().flatten().map(|group| (format!("calls {group}"), Request::Calls(group.clone())));
-    let limits = asked.limits.iter().map(|(limit, value)| (limit.to_string(), Request::Limit(*limit, *value)));
+    let calls =
+        asked.calls.iter().flatten().map(|group| (format!("calls {group}"), Request::Calls(group.clone())));
+    let limits =
+        asked.limits.iter().map(|(limit, value)| (limit.to_string(), Request::Limit(*limit, *value)));
     match api.chain(read).chain(calls).chain(limits).find(|(_, request)| !parent.allows(request)) {
         None => Ok(()),
         Some((right, _)) => {

@@ -191,10 +191,7 @@ impl Store {
     }
 }
 
-pub(super) fn add(
-    txn: &WriteTransaction,
-    row: &AgentRow,
-) -> Result<Result<(), StoreError>, redb::Error> {
+pub(super) fn add(txn: &WriteTransaction, row: &AgentRow) -> Result<Result<(), StoreError>, redb::Error> {
     let name = name_key(row.owner_id, &row.name);
     let mut names = txn.open_table(NAME)?;
     if names.get(name.as_str())?.is_some() {

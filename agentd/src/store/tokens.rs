@@ -145,12 +145,7 @@ fn add(
 }
 
 fn insert(txn: &WriteTransaction, revoked: &Revoked) -> Result<(), redb::Error> {
-    let row = RevokedRow {
-        v: 1,
-        unix_ms: revoked.unix_ms,
-        by: revoked.by.clone(),
-        why: revoked.why.clone(),
-    };
+    let row = RevokedRow { v: 1, unix_ms: revoked.unix_ms, by: revoked.by.clone(), why: revoked.why.clone() };
     txn.open_table(REVOKED)?.insert(revoked.id.0.as_str(), encode(&row).as_slice())?;
     Ok(())
 }

@@ -80,7 +80,12 @@ impl Machine {
             let why: String = body.why.chars().filter(|c| !c.is_control()).collect();
             if why.len() > WHY_MOST_BYTES {
                 let fix = format!("say it in {WHY_MOST_BYTES} bytes");
-                return Err(Report::caller("why_too_long", "nothing was revoked", "the reason is too long", fix));
+                return Err(Report::caller(
+                    "why_too_long",
+                    "nothing was revoked",
+                    "the reason is too long",
+                    fix,
+                ));
             }
             let id = self.revocation_id(&parts.tokens, &body.target).await?;
             let revoked = parts.tokens.revoke(id, "owner", &why).await?;
@@ -115,7 +120,8 @@ impl Machine {
             Target::Agent(agent) => tokens.says(self.named(agent)?.0).await?,
             Target::Token(text) => token::genuine(text, tokens.public())?,
             Target::Id(id) => {
-                let good = id.0.len() == ID_CHARS && id.0.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f'));
+                let good =
+                    id.0.len() == ID_CHARS && id.0.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f'));
                 return if good { Ok(id.clone()) } else { Err(no_id()) };
             }
         };
@@ -124,7 +130,12 @@ impl Machine {
 
     fn named(&self, agent: &str) -> Result<(AgentId, crate::agents::View), Report> {
         let key = AgentKey::from_str(agent).map_err(|why| {
-            Report::caller("agent_name_malformed", "no agent was looked up", why, "`agentctl agent ls` shows the names")
+            Report::caller(
+                "agent_name_malformed",
+                "no agent was looked up",
+                why,
+                "`agentctl agent ls` shows the names",
+            )
         })?;
         self.find(&key)
     }

@@ -71,8 +71,7 @@ impl Tokens {
     pub fn minted(&self, agent: AgentId, manifest: &Manifest, by: &Narrowing) -> Result<TokenRow, Report> {
         by.check()?;
         let all = asked(manifest);
-        let grant =
-            Grant { holder: agent, rights: all.narrowed(by), expires_unix_s: by.expires_unix_s };
+        let grant = Grant { holder: agent, rights: all.narrowed(by), expires_unix_s: by.expires_unix_s };
         let token = token::mint(&self.0.key, &grant, &fresh()?)?;
         let asked = (*by == Narrowing::default()).then(|| digest(&all));
         Ok(TokenRow { v: 1, token, minted_unix_ms: clock::unix_ms(), asked })

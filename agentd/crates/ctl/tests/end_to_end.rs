@@ -3,9 +3,9 @@
 #[path = "../../console/tests/fake/mod.rs"]
 mod fake;
 
+use agentd_audit::{Signer, genesis, link, linked_line, signed_line};
 use agentd_capability::token::{Fresh, Grant, RootKey, mint};
 use agentd_capability::{asked, parse_manifest};
-use agentd_audit::{Signer, genesis, link, linked_line, signed_line};
 use agentd_console::{Auth, Authority, StateFiles, boot_clock, router, serve_tls};
 use agentd_domain::api::{Agent, ApplianceStatus, Model};
 use agentd_domain::audit::{Actor, Head, Linked, Record, VERSION, Verdict};
@@ -601,7 +601,17 @@ async fn a_token_is_read_narrowed_and_checked_offline() {
         assert!(said.contains(words), "{words}: {said}");
     }
     let less: Shown = scene
-        .json(&["token", "attenuate", path, "--api", "models", "--limit", "memory.max=64M", "--expires-in", "1h"])
+        .json(&[
+            "token",
+            "attenuate",
+            path,
+            "--api",
+            "models",
+            "--limit",
+            "memory.max=64M",
+            "--expires-in",
+            "1h",
+        ])
         .await;
     let narrow = scene.home.path().join("narrow");
     fs::write(&narrow, &less.token).expect("written");
@@ -612,8 +622,9 @@ async fn a_token_is_read_narrowed_and_checked_offline() {
     assert!(success(&["token", "verify"], piped).starts_with("the token holds\n"));
 
     // Nobody can widen: what was taken away does not come back.
-    let wide: Shown =
-        scene.json(&["token", "attenuate", text(&narrow), "--api", "models,messages", "--limit", "pids=4096"]).await;
+    let wide: Shown = scene
+        .json(&["token", "attenuate", text(&narrow), "--api", "models,messages", "--limit", "pids=4096"])
+        .await;
     assert_eq!(wide.says.rights.api, verified.rights.api);
     let before = |limit| verified.rights.limit(limit);
     assert_eq!(wide.says.rights.limit(Limit::Pids), before(Limit::Pids));

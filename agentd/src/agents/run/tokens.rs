@@ -30,11 +30,8 @@ const REMOVE_AGAIN_MS: u64 = 30_000;
 /// ended: it is a task that its parent has given.
 pub(super) fn manifest_of(row: &AgentRow) -> Result<(Manifest, Package), Vec<Report>> {
     let mut manifest = parse_manifest(&row.manifest)?;
-    let package = if row.bundled {
-        Package::Builtin { folder: manifest.name.to_string() }
-    } else {
-        Package::Installed
-    };
+    let package =
+        if row.bundled { Package::Builtin { folder: manifest.name.to_string() } } else { Package::Installed };
     if row.parent.is_some() {
         manifest.name = row.name.clone();
         manifest.restart = Restart::Never;
@@ -108,8 +105,7 @@ impl Loop {
                 self.links.audit.report(entry.detail(&format!("{}: {}", report.code, report.why)));
                 self.links.logs.say(attached.agent, format!("run {run} is ended: {report}"));
                 if let Some(known) = self.known.get_mut(&attached.agent) {
-                    known.problem =
-                        Some(Report { what: "the agent's run was ended".to_owned(), ..report });
+                    known.problem = Some(Report { what: "the agent's run was ended".to_owned(), ..report });
                 }
             }
             let (launcher, run) = (self.links.launcher.clone(), *run);
@@ -178,7 +174,9 @@ impl Loop {
             if let Some(known) = self.known.get_mut(&agent) {
                 known.remove_after_boot_ms = now_ms + REMOVE_AGAIN_MS;
                 let entry = Entry::new(Actor::Appliance, "agent.remove", Verdict::Allowed).of_agent(agent);
-                self.links.audit.report(entry.detail(&format!("{}: its parent or its token has ended", known.row.name)));
+                self.links
+                    .audit
+                    .report(entry.detail(&format!("{}: its parent or its token has ended", known.row.name)));
             }
             let (answer, _nobody_waits): (Done, _) = oneshot::channel();
             Box::pin(self.begin_removal(agent, answer)).await;
@@ -202,7 +200,8 @@ impl Loop {
             return;
         }
         known.row.wanted = false;
-        let stored = self.links.db.call(move |store| store.change_agent(agent, |row| row.wanted = false)).await;
+        let stored =
+            self.links.db.call(move |store| store.change_agent(agent, |row| row.wanted = false)).await;
         if let Err(error) = stored {
             tracing::warn!(agent_id = %agent, %error, "that a child has ended was not stored");
         }

@@ -61,7 +61,10 @@ fn siblings_share_and_the_one_too_many_is_refused() {
     let child = parent.narrowed(&admitted(&parent, &[], &half).expect("admitted"));
     assert_eq!(child.limit(Limit::MemoryHigh), 64 * MIB, "filled in within `memory.max`");
     let two = [child.clone(), child.clone()];
-    assert_eq!(against(&parent, &two, &limits(&[(Limit::MemoryMax, 4 * MIB), (Limit::Pids, 25)])), "memory.max");
+    assert_eq!(
+        against(&parent, &two, &limits(&[(Limit::MemoryMax, 4 * MIB), (Limit::Pids, 25)])),
+        "memory.max"
+    );
     let thin = [(Limit::MemoryMax, 32 * MIB), (Limit::Pids, 25)];
     let one = [child.clone()];
     assert_eq!(against(&parent, &[one[0].clone(), one[0].clone(), one[0].clone()], &half), "agents.children");
@@ -107,7 +110,8 @@ fn a_family_starts_thirty_agents_a_minute() {
 }
 
 fn any_request() -> impl Strategy<Value = Narrowing> {
-    let limit = |limit: Limit, most: u64| proptest::option::of(limit.floor()..most).prop_map(move |v| (limit, v));
+    let limit =
+        |limit: Limit, most: u64| proptest::option::of(limit.floor()..most).prop_map(move |v| (limit, v));
     (
         limit(Limit::MemoryMax, 140 * MIB),
         limit(Limit::Pids, 40),
@@ -115,7 +119,12 @@ fn any_request() -> impl Strategy<Value = Narrowing> {
         limit(Limit::AgentsDepth, 4),
     )
         .prop_map(|(a, b, c, d)| {
-            limits(&[a, b, c, d].into_iter().filter_map(|(limit, value)| Some((limit, value?))).collect::<Vec<_>>())
+            limits(
+                &[a, b, c, d]
+                    .into_iter()
+                    .filter_map(|(limit, value)| Some((limit, value?)))
+                    .collect::<Vec<_>>(),
+            )
         })
 }
 

@@ -41,8 +41,8 @@ pub fn authority(grant: &Grant) -> Result<BiscuitBuilder, Report> {
         for (limit, value) in &rights.limits {
             builder = builder.fact(fact("limit", &[string(limit.name()), int(number(*value))]))?;
         }
-        builder = builder
-            .code("check if caller($agent), holder($agent) or holder($agent), handed_on($agent)")?;
+        builder =
+            builder.code("check if caller($agent), holder($agent) or holder($agent), handed_on($agent)")?;
         match grant.expires_unix_s {
             Some(end) => builder.code_with_params(BEFORE, HashMap::from([end_param(end)]), HashMap::new()),
             None => Ok(builder),
@@ -132,9 +132,7 @@ pub fn printed(authority: BiscuitBuilder, later: Option<BlockBuilder>) -> Result
             .build_with_key_pair(&key, SymbolTable::default(), &key)
             .and_then(|token| token.print_block_source(0)),
         Some(later) => match &*EMPTY {
-            Ok(empty) => empty
-                .append_with_keypair(&key, later)
-                .and_then(|token| token.print_block_source(1)),
+            Ok(empty) => empty.append_with_keypair(&key, later).and_then(|token| token.print_block_source(1)),
             Err(error) => Err(error.clone()),
         },
     };

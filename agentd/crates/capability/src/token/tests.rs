@@ -379,12 +379,16 @@ fn a_thief_cannot_hand_a_token_to_himself() {
         // Signed by himself: not the appliance.
         let request = unsigned.third_party_request().unwrap();
         let block = request.create_block(&his.0.private(), to_thief()).unwrap().serialize().unwrap();
-        let signed =
-            unsigned.append_third_party_with_keypair(&block, keypair(&[5; 32]).unwrap()).unwrap();
+        let signed = unsigned.append_third_party_with_keypair(&block, keypair(&[5; 32]).unwrap()).unwrap();
         let signed = signed.to_base64().unwrap();
         assert_eq!(code(verify(&signed, key().public(), &at(9, NOW))), "token_foreign");
-        assert!(authorize(&signed, key().public(), agent(9), NOW, &Request::Api("models".to_owned())).is_err());
-        assert_eq!(code(hand_on(&his, token, agent(9), &Narrowing::default(), &Fresh([5; 32]))), "token_foreign");
+        assert!(
+            authorize(&signed, key().public(), agent(9), NOW, &Request::Api("models".to_owned())).is_err()
+        );
+        assert_eq!(
+            code(hand_on(&his, token, agent(9), &Narrowing::default(), &Fresh([5; 32]))),
+            "token_foreign"
+        );
     }
 }
 
@@ -498,9 +502,14 @@ fn a_kind_of_block_from_a_later_version_is_refused() {
         let text = base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(json);
         biscuit_auth::BlockBuilder::new().code(format!("means(\"{text}\")")).unwrap()
     };
-    for json in
-        ["{\"by\":{},\"only_on\":\"sunday\"}", "{\"by\":{\"devices\":[]}}", "{\"kind\":\"threshold\"}", "[]", "", "{"]
-    {
+    for json in [
+        "{\"by\":{},\"only_on\":\"sunday\"}",
+        "{\"by\":{\"devices\":[]}}",
+        "{\"kind\":\"threshold\"}",
+        "[]",
+        "",
+        "{",
+    ] {
         let token = token.append_with_keypair(&keypair(&[2; 32]).unwrap(), means(json)).unwrap();
         let report = inspect(&token.to_base64().unwrap()).unwrap_err();
         assert_eq!(report.code, "token_profile", "{json}: {report:?}");
@@ -521,7 +530,9 @@ fn no_signed_attenuation_widens() {
     let threads = std::thread::available_parallelism().map_or(1, usize::from) as u64;
     let seed: u64 = std::env::var("PROPTEST_RNG_SEED").map_or(1, |seed| seed.parse().unwrap());
     let workers: Vec<_> = (0..threads)
-        .map(|worker| std::thread::spawn(move || attenuate_at_random(seed * 1_000 + worker, rounds.div_ceil(threads))))
+        .map(|worker| {
+            std::thread::spawn(move || attenuate_at_random(seed * 1_000 + worker, rounds.div_ceil(threads)))
+        })
         .collect();
     let done: u64 = workers.into_iter().map(|worker| worker.join().unwrap()).sum();
     assert!(done >= rounds);

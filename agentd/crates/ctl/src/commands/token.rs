@@ -83,7 +83,8 @@ fn verified_here(text: &str, key: &PublicKey, agent: Option<&str>) -> Result<Ver
     let key = RootPublic::from_bytes(&key.0)?;
     let caller = match agent {
         Some(agent) => agent.parse().map_err(|_| {
-            let fix = "write the agent's id, as `agentctl token inspect` shows it; only an appliance knows names";
+            let fix =
+                "write the agent's id, as `agentctl token inspect` shows it; only an appliance knows names";
             Report::caller("agent_id_needed", "the token was not checked", "`--agent` is not an id", fix)
         })?,
         None => token::genuine(text, key)?.holder,
@@ -121,7 +122,10 @@ fn limit(text: &str) -> Result<(Limit, u64), Report> {
     let bad = || {
         let names: Vec<&str> = Limit::ALL.into_iter().map(Limit::name).collect();
         let why = format!("`{}` is no limit with a value", text.escape_debug());
-        let fix = format!("write for example `--limit pids=16` or `--limit memory.max=64M`; the names are {}", names.join(", "));
+        let fix = format!(
+            "write for example `--limit pids=16` or `--limit memory.max=64M`; the names are {}",
+            names.join(", ")
+        );
         Report::caller("limit_malformed", "no token was made", why, fix)
     };
     let (name, value) = text.split_once('=').ok_or_else(bad)?;
@@ -156,12 +160,13 @@ pub fn described(says: &Inspected) -> String {
     let _ = writeln!(text, "holder     {}", says.holder);
     let _ = writeln!(text, "expires    {}", end(says.expires_unix_s));
     text.push_str(&rights(&says.rights));
-    let made = std::iter::once(format!("granted to {}", says.grant.holder)).chain(says.later.iter().map(|block| {
-        match block.to {
-            Some(to) => format!("handed on to {to}"),
-            None => "narrowed".to_owned(),
-        }
-    }));
+    let made =
+        std::iter::once(format!("granted to {}", says.grant.holder)).chain(says.later.iter().map(|block| {
+            match block.to {
+                Some(to) => format!("handed on to {to}"),
+                None => "narrowed".to_owned(),
+            }
+        }));
     for (index, (id, made)) in says.revocation_ids.iter().zip(made).enumerate() {
         let _ = writeln!(text, "block {index:<4} {made}, revocation id {id}");
     }
@@ -211,8 +216,9 @@ fn end(unix_s: Option<i64>) -> String {
 
 fn fresh() -> Result<Fresh, Report> {
     let mut secret = [0; 32];
-    getrandom::fill(&mut secret)
-        .map_err(|error| Report::environment("no_randomness", "no token was made", error.to_string(), "try again"))?;
+    getrandom::fill(&mut secret).map_err(|error| {
+        Report::environment("no_randomness", "no token was made", error.to_string(), "try again")
+    })?;
     Ok(Fresh(secret))
 }
 
@@ -238,7 +244,9 @@ mod tests {
     fn limits_as_people_write_them() {
         assert_eq!(limit("pids=16"), Ok((Limit::Pids, 16)));
         assert_eq!(limit("memory.max=64M"), Ok((Limit::MemoryMax, 64 << 20)));
-        for bad in ["pids", "pids=", "pids=-1", "pids=é", "pid=1", "memory.max=M", "memory.max=99999999999999999G"] {
+        for bad in
+            ["pids", "pids=", "pids=-1", "pids=é", "pid=1", "memory.max=M", "memory.max=99999999999999999G"]
+        {
             assert_eq!(limit(bad).expect_err(bad).code, "limit_malformed", "{bad}");
         }
     }
