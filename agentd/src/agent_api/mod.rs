@@ -25,9 +25,9 @@ use agentd_domain::agent_api::{Message, Recall, Recalled, Remember, Remembered, 
 use agentd_domain::audit::{Actor, Entry, Verdict};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, AgentName, RunId};
-use agentd_sandbox::client::Launcher;
 use agentd_domain::rights::Request as Wish;
 use agentd_domain::token::Verified;
+use agentd_sandbox::client::Launcher;
 use agentd_serving::{ApiError, Front};
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;

@@ -66,7 +66,16 @@ impl Scene {
             folder: folder.path().to_owned(),
         });
         let inbox = Inbox::new(db.clone());
-        let services = Services { inbox, db, memories, engine, audit, launcher: Launcher::at(folder.path().join("none")), tokens, children };
+        let services = Services {
+            inbox,
+            db,
+            memories,
+            engine,
+            audit,
+            launcher: Launcher::at(folder.path().join("none")),
+            tokens,
+            children,
+        };
         let held = Verified { rights: rights_of(rights), expires_unix_s: None, ..nothing(agent) };
         let caller = Caller {
             agent,
