@@ -15,6 +15,7 @@ use crate::models::Models;
 use crate::places::Places;
 use crate::readings;
 use crate::store::{self, Db};
+use crate::tokens::{self, Tokens};
 use agentd_capability::{Package, Subject, compile, parse_manifest};
 use agentd_console::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, Upload};
 use agentd_domain::agent_api::ReplyPart;
@@ -27,6 +28,9 @@ use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::Health;
 use agentd_domain::manifest::{Limits, Manifest};
 use agentd_domain::plan::SandboxPlan;
+use agentd_domain::token::{
+    Attenuate, Inspect, Key, Mint, Revocation, Revoke, Revoked, Shown, Verified, Verify,
+};
 use agentd_sandbox::client::Launcher;
 use bytes::Bytes;
 use futures::{StreamExt, stream};
@@ -49,6 +53,7 @@ pub struct Parts {
     pub agents: Agents,
     pub inbox: Inbox,
     pub logs: Logs,
+    pub tokens: Tokens,
 }
 
 pub struct Machine {
@@ -68,7 +73,7 @@ impl Machine {
         self.parts.as_ref().map_err(Clone::clone)
     }
 
-    fn find(&self, key: &AgentKey) -> Result<(AgentId, View), Report> {
+    pub(crate) fn find(&self, key: &AgentKey) -> Result<(AgentId, View), Report> {
         let views = self.parts()?.agents.views();
         let found = views.iter().find(|(id, view)| match key {
             AgentKey::Name(name) => view.row.name == *name,
@@ -106,6 +111,7 @@ impl Machine {
         Agent {
             agent_id: agent,
             owner_id: view.row.owner_id,
+            parent: view.row.parent,
             name: view.row.name.clone(),
             version: view.row.version.clone(),
             description: manifest.map(|manifest| manifest.description.clone()).unwrap_or_default(),
@@ -310,7 +316,7 @@ impl Appliance for Machine {
         let order = self.order_for("agent.remove", &agent);
         let work = async move {
             let (agent, view) = self.find(&agent)?;
-            if view.row.bundled {
+            if view.row.bundled && view.row.parent.is_none() {
                 return Err(Report::caller(
                     "conflict",
                     "the agent was not removed",
@@ -371,6 +377,38 @@ impl Appliance for Machine {
 
     fn audit_head(&self) -> Pending<'_, SignedHead> {
         Box::pin(self.audit.head())
+    }
+
+    fn token(&self, agent: AgentKey) -> Pending<'_, Shown> {
+        Box::pin(self.token_of_agent(agent))
+    }
+
+    fn mint_token(&self, mint: Mint) -> Pending<'_, Shown> {
+        Box::pin(self.mint(mint))
+    }
+
+    fn attenuate_token(&self, body: Attenuate) -> Pending<'_, Shown> {
+        Box::pin(async move { self.attenuate(&body) })
+    }
+
+    fn inspect_token(&self, body: Inspect) -> Pending<'_, Shown> {
+        Box::pin(async move { tokens::shown(body.token) })
+    }
+
+    fn verify_token(&self, body: Verify) -> Pending<'_, Verified> {
+        Box::pin(Machine::verify_token(self, body))
+    }
+
+    fn revoke_token(&self, body: Revoke) -> Pending<'_, Revocation> {
+        Box::pin(self.revoke(body))
+    }
+
+    fn revoked_tokens(&self) -> Pending<'_, Vec<Revoked>> {
+        Box::pin(self.all_revoked())
+    }
+
+    fn token_key(&self) -> Pending<'_, Key> {
+        Box::pin(async { self.key_of_tokens() })
     }
 
     fn reboot(&self) -> Pending<'_, ()> {

@@ -89,7 +89,7 @@ async fn enter(db: &Db, manifest: Manifest, unpacked: Unpacked) -> Result<(), St
         let known =
             store.agents()?.into_iter().find(|row| row.owner_id == owner && row.name == manifest.name);
         match known {
-            Some(row) if row.bundled && row.digest != unpacked.digest => {
+            Some(row) if row.bundled && row.parent.is_none() && row.digest != unpacked.digest => {
                 tracing::info!(agent_id = %row.agent_id, name = %row.name, "a bundled agent is renewed");
                 store.change_agent(row.agent_id, |row| {
                     row.version = manifest.version;
@@ -112,6 +112,8 @@ async fn enter(db: &Db, manifest: Manifest, unpacked: Unpacked) -> Result<(), St
                     bundled: true,
                     restarts: 0,
                     installed_unix_ms: clock::unix_ms(),
+                    parent: None,
+                    arguments: Vec::new(),
                 };
                 tracing::info!(agent_id = %row.agent_id, name = %row.name, "a bundled agent is installed");
                 store.add_agent(&row)?;

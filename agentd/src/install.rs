@@ -14,6 +14,7 @@ use agentd_domain::api::Agent;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_domain::manifest::Manifest;
+use agentd_domain::rights::Narrowing;
 use futures::StreamExt;
 use std::fs::File;
 use std::io;
@@ -100,9 +101,12 @@ impl Machine {
             bundled: false,
             restarts: 0,
             installed_unix_ms: clock::unix_ms(),
+            parent: None,
+            arguments: Vec::new(),
         };
         let stored = row.clone();
-        let added = parts.db.call(move |store| store.add_agent(&stored)).await;
+        let token = parts.tokens.minted(agent, manifest, &Narrowing::default())?;
+        let added = parts.db.call(move |store| store.add_agent_with(&stored, &token)).await;
         added.map_err(|error| error.report("the agent was not installed"))?;
         tracing::info!(agent_id = %agent, name = %row.name, "an agent is installed");
         Ok(row)

@@ -19,6 +19,7 @@ mod agents;
 mod appliance;
 mod audit;
 mod bundled;
+mod children;
 mod clock;
 mod confine;
 mod engine;
@@ -33,8 +34,11 @@ mod models;
 mod options;
 mod places;
 mod readings;
+#[cfg(test)]
+mod snapshots;
 mod state_files;
 mod store;
+mod tokens;
 mod wiring;
 
 use options::Options;

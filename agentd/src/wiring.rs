@@ -5,9 +5,10 @@
 
 use crate::agent_api::{self, Services};
 use crate::agents::{self, Serve};
-use crate::appliance::{Machine, Parts};
+use crate::appliance::{Machine, Parts, thread_lost};
 use crate::audit::{self, Audit};
 use crate::bundled;
+use crate::children::{self, Children};
 use crate::confine;
 use crate::engine::{self, Engine, Stage};
 use crate::health::{Board, START, Weight};
@@ -20,6 +21,7 @@ use crate::options::{Options, Walls};
 use crate::places::Places;
 use crate::state_files::TwoFiles;
 use crate::store::{Db, Store};
+use crate::tokens::{self, Tokens};
 use crate::{clock, readings};
 use agentd_console::{Appliance, Auth, Authority, StateFiles, boot_clock, router, serve_tls};
 use agentd_domain::fault::Report;
@@ -214,6 +216,7 @@ async fn start_agents(
     bundled::install(&db, &places.builtin_agents, root_hash, board)
         .await
         .map_err(|error| error.report(what))?;
+    let tokens = open_tokens(&db, places).await?;
     let logs = Logs::start(places.logs()).map_err(|error| {
         Report::environment("threads_spent", what, error.to_string(), "reboot the appliance")
     })?;
@@ -222,6 +225,13 @@ async fn start_agents(
         let _on_data = data.enter();
         Memories::start(places.agents(), db.owner(), engine.clone())
     };
+    let children = Children::new(children::Links {
+        db: db.clone(),
+        tokens: tokens.clone(),
+        audit: audit.clone(),
+        launcher: launcher.clone(),
+        folder: places.agents(),
+    });
     let services = Services {
         db: db.clone(),
         inbox: inbox.clone(),
@@ -229,6 +239,8 @@ async fn start_agents(
         engine: engine.clone(),
         audit: audit.clone(),
         launcher: launcher.clone(),
+        tokens: tokens.clone(),
+        children: children.clone(),
     };
     let (to_data, lines) = (data.clone(), logs.clone());
     let serve = Box::new(move |run: Serve| {
@@ -243,10 +255,24 @@ async fn start_agents(
         memories,
         board: Arc::clone(board),
         launcher: launcher.clone(),
+        tokens: tokens.clone(),
         serve,
     };
     let agents = agents::start(links).await?;
-    Ok(Parts { db, agents, inbox, logs })
+    children.begin(agents.clone());
+    Ok(Parts { db, agents, inbox, logs, tokens })
+}
+
+/// Without the key no token is verified, and without a token no agent runs.
+async fn open_tokens(db: &Db, places: &Places) -> Result<Tokens, Report> {
+    let (db, folder) = (db.clone(), places.state_agentd.clone());
+    let opened = tokio::task::spawn_blocking(move || {
+        let key = tokens::open_key(&TwoFiles { folder }).map_err(|error| error.report())?;
+        let tokens = Tokens::open(key, db).map_err(|error| error.report("no agent is started"))?;
+        tokens.settle()?;
+        Ok(tokens)
+    });
+    opened.await.map_err(|error| thread_lost(&error.to_string()))?
 }
 
 /// What is decided meanwhile waits in memory, so that nobody waits for the key's file. Without a key agents run all

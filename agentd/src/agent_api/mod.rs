@@ -2,27 +2,32 @@
 //!
 //! In:    requests of exactly one run: who it is was decided when the launcher handed its listeners over.
 //! Out:   answers; errors as [`Report`] with the status that belongs to them, below `/v1/` as OpenAI's.
-//! Always: each route names the right it needs, and the right is looked up in the plan that the run was started
-//!         with. Bodies are bounded. An answer to a `POST` with `Idempotency-Key` is kept for 24 hours. What a model
+//! Always: each route names the right it needs, and the right is looked up in the token that the run was started
+//!         with, which must hold at that moment ([`Caller::may`]). Bodies are bounded. An answer to a `POST` with `Idempotency-Key` is kept for 24 hours. What a model
 //!         was used for is entered, with a key before the answer's end is sent (`once.rs`).
 //! Never:  a field of a request that says who is asking.
 //! Threads: tasks of the data plane.
 
 mod calls;
 mod once;
+mod own;
 mod serve;
 
 pub use serve::serve;
 
 use crate::audit::Audit;
+use crate::children::Children;
 use crate::engine::Engine;
 use crate::inbox::Inbox;
 use crate::memory::Memories;
 use crate::store::Db;
+use crate::tokens::Tokens;
 use agentd_domain::agent_api::{Message, Recall, Recalled, Remember, Remembered, ReplyPart, SelfInfo, Tier};
 use agentd_domain::audit::{Actor, Entry, Verdict};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, AgentName, RunId};
+use agentd_domain::rights::Request as Wish;
+use agentd_domain::token::Verified;
 use agentd_sandbox::client::Launcher;
 use agentd_serving::{ApiError, Front};
 use axum::body::{Body, Bytes};
@@ -37,7 +42,6 @@ use futures::{Stream, StreamExt, stream};
 use http_body_util::BodyExt;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -57,6 +61,8 @@ pub struct Services {
     pub engine: Engine,
     pub audit: Audit,
     pub launcher: Launcher,
+    pub tokens: Tokens,
+    pub children: Children,
 }
 
 /// One run, as its own requests see it.
@@ -65,7 +71,9 @@ pub struct Caller {
     pub agent: AgentId,
     pub name: AgentName,
     pub run: RunId,
-    pub rights: Arc<BTreeSet<String>>,
+    pub held: Arc<Verified>,
+    /// The token that this request was sent with, where it is not the run's own.
+    pub shown: Option<Arc<str>>,
     pub services: Services,
 }
 
@@ -82,13 +90,16 @@ pub fn router(caller: Caller) -> Router {
         .with_state(caller.clone());
     let own = Router::new()
         .route("/agent/v1/self", get(self_info))
+        .route("/agent/v1/token", get(own::token))
+        .route("/agent/v1/agents", get(own::children).post(own::start_child))
+        .route("/agent/v1/agents/{id}", get(own::child).delete(own::remove_child))
         .route("/agent/v1/memory/remember", post(remember))
         .route("/agent/v1/memory/recall", post(recall))
         .route("/agent/v1/messages/next", get(next_message))
         .route("/agent/v1/calls", post(calls::call))
         .layer(DefaultBodyLimit::max(BODY_MOST_BYTES))
-        .with_state(caller);
-    models.merge(own).merge(replies).fallback(nowhere)
+        .with_state(caller.clone());
+    models.merge(own).merge(replies).fallback(nowhere).layer(from_fn_with_state(caller, own::decided))
 }
 
 /// An error as an agent reads it.
@@ -112,7 +123,7 @@ async fn self_info(State(caller): State<Caller>) -> Json<SelfInfo> {
         agent_id: caller.agent,
         name: caller.name.clone(),
         run_id: caller.run,
-        rights: caller.rights.iter().cloned().collect(),
+        rights: caller.held.rights.api.iter().cloned().collect(),
         model: caller.services.engine.view().default_chat.clone().unwrap_or_default(),
         appliance_version: crate::VERSION.to_owned(),
     })
@@ -246,18 +257,23 @@ async fn nowhere() -> Refused {
         "not_found",
         "nothing was done",
         "agentd has nothing at this path",
-        "see the agent API's table: /agent/v1/self, /agent/v1/memory/*, /agent/v1/messages/*, /agent/v1/calls, /v1/*",
+        "see the agent API's table: /agent/v1/{self,token,agents,calls}, /agent/v1/memory/*, /agent/v1/messages/*, /v1/*",
     ))
 }
 
 impl Caller {
     /// Every look at a right is a decision, and is recorded.
     fn may(&self, right: &str) -> Result<(), Report> {
-        let has = self.rights.contains(right);
+        let decided = self.services.tokens.may(&self.held, &Wish::Api(right.to_owned()));
+        let has = matches!(decided, Ok(true));
         let verdict = if has { Verdict::Allowed } else { Verdict::Denied };
         let entry = Entry::new(Actor::Agent, "api.use", verdict).of_run(self.agent, self.run).by_right(right);
+        let entry = match &decided {
+            Err(report) => entry.detail(&report.code),
+            Ok(_) => entry,
+        };
         self.services.audit.report(entry);
-        if has {
+        if decided? {
             return Ok(());
         }
         Err(Report::caller(

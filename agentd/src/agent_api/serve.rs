@@ -31,8 +31,8 @@ const LINGER: Duration = Duration::from_secs(1);
 
 /// Spawns everything that belongs to a run. Call it on the data plane.
 pub fn serve(run: Serve, services: Services, logs: &Logs) {
-    let Serve { agent, run: run_id, manifest, rights, handles, over, ended } = run;
-    let caller = Caller { agent, name: manifest.name.clone(), run: run_id, rights, services };
+    let Serve { agent, run: run_id, manifest, held, handles, over, ended } = run;
+    let caller = Caller { agent, name: manifest.name.clone(), run: run_id, held, shown: None, services };
     let sockets = handles.sockets;
     for (stream, fd) in [("out", sockets.stdout), ("err", sockets.stderr)] {
         if let Err(error) = logs.read(agent, stream, fd) {

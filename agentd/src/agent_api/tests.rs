@@ -1,15 +1,30 @@
 use super::*;
+use crate::children;
 use crate::engine::testing::FakeEngine;
 use crate::engine::{self, Choice, Stage, Wanted};
 use crate::store::{AgentRow, Store};
+use crate::tokens::nothing;
+use agentd_capability::parse_manifest;
+use agentd_capability::token::{Fresh, RootKey, attenuate};
+use agentd_domain::agent_api::TOKEN_HEADER;
 use agentd_domain::engine::ModelKind;
 use agentd_domain::ids::OwnerId;
+use agentd_domain::rights::{Narrowing, Rights};
+use agentd_domain::token::{RevocationId, Shown};
 use agentd_sandbox::client::Launcher;
 use axum::http::Method;
 use serde_json::{Value, json};
 use std::future::pending;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tower::ServiceExt;
 use uuid::Uuid;
+
+fn rights_of(api: &[&str]) -> Rights {
+    Rights {
+        api: api.iter().map(|right| (*right).to_owned()).collect(),
+        ..nothing(AgentId(Uuid::nil())).rights
+    }
+}
 
 struct Scene {
     folder: tempfile::TempDir,
@@ -42,19 +57,34 @@ impl Scene {
         db.here().add_agent(&row_of(agent, db.owner())).expect("added");
         std::fs::create_dir(folder.path().join(agent.to_string())).expect("made");
         let memories = Memories::start(folder.path().to_owned(), db.owner(), engine.clone());
+        let audit = Audit::default();
+        let key = RootKey::from_secret(&[7; 32]).expect("a key");
+        let tokens = Tokens::open(key, db.clone()).expect("opened");
+        let children = Children::new(children::Links {
+            db: db.clone(),
+            tokens: tokens.clone(),
+            audit: audit.clone(),
+            launcher: Launcher::at(folder.path().join("none")),
+            folder: folder.path().to_owned(),
+        });
+        let inbox = Inbox::new(db.clone());
         let services = Services {
-            inbox: Inbox::new(db.clone()),
+            inbox,
             db,
             memories,
             engine,
-            audit: Audit::default(),
+            audit,
             launcher: Launcher::at(folder.path().join("none")),
+            tokens,
+            children,
         };
+        let held = Verified { rights: rights_of(rights), expires_unix_s: None, ..nothing(agent) };
         let caller = Caller {
             agent,
             name: "test".parse().expect("a name"),
             run: RunId(Uuid::from_u128(2)),
-            rights: Arc::new(rights.iter().map(|right| (*right).to_owned()).collect()),
+            held: Arc::new(held),
+            shown: None,
             services,
         };
         Self { folder, fake, caller }
@@ -98,6 +128,8 @@ fn row_of(agent_id: AgentId, owner_id: OwnerId) -> AgentRow {
         bundled: false,
         restarts: 0,
         installed_unix_ms: 0,
+        parent: None,
+        arguments: Vec::new(),
     }
 }
 
@@ -310,4 +342,200 @@ async fn a_message_is_got_and_answered() {
         .await;
     assert_eq!(said, ["ho"]);
     assert!(scene.folder.path().exists());
+}
+
+// --- tokens ----------------------------------------------------------------------------------------------
+
+const MANIFEST: &str = "[agent]\nname = \"test\"\nexec = [\"/agent/run\"]\n[model]\nuse = \"default\"\n\
+                        [messages]\naccept = true\n[memory]\nspirit = \"rw\"\n[agents]\nchildren = 2\ndepth = 1\n";
+
+impl Scene {
+    /// The caller is an agent of the store, and has its own token.
+    async fn with_token() -> (Self, String) {
+        let mut scene = Self::new(&[]).await;
+        let agent = scene.caller.agent;
+        let db = &scene.caller.services.db;
+        db.here().remove_agent(&row_of(agent, db.owner())).expect("removed");
+        let token = scene.add_agent(agent, "test").await;
+        scene.caller.held = Arc::new(scene.caller.services.tokens.verify(&token, agent).expect("verified"));
+        (scene, token)
+    }
+
+    async fn add_agent(&self, agent: AgentId, name: &str) -> String {
+        let services = &self.caller.services;
+        let row = AgentRow {
+            v: 1,
+            agent_id: agent,
+            owner_id: services.db.owner(),
+            name: name.parse().expect("a name"),
+            version: "1".to_owned(),
+            digest: String::new(),
+            manifest: MANIFEST.to_owned(),
+            uid: services.db.here().next_uid().expect("a uid"),
+            wanted: true,
+            bundled: false,
+            restarts: 0,
+            installed_unix_ms: 5,
+            parent: None,
+            arguments: Vec::new(),
+        };
+        let manifest = parse_manifest(MANIFEST).expect("a manifest");
+        let token = services.tokens.minted(agent, &manifest, &Narrowing::default()).expect("minted");
+        services.db.here().add_agent_with(&row, &token).expect("added");
+        token.token
+    }
+
+    async fn with_header(&self, path: &str, token: &str) -> (u16, String) {
+        let request = Request::builder().uri(path).header(TOKEN_HEADER, token);
+        let request = request.body(Body::empty()).expect("a request");
+        let response = router(self.caller.clone()).oneshot(request).await.expect("answered");
+        let status = response.status().as_u16();
+        let bytes = response.into_body().collect().await.expect("a body").to_bytes();
+        (status, String::from_utf8(bytes.to_vec()).expect("utf-8"))
+    }
+
+    fn last_record(&self) -> Entry {
+        self.caller.services.audit.reported().pop().expect("a record").0
+    }
+}
+
+#[tokio::test]
+async fn a_request_with_a_narrower_token_is_decided_by_that_one() {
+    let (scene, token) = Scene::with_token().await;
+    assert_eq!(scene.ask(Method::GET, "/v1/models", None, String::new()).await.0, 200);
+    let (status, said) = scene.ask(Method::GET, "/agent/v1/token", None, String::new()).await;
+    let shown: Shown = serde_json::from_str(&said).expect("a token");
+    assert_eq!((status, &shown.token), (200, &token));
+    let by = Narrowing { api: Some(["messages".to_owned()].into()), ..Narrowing::default() };
+    let narrow = attenuate(&token, &by, &Fresh([9; 32])).expect("narrowed");
+    assert_eq!(scene.with_header("/v1/models", &token).await.0, 200);
+    assert_eq!(scene.with_header("/v1/models", &narrow).await.0, 403);
+    assert_eq!(scene.last_record().right.as_deref(), Some("models"));
+    assert_eq!(scene.with_header("/agent/v1/messages/next", &narrow).await.0, 204);
+    let (_, said) = scene.with_header("/agent/v1/self", &narrow).await;
+    assert!(said.contains("[\"messages\"]"), "{said}");
+}
+
+#[tokio::test]
+async fn a_stolen_token_is_worth_nothing_and_is_recorded() {
+    let (mut scene, _) = Scene::with_token().await;
+    let theirs = scene.add_agent(AgentId(Uuid::from_u128(7)), "other").await;
+    // The thief has no right of his own, so whatever he gets would come from the token.
+    scene.caller.held = Arc::new(Verified { expires_unix_s: None, ..nothing(scene.caller.agent) });
+    for (path, code) in [("/v1/models", "token_stolen"), ("/agent/v1/self", "token_stolen")] {
+        let (status, said) = scene.with_header(path, &theirs).await;
+        assert_eq!(status, 403, "{path}: {said}");
+        assert!(said.contains(code), "{path}: {said}");
+    }
+    let record = scene.last_record();
+    assert_eq!((record.action.as_str(), record.verdict), ("token.use", Verdict::Denied));
+    assert_eq!((record.agent_id, record.run_id), (Some(scene.caller.agent), Some(scene.caller.run)));
+    assert!(record.detail.starts_with("token_stolen"), "{}", record.detail);
+    for bad in ["rubbish", &theirs[..80], &"A".repeat(40_000)] {
+        let (status, said) = scene.with_header("/agent/v1/self", bad).await;
+        assert!(status == 400 && said.contains("token_"), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn a_revoked_token_denies_every_call_at_once() {
+    let (scene, _) = Scene::with_token().await;
+    let services = &scene.caller.services;
+    let id = scene.caller.held.revocation_ids.first().expect("an id").clone();
+    assert_eq!(scene.ask(Method::GET, "/v1/models", None, String::new()).await.0, 200);
+    services.tokens.revoke(id, "owner", "a test").await.expect("revoked");
+    for path in ["/v1/models", "/agent/v1/self", "/agent/v1/token", "/agent/v1/agents", "/agent/v1/nowhere"] {
+        let (status, said) = scene.ask(Method::GET, path, None, String::new()).await;
+        assert_eq!(status, 403, "{path}: {said}");
+        assert!(said.contains("token_revoked"), "{path}: {said}");
+    }
+    assert!(scene.caller.may("messages").is_err(), "also where a request was let in before");
+    assert_eq!(scene.last_record().detail, "token_revoked");
+}
+
+#[tokio::test]
+async fn a_token_that_is_over_its_time_denies_every_call() {
+    let (mut scene, _) = Scene::with_token().await;
+    let held = Verified { expires_unix_s: Some(1), ..(*scene.caller.held).clone() };
+    scene.caller.held = Arc::new(held);
+    let (status, said) = scene.ask(Method::GET, "/agent/v1/self", None, String::new()).await;
+    assert!(status == 403 && said.contains("token_expired"), "{said}");
+}
+
+#[tokio::test]
+async fn without_the_right_there_are_no_children() {
+    let scene = Scene::new(&ALL).await;
+    for (method, path) in [
+        (Method::POST, "/agent/v1/agents"),
+        (Method::GET, "/agent/v1/agents"),
+        (Method::GET, "/agent/v1/agents/01900000-0000-7000-8000-000000000001"),
+        (Method::DELETE, "/agent/v1/agents/01900000-0000-7000-8000-000000000001"),
+    ] {
+        let (status, said) = scene.ask(method, path, None, "{}".to_owned()).await;
+        assert_eq!(status, 403, "{path}: {said}");
+    }
+    assert_eq!(scene.last_record().right.as_deref(), Some("agents.start"));
+}
+
+/// `scripts/bench rights` runs this with optimisation; without it the numbers mean nothing.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement"]
+async fn rights_in_numbers() {
+    let (scene, token) = Scene::with_token().await;
+    let (services, caller) = (&scene.caller.services, &scene.caller);
+    // A thousand revocations of others: the look-up must not depend on them.
+    for number in 0..1_000_u128 {
+        let id = RevocationId(format!("{number:0128x}"));
+        services.tokens.revoke(id, "owner", "").await.expect("revoked");
+    }
+    let percentiles = |name: &str, mut spans: Vec<u128>| {
+        spans.sort_unstable();
+        let at = |share: f64| spans[((spans.len() - 1) as f64 * share) as usize] as f64 / 1e3;
+        println!("MEASURED {name} {:.3} {:.3}", at(0.5), at(0.99));
+    };
+    let measured = |rounds: usize, call: &dyn Fn()| -> Vec<u128> {
+        let once = |_| {
+            let begun = std::time::Instant::now();
+            call();
+            begun.elapsed().as_nanos()
+        };
+        (0..rounds).map(once).collect()
+    };
+    percentiles("check", measured(200_000, &|| caller.may("models").expect("allowed")));
+    percentiles(
+        "present",
+        measured(2_000, &|| drop(services.tokens.verify(&token, caller.agent).expect("holds"))),
+    );
+
+    let (mut acknowledged, mut late) = (Vec::new(), Vec::new());
+    for round in 0..50_u8 {
+        let by = Narrowing::default();
+        let narrow = attenuate(&token, &by, &Fresh([round; 32])).expect("narrowed");
+        let held = services.tokens.verify(&narrow, caller.agent).expect("holds");
+        let id = held.revocation_ids.last().expect("an id").clone();
+        let (asking, over) =
+            (Caller { held: Arc::new(held), ..caller.clone() }, Arc::new(AtomicBool::new(false)));
+        let until = over.clone();
+        let asker = std::thread::spawn(move || {
+            let mut allowed = std::time::Instant::now();
+            while !until.load(Ordering::Relaxed) {
+                let begun = std::time::Instant::now();
+                if asking.may("models").is_ok() {
+                    allowed = begun;
+                }
+            }
+            allowed
+        });
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        let begun = std::time::Instant::now();
+        services.tokens.revoke(id, "owner", "").await.expect("revoked");
+        let answered = std::time::Instant::now();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        over.store(true, Ordering::Relaxed);
+        let allowed = asker.join().expect("no panic");
+        acknowledged.push((answered - begun).as_nanos());
+        late.push(allowed.saturating_duration_since(answered).as_nanos());
+    }
+    percentiles("revoke", acknowledged);
+    percentiles("late", late);
 }

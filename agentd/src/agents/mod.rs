@@ -79,6 +79,21 @@ impl Agents {
         self.ask(|answer| run::Input::Remove { agent, answer }).await
     }
 
+    /// Ends the runs whose token holds no more. Answers when the launcher has been told, with whose they are.
+    pub async fn revoked(&self) -> Vec<AgentId> {
+        let (answer, answered) = oneshot::channel();
+        match self.wishes.send(run::Input::Revoked { answer }).await {
+            Ok(()) => answered.await.unwrap_or_default(),
+            // The loop ends with agentd; the next one starts nothing under what is revoked.
+            Err(_) => Vec::new(),
+        }
+    }
+
+    /// An agent has another token now.
+    pub async fn renewed(&self, agent: AgentId) -> Result<(), Report> {
+        self.ask(|answer| run::Input::Renewed { agent, answer }).await
+    }
+
     async fn ask(
         &self,
         input: impl FnOnce(oneshot::Sender<Result<(), Report>>) -> run::Input,

@@ -188,6 +188,27 @@ fn not_read(error: io::Error) -> PackageError {
     }
 }
 
+/// The same package at another place: the same files, by hard links. Nobody writes to a package.
+pub fn link(from: &Path, to: &Path) -> Result<(), PackageError> {
+    make_folder(to)?;
+    let mut queue = vec![(from.to_owned(), to.to_owned())];
+    while let Some((from, to)) = queue.pop() {
+        let failed = |source| PackageError::File { path: from.clone(), source };
+        for entry in fs::read_dir(&from).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let target = to.join(entry.file_name());
+            if entry.file_type().map_err(failed)?.is_dir() {
+                make_folder(&target)?;
+                queue.push((entry.path(), target));
+            } else {
+                fs::hard_link(entry.path(), &target)
+                    .map_err(|source| PackageError::File { path: target.clone(), source })?;
+            }
+        }
+    }
+    sync(to)
+}
+
 /// The entry's path without a leading `./`; `None` for the top itself.
 fn relative<R: Read>(entry: &tar::Entry<'_, R>) -> Result<Option<String>, PackageError> {
     let raw = String::from_utf8_lossy(&entry.path_bytes()).into_owned();

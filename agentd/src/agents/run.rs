@@ -4,6 +4,8 @@
 //! result. What takes long is not done here: the launcher has a thread of its own, a run's API runs on the data
 //! plane.
 
+mod tokens;
+
 use super::plan::{self, Effect, Event, NotStarted, Now, Phase, State};
 use super::words::{is_about_walls, killed, place_of, quarantined, told, unknown_agent, wall_failed};
 use super::{Agents, LivingRun, QUEUE, View, Views};
@@ -15,15 +17,16 @@ use crate::launcher::{self, Answer, FailureKind, Order};
 use crate::logs::Logs;
 use crate::memory::Memories;
 use crate::store::{AgentRow, Db};
-use agentd_capability::{Package, Subject, compile, parse_manifest, quota};
+use crate::tokens::Tokens;
+use agentd_capability::Package;
 use agentd_domain::api::AgentState;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, RunId};
 use agentd_domain::launcher::{ExitCause, ExitRecord, Listing, RunInfo};
 use agentd_domain::manifest::Manifest;
-use agentd_domain::plan::SandboxPlan;
+use agentd_domain::token::Verified;
 use agentd_sandbox::client::{Launcher, RunHandles};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,8 +43,8 @@ pub struct Serve {
     pub agent: AgentId,
     pub run: RunId,
     pub manifest: Arc<Manifest>,
-    /// The rights of the plan the run was started with.
-    pub rights: Arc<BTreeSet<String>>,
+    /// What the run may do, while its token holds.
+    pub held: Arc<Verified>,
     pub handles: RunHandles,
     pub over: CancellationToken,
     /// Called once when the run's process has ended.
@@ -57,16 +60,38 @@ pub struct Links {
     pub memories: Memories,
     pub board: Arc<Board>,
     pub launcher: Launcher,
+    pub tokens: Tokens,
     /// Serves a run's API and watches its process, on the data plane.
     pub serve: Box<dyn Fn(Serve) + Send>,
 }
 
 pub(super) enum Input {
-    Want { agent: AgentId, wanted: bool, answer: Done },
-    Installed { row: Box<AgentRow>, answer: Done },
-    Remove { agent: AgentId, answer: Done },
+    Want {
+        agent: AgentId,
+        wanted: bool,
+        answer: Done,
+    },
+    Installed {
+        row: Box<AgentRow>,
+        answer: Done,
+    },
+    Remove {
+        agent: AgentId,
+        answer: Done,
+    },
+    /// Something was revoked: told when it is acted on, and to whom it was done.
+    Revoked {
+        answer: oneshot::Sender<Vec<AgentId>>,
+    },
+    /// An agent has another token.
+    Renewed {
+        agent: AgentId,
+        answer: Done,
+    },
     Answer(Answer),
-    ProcessEnded { run: RunId },
+    ProcessEnded {
+        run: RunId,
+    },
 }
 
 type Done = oneshot::Sender<Result<(), Report>>;
@@ -100,6 +125,7 @@ pub async fn start(links: Links) -> Result<Agents, Report> {
         shown,
         removals: HashMap::new(),
         ending: BTreeSet::new(),
+        held: HashMap::new(),
     };
     for (row, last_exit) in rows {
         agents.learn(row, last_exit);
@@ -123,14 +149,21 @@ struct Loop {
     removals: HashMap<AgentId, Done>,
     /// Runs whose process is gone and whose exit record is awaited.
     ending: BTreeSet<RunId>,
+    /// Of runs that were asked for and are not served yet.
+    held: HashMap<RunId, Arc<Verified>>,
 }
 
 /// What the loop knows of an agent besides its phase.
 struct Known {
     row: AgentRow,
     manifest: Option<Arc<Manifest>>,
+    package: Package,
     last_exit: Option<ExitRecord>,
     problem: Option<Report>,
+    /// Its token gave no run when one was to be started.
+    refused: bool,
+    /// Of a child that is removed with its parent: not tried again before.
+    remove_after_boot_ms: u64,
 }
 
 /// A run whose API is served.
@@ -139,6 +172,9 @@ struct Attached {
     pid: i32,
     started_boot_ms: u64,
     over: CancellationToken,
+    held: Arc<Verified>,
+    /// When its token was found to hold no more.
+    killed_boot_ms: Option<u64>,
 }
 
 impl Loop {
@@ -148,6 +184,7 @@ impl Loop {
             let tick = plan::next_tick_ms(&self.state)
                 .map(|at_ms| Duration::from_millis(at_ms.saturating_sub(clock::boot_ms())));
             let tick = tick.unwrap_or(LIST_EVERY).min(LIST_EVERY);
+            let tick = tick.min(self.until_expiry().unwrap_or(LIST_EVERY));
             tokio::select! {
                 input = inputs.recv() => match input {
                     None => return,
@@ -164,6 +201,8 @@ impl Loop {
                     next_list = tokio::time::Instant::now() + LIST_EVERY;
                 }
             }
+            let _ = self.end_what_does_not_hold();
+            self.end_orphans().await;
             self.show();
         }
     }
@@ -183,6 +222,11 @@ impl Loop {
                 let _ = answer.send(Ok(()));
             }
             Input::Remove { agent, answer } => self.begin_removal(agent, answer).await,
+            Input::Revoked { answer } => self.after_revocation(answer),
+            Input::Renewed { agent, answer } => {
+                self.renewed(agent).await;
+                let _ = answer.send(Ok(()));
+            }
             Input::ProcessEnded { run } => {
                 self.ending.insert(run);
                 self.order(Order::List);
@@ -209,16 +253,18 @@ impl Loop {
 
     fn learn(&mut self, row: AgentRow, last_exit: Option<ExitRecord>) {
         let agent = row.agent_id;
-        let (manifest, problem) = match parse_manifest(&row.manifest) {
-            Ok(manifest) => (Some(Arc::new(manifest)), None),
+        let (manifest, package, problem) = match tokens::manifest_of(&row) {
+            Ok((manifest, package)) => (Some(Arc::new(manifest)), package, None),
             // An agent that this version cannot read is shown and not started.
-            Err(reports) => (None, reports.into_iter().next()),
+            Err(reports) => (None, Package::Installed, reports.into_iter().next()),
         };
         if let Some(manifest) = &manifest {
             let (wanted, restart, restarts) = (row.wanted, manifest.restart, row.restarts);
             self.decide(Event::Known { agent, wanted, restart, restarts });
         }
-        self.known.insert(agent, Known { row, manifest, last_exit, problem });
+        let (refused, remove_after_boot_ms) = (false, 0);
+        let known = Known { row, manifest, package, last_exit, problem, refused, remove_after_boot_ms };
+        self.known.insert(agent, known);
     }
 
     async fn want(&mut self, agent: AgentId, wanted: bool) -> Result<(), Report> {
@@ -300,13 +346,15 @@ impl Loop {
     ) -> bool {
         match result {
             Ok(handles) => {
-                self.attach(agent, run, handles);
+                let held = self.standing(agent, run).await;
+                self.attach(agent, run, handles, held);
                 if let Some(known) = self.known.get_mut(&agent) {
                     known.problem = None;
                 }
                 self.step(Event::Started { agent, run }).await;
             }
             Err(failure) => {
+                self.held.remove(&run);
                 tracing::warn!(agent_id = %agent, run_id = %run, problem = %failure.report, "a run was not started");
                 self.links.logs.say(agent, format!("not started: {}", failure.report));
                 if let Some(known) = self.known.get_mut(&agent) {
@@ -329,34 +377,31 @@ impl Loop {
     }
 
     /// Serves a run's API. Also for a run that is to be killed: its end must be seen.
-    fn attach(&mut self, agent: AgentId, run: RunId, handles: RunHandles) {
+    fn attach(&mut self, agent: AgentId, run: RunId, handles: RunHandles, held: Arc<Verified>) {
         let Some(manifest) = self.known.get(&agent).and_then(|known| known.manifest.clone()) else { return };
         let over = CancellationToken::new();
         let listed = self.unserved.remove(&run);
         let started_boot_ms = listed.as_ref().map_or_else(clock::boot_ms, |info| info.started_boot_ms);
-        let attached = Attached { agent, pid: handles.pid, started_boot_ms, over: over.clone() };
+        let (pid, over_of_run) = (handles.pid, over.clone());
+        let attached = Attached {
+            agent,
+            pid,
+            started_boot_ms,
+            over: over_of_run,
+            held: Arc::clone(&held),
+            killed_boot_ms: None,
+        };
         self.runs.insert(run, attached);
         tracing::info!(agent_id = %agent, run_id = %run, pid = handles.pid, "a run is served");
         self.links.logs.say(agent, format!("run {run} is served, process {}", handles.pid));
         let to_self = self.to_self.clone();
-        // A run that was started under another manifest keeps the rights it was started with.
-        let rights = listed.map_or_else(|| self.plan_of(agent, &manifest).api, |info| info.api);
-        let rights = Arc::new(rights.into_iter().collect());
         let ended = Box::new(move || {
             // The loop may be busy or gone; a list will show the end as well.
             if let Some(to_self) = to_self.upgrade() {
                 tokio::spawn(async move { to_self.send(Input::ProcessEnded { run }).await });
             }
         });
-        (self.links.serve)(Serve { agent, run, manifest, rights, handles, over, ended });
-    }
-
-    fn plan_of(&self, agent: AgentId, manifest: &Manifest) -> SandboxPlan {
-        let (uid, bundled) =
-            self.known.get(&agent).map_or((0, false), |known| (known.row.uid, known.row.bundled));
-        let package =
-            if bundled { Package::Builtin { folder: manifest.name.to_string() } } else { Package::Installed };
-        compile(manifest, &Subject { agent_id: agent, uid, package })
+        (self.links.serve)(Serve { agent, run, manifest, held, handles, over, ended });
     }
 
     async fn listed(&mut self, listing: Listing) {
@@ -411,6 +456,7 @@ impl Loop {
             known.last_exit = Some(exit.clone());
         }
         self.step(Event::Ended { agent, run, cause: exit.cause }).await;
+        self.after_child_s_end(agent).await;
         self.after_end(agent).await;
     }
 
@@ -448,16 +494,16 @@ impl Loop {
     }
 
     async fn step(&mut self, event: Event) {
-        for effect in self.decide(event) {
+        let mut effects: VecDeque<Effect> = self.decide(event).into();
+        while let Some(effect) = effects.pop_front() {
             match effect {
-                Effect::Start { agent, run } => {
-                    let Some(manifest) = self.known.get(&agent).and_then(|known| known.manifest.clone())
-                    else {
-                        continue;
-                    };
-                    let plan = Box::new(self.plan_of(agent, &manifest));
-                    self.order(Order::Start { agent, run, plan, quota: quota(&manifest) });
-                }
+                Effect::Start { agent, run } => match self.planned(agent, run).await {
+                    Ok((plan, quota)) => self.order(Order::Start { agent, run, plan: Box::new(plan), quota }),
+                    Err(report) => {
+                        let refused = self.refused(agent, run, report);
+                        effects.extend(self.decide(refused));
+                    }
+                },
                 Effect::Adopt { agent, run } => self.order(Order::Adopt { agent, run }),
                 Effect::Kill { run, grace_ms } => self.order(Order::Kill { run, grace_ms }),
                 Effect::List => self.order(Order::List),

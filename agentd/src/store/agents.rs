@@ -33,6 +33,12 @@ pub struct AgentRow {
     pub bundled: bool,
     pub restarts: u32,
     pub installed_unix_ms: i64,
+    /// Whose child it is. Its package and manifest are its parent's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<AgentId>,
+    /// What its parent adds to the program's arguments.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub arguments: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,11 +76,20 @@ impl Store {
 
     /// A uid that no agent had before.
     pub fn next_uid(&self) -> Result<u32, StoreError> {
+        self.next_uid_below(paths::UID_AGENTS_END)
+    }
+
+    /// The same for a child: agents that start children all day leave half of all uids to their owner.
+    pub fn next_child_uid(&self) -> Result<u32, StoreError> {
+        self.next_uid_below(paths::UID_AGENTS_FIRST.midpoint(paths::UID_AGENTS_END))
+    }
+
+    fn next_uid_below(&self, end: u32) -> Result<u32, StoreError> {
         self.write(|txn| {
             let mut meta = txn.open_table(META)?;
             let next = meta.get("next_uid")?.and_then(|row| row.value().first_chunk().copied());
             let uid = next.map_or(paths::UID_AGENTS_FIRST, u32::from_le_bytes);
-            if uid >= paths::UID_AGENTS_END {
+            if uid >= end {
                 return Ok(Err(StoreError::UidsSpent));
             }
             meta.insert("next_uid", (uid + 1).to_le_bytes().as_slice())?;
@@ -84,16 +99,7 @@ impl Store {
 
     /// A new agent; its name must be free.
     pub fn add_agent(&self, row: &AgentRow) -> Result<(), StoreError> {
-        let name = name_key(row.owner_id, &row.name);
-        self.write(|txn| {
-            let mut names = txn.open_table(NAME)?;
-            if names.get(name.as_str())?.is_some() {
-                return Ok(Err(StoreError::NameTaken(row.name.to_string())));
-            }
-            names.insert(name.as_str(), row.agent_id.0.as_u128())?;
-            txn.open_table(AGENT)?.insert(row.agent_id.0.as_u128(), encode(row).as_slice())?;
-            Ok(Ok(()))
-        })
+        self.write(|txn| add(txn, row))
     }
 
     /// Changes what is known of an agent. Its id and name stay.
@@ -143,6 +149,7 @@ impl Store {
             super::messages::forget(txn, row.agent_id)?;
             super::once::forget(txn, row.agent_id)?;
             super::requests::forget(txn, row.agent_id)?;
+            super::tokens::forget(txn, row.agent_id)?;
             Ok(Ok(()))
         })
     }
@@ -183,6 +190,21 @@ impl Store {
             Ok(row.map(|row| Some(row.exit)))
         })
     }
+}
+
+pub(super) fn add(txn: &WriteTransaction, row: &AgentRow) -> Result<Result<(), StoreError>, redb::Error> {
+    let name = name_key(row.owner_id, &row.name);
+    let mut names = txn.open_table(NAME)?;
+    if names.get(name.as_str())?.is_some() {
+        return Ok(Err(StoreError::NameTaken(row.name.to_string())));
+    }
+    names.insert(name.as_str(), row.agent_id.0.as_u128())?;
+    txn.open_table(AGENT)?.insert(row.agent_id.0.as_u128(), encode(row).as_slice())?;
+    Ok(Ok(()))
+}
+
+pub(super) fn exists(txn: &WriteTransaction, agent: AgentId) -> Result<bool, redb::Error> {
+    Ok(txn.open_table(AGENT)?.get(agent.0.as_u128())?.is_some())
 }
 
 fn name_key(owner: OwnerId, name: &AgentName) -> String {

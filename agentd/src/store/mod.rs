@@ -1,7 +1,7 @@
 //! What does the appliance know besides its agents' memories?
 //!
-//! Owns:  `/data/system.redb`: owner, agents, ledger of runs, record of requests, messages, answers kept for a retry,
-//!        the audit log. The format is `FORMAT-system.md` beside this program.
+//! Owns:  `/data/system.redb`: owner, agents and their tokens, ledger of runs, record of requests, messages, answers kept
+//!        for a retry, the audit log. The format is `FORMAT-system.md` beside this program.
 //! Always: a call that changes something returns after the commit is on disk (`Durability::Immediate`, two-phase).
 //!         Each row carries the version of its layout; uids and sequence numbers are never given twice.
 //! Threads: every call blocks, on the disk or on the one writer before it. Async code calls through
@@ -13,12 +13,14 @@ mod audit;
 mod messages;
 mod once;
 mod requests;
+mod tokens;
 
 pub use agents::AgentRow;
 pub use audit::{AUDIT_MOST_BYTES, AuditEnd, AuditQuery, Dropped, Front};
 pub use messages::{MessageRow, MessageState, Outcome};
 pub use once::Kept;
 pub use requests::{RequestRow, Settled};
+pub use tokens::TokenRow;
 
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, OwnerId};
@@ -178,6 +180,7 @@ impl Store {
             once::create_tables(&txn)?;
             requests::create_tables(&txn)?;
             audit::create_tables(&txn)?;
+            tokens::create_tables(&txn)?;
             if let Some(owner) = known
                 && txn.list_tables()?.count() == tables
             {

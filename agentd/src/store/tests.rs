@@ -17,6 +17,8 @@ pub(super) fn agent_row(store: &Store, n: u128, name: &str) -> AgentRow {
         bundled: false,
         restarts: 0,
         installed_unix_ms: 5,
+        parent: None,
+        arguments: Vec::new(),
     }
 }
 

@@ -8,4 +8,5 @@
 pub mod boot;
 pub mod debian;
 pub mod report;
+pub mod rights;
 pub mod size;

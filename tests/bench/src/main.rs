@@ -4,7 +4,7 @@
 use anyhow::Result;
 use clap::Parser;
 use image::source::Checkout;
-use tests_bench::{boot, report, size};
+use tests_bench::{boot, report, rights, size};
 
 /// Measures promises with numbers. Run it on an otherwise idle machine.
 #[derive(Parser)]
@@ -20,9 +20,11 @@ enum Arguments {
     },
     /// Sizes on disk and in memory
     Size,
+    /// Deciding a call of an agent, and how fast a revocation holds
+    Rights,
     /// Copies results of earlier runs to tests/results/bench and writes README's table
     Keep {
-        /// boot, size
+        /// boot, size, rights
         #[arg(required = true)]
         names: Vec<String>,
     },
@@ -37,6 +39,7 @@ fn main() -> Result<()> {
             report::publish(&boot::measure(runs.max(1), !no_peer)?, &checkout)
         }
         Arguments::Size => report::publish(&size::measure()?, &checkout),
+        Arguments::Rights => report::publish(&rights::measure(&checkout)?, &checkout),
         Arguments::Keep { names } => report::keep(&checkout, &names),
         Arguments::Readme => report::readme(&checkout),
     }

@@ -14,6 +14,8 @@ mod companion;
 mod first_day;
 #[path = "suite/packages.rs"]
 mod packages;
+#[path = "suite/tokens.rs"]
+mod tokens;
 #[path = "suite/uefi.rs"]
 mod uefi;
 #[path = "suite/walls.rs"]

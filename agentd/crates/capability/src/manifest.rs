@@ -9,7 +9,7 @@ use crate::units;
 use agentd_domain::agent_api::Tier;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentName;
-use agentd_domain::manifest::{Limits, Manifest, MemoryAccess, Restart};
+use agentd_domain::manifest::{Children, Limits, Manifest, MemoryAccess, Restart};
 use agentd_domain::paths::inside;
 use agentd_domain::plan::ceiling;
 use agentd_domain::rights::is_beneath;
@@ -48,6 +48,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
     let memory = read_memory(top.section("memory", &mut problems), &mut problems);
     let messages = read_messages(top.section("messages", &mut problems), &mut problems);
     let calls = read_calls(top.section("calls", &mut problems), &mut problems);
+    let children = read_children(top.section("agents", &mut problems), &mut problems);
     let restart = read_restart(top.section("restart", &mut problems), &mut problems);
     top.finish(&mut problems);
     if let (Some(name), Some(program)) = (&agent.name, agent.exec.first()) {
@@ -66,6 +67,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
             memory,
             messages,
             calls,
+            children,
             restart,
         }),
         _ => Err(problems.0),
@@ -436,6 +438,21 @@ fn read_calls(mut section: Section, problems: &mut Problems) -> bool {
     let allow = section.flag("allow", problems).unwrap_or(false);
     section.finish(problems);
     allow
+}
+
+fn read_children(mut section: Section, problems: &mut Problems) -> Children {
+    let most = read_count(&mut section, "children", 0..=u64::from(ceiling::CHILDREN_MAX), problems);
+    let depth = read_count(&mut section, "depth", 1..=u64::from(ceiling::DEPTH_MAX), problems);
+    section.finish(problems);
+    let most = narrow(most, 0);
+    if most == 0 && depth.is_some() {
+        problems.wrong(
+            "agents.depth",
+            "it says nothing without children",
+            "add `children = 1` under `[agents]`, or leave `depth` out",
+        );
+    }
+    Children { most, depth: if most == 0 { 0 } else { narrow(depth, 1) } }
 }
 
 fn read_restart(mut section: Section, problems: &mut Problems) -> Restart {

@@ -2,24 +2,34 @@
 //!
 //! In:     rights and a key; or the text of a token. Out: the text of a token; or what it says, checked.
 //! Always: a right is a fact of the authority block, which only the appliance's key can sign; every later block only
-//!         takes away. What is not one of our two kinds of block is refused whole.
+//!         takes away. What is not one of our three kinds of block is refused whole.
 //! Never:  a clock or a random number: the caller brings both.
 //!
 //! A token is a Biscuit (<https://doc.biscuitsec.org/reference/specifications>) under a strict profile. Biscuit's own
 //! attenuation is free Datalog: sound for a yes or no, but it cannot be turned into kernel policy. So a block says what
 //! it means as JSON in its first fact, and holds besides exactly the Datalog that follows from that. Both ways to
 //! decide are the same: [`Verified::rights`] for plans, [`authorize`] for anybody who has the token and Biscuit alone.
+//!
+//! ```text
+//! block 0   a grant: rights and holder       signed by the appliance
+//! block n   a narrowing                      made by whoever has the text, no key needed
+//! block n   a narrowing for another holder   the same, signed by the appliance too (Biscuit's third-party block)
+//! ```
+//! Who may use a token is the holder that its last such block names. Whoever has a token's text could append a block;
+//! one that names himself only the appliance can make, for a child that it starts.
 
 mod datalog;
 
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
-use agentd_domain::rights::{Narrowing, Request, Rights};
+use agentd_domain::rights::{Narrowing, Request};
+pub use agentd_domain::token::{Grant, Inspected, Later, RevocationId, Verified};
 use biscuit_auth::datalog::RunLimits;
 use biscuit_auth::{
     Algorithm, AuthorizerBuilder, Biscuit, BiscuitBuilder, KeyPair, PrivateKey, UnverifiedBiscuit, error,
 };
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Serialize, de::DeserializeOwned};
+use std::collections::HashSet;
 use std::time::Duration;
 
 /// Longer texts are refused unread. A token of an agent with every right takes two kilobytes.
@@ -30,18 +40,6 @@ pub const BLOCKS_MAX: usize = 16;
 /// (<https://github.com/nervosnetwork/fiber/pull/1563>); facts and iterations bound the work.
 const LIMITS: RunLimits =
     RunLimits { max_facts: 10_000, max_iterations: 100, max_time: Duration::from_secs(5) };
-
-/// What the appliance signs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Grant {
-    /// Who may use the token: whoever calls over this agent's own socket, and nobody else.
-    pub holder: AgentId,
-    pub rights: Rights,
-    /// From this second since 1970 on nothing is allowed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub expires_unix_s: Option<i64>,
-}
 
 /// The appliance's key for tokens (Ed25519, RFC 8032).
 pub struct RootKey(KeyPair);
@@ -76,39 +74,12 @@ impl RootPublic {
     }
 }
 
-/// The name of one block of one token: to revoke it ends the token and all that were derived from it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct RevocationId(pub String);
-
-/// What a token says, its signatures not yet checked against a key.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Inspected {
-    pub grant: Grant,
-    pub narrowings: Vec<Narrowing>,
-    /// What is left at the end.
-    pub rights: Rights,
-    /// The earliest of all blocks.
-    pub expires_unix_s: Option<i64>,
-    /// One per block, the authority's first.
-    pub revocation_ids: Vec<RevocationId>,
-}
-
-/// A token that holds here, now and for this caller.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Verified {
-    pub holder: AgentId,
-    pub rights: Rights,
-    pub expires_unix_s: Option<i64>,
-    pub revocation_ids: Vec<RevocationId>,
-}
-
 /// Where and when a token is shown.
 pub struct Circumstances<'a> {
     /// Whose socket it came over. Nobody else's word counts.
     pub caller: AgentId,
     pub now_unix_s: i64,
-    pub revoked: &'a dyn Fn(&RevocationId) -> bool,
+    pub revoked: &'a HashSet<RevocationId>,
 }
 
 /// A new token.
@@ -122,16 +93,42 @@ pub fn mint(key: &RootKey, grant: &Grant, fresh: &Fresh) -> Result<String, Repor
     short_enough(token.to_base64().map_err(not_made)?)
 }
 
-/// The same token with less in it. Needs no key: whoever holds a token may hand on a narrower one.
+/// The same token with less in it. Needs no key: whoever holds a token may narrow it, and stays its holder.
 pub fn attenuate(token: &str, by: &Narrowing, fresh: &Fresh) -> Result<String, Report> {
     by.check()?;
+    room_for_another(&inspect(token)?)?;
+    let next = keypair(&fresh.0)?;
+    let token = UnverifiedBiscuit::from_base64(token).map_err(|error| unreadable(&error))?;
+    let block = datalog::later(&Later { to: None, by: by.clone() })?;
+    let token = token.append_with_keypair(&next, block).map_err(not_made)?;
+    short_enough(token.to_base64().map_err(not_made)?)
+}
+
+/// The same token for another agent, with less in it. Whoever held it before cannot use the new one, and the new
+/// holder not the old. Needs the appliance's key: otherwise whoever stole a token could hand it to himself.
+pub fn hand_on(
+    key: &RootKey,
+    token: &str,
+    to: AgentId,
+    by: &Narrowing,
+    fresh: &Fresh,
+) -> Result<String, Report> {
+    by.check()?;
     let inspected = inspect(token)?;
-    if inspected.revocation_ids.len() >= BLOCKS_MAX {
-        return Err(too_deep(inspected.revocation_ids.len() + 1));
+    signed(token, key.public())?;
+    room_for_another(&inspected)?;
+    if inspected.holders().contains(&to) {
+        return Err(not_ours(format!("it was {to}'s already")));
     }
     let next = keypair(&fresh.0)?;
     let token = UnverifiedBiscuit::from_base64(token).map_err(|error| unreadable(&error))?;
-    let token = token.append_with_keypair(&next, datalog::attenuation(by)?).map_err(not_made)?;
+    let block = datalog::later(&Later { to: Some(to), by: by.clone() })?;
+    let block = token
+        .third_party_request()
+        .and_then(|request| request.create_block(&key.0.private(), block))
+        .and_then(|block| block.serialize())
+        .map_err(not_made)?;
+    let token = token.append_third_party_with_keypair(&block, next).map_err(not_made)?;
     short_enough(token.to_base64().map_err(not_made)?)
 }
 
@@ -146,48 +143,54 @@ pub fn inspect(token: &str) -> Result<Inspected, Report> {
     if blocks > BLOCKS_MAX {
         return Err(too_deep(blocks));
     }
-    if token.external_public_keys().iter().any(Option::is_some) {
-        return Err(not_ours("a block of a third party".to_owned()));
-    }
     let grant: Grant = meaning(&token, 0)?;
-    let mut rights = grant.rights.clone();
-    let mut expires_unix_s = grant.expires_unix_s;
-    let mut narrowings = Vec::new();
-    for index in 1..blocks {
-        let narrowing: Narrowing = meaning(&token, index)?;
-        narrowing.check()?;
-        rights = rights.narrowed(&narrowing);
-        expires_unix_s = [expires_unix_s, narrowing.expires_unix_s].into_iter().flatten().min();
-        narrowings.push(narrowing);
+    let mut said = Inspected {
+        holder: grant.holder,
+        rights: grant.rights.clone(),
+        expires_unix_s: grant.expires_unix_s,
+        revocation_ids: revocation_ids(&token),
+        later: Vec::new(),
+        grant,
+    };
+    for (index, signer) in token.external_public_keys().into_iter().enumerate().skip(1) {
+        let block: Later = meaning(&token, index)?;
+        block.by.check()?;
+        // Whose signature it is, `verify` looks at.
+        if signer.is_some() != block.to.is_some() {
+            return Err(not_ours(format!("block {index} is not signed as its kind is")));
+        }
+        if block.to.is_some_and(|to| said.holders().contains(&to)) {
+            return Err(not_ours(format!("block {index} hands it back")));
+        }
+        said.holder = block.to.unwrap_or(said.holder);
+        said.rights = said.rights.narrowed(&block.by);
+        said.expires_unix_s = [said.expires_unix_s, block.by.expires_unix_s].into_iter().flatten().min();
+        said.later.push(block);
     }
-    let revocation_ids =
-        token.revocation_identifiers().iter().map(|id| RevocationId(hex::encode(id))).collect();
-    Ok(Inspected { grant, narrowings, rights, expires_unix_s, revocation_ids })
+    Ok(said)
+}
+
+fn revocation_ids(token: &UnverifiedBiscuit) -> Vec<RevocationId> {
+    token.revocation_identifiers().iter().map(|id| RevocationId(hex::encode(id))).collect()
+}
+
+/// Reads a token of this key, whoever shows it and whenever.
+pub fn genuine(token: &str, key: RootPublic) -> Result<Inspected, Report> {
+    let inspected = inspect(token)?;
+    signed(token, key)?;
+    Ok(inspected)
 }
 
 /// Checks everything: signatures, profile, holder, time, revocation.
 pub fn verify(token: &str, key: RootPublic, at: &Circumstances<'_>) -> Result<Verified, Report> {
-    let inspected = inspect(token)?;
-    signed(token, key)?;
-    if let Some(id) = inspected.revocation_ids.iter().find(|id| (at.revoked)(id)) {
-        let why = format!("block {} was revoked", id.0);
-        return Err(refused("token_revoked", why, "ask whoever gave you the token for a new one"));
-    }
-    if inspected.expires_unix_s.is_some_and(|end| at.now_unix_s >= end) {
-        let why = "its time is over, by this machine's clock".to_owned();
-        return Err(refused("token_expired", why, "ask whoever gave you the token for a new one"));
-    }
-    let holder = inspected.grant.holder;
+    let Inspected { holder, rights, expires_unix_s, revocation_ids, .. } = genuine(token, key)?;
+    let verified = Verified { holder, rights, expires_unix_s, revocation_ids };
+    verified.in_force(at.now_unix_s, at.revoked)?;
     if holder != at.caller {
         let why = format!("it is bound to the agent {holder}, and was shown by {}", at.caller);
         return Err(refused("token_stolen", why, "use the token that was given to this agent"));
     }
-    Ok(Verified {
-        holder,
-        rights: inspected.rights,
-        expires_unix_s: inspected.expires_unix_s,
-        revocation_ids: inspected.revocation_ids,
-    })
+    Ok(verified)
 }
 
 /// What Biscuit's own authorizer says of one request. Revocation is not part of a token; [`verify`] checks it.
@@ -198,8 +201,9 @@ pub fn authorize(
     now_unix_s: i64,
     request: &Request,
 ) -> Result<bool, Report> {
+    let holders = inspect(token)?.holders();
     let token = signed(token, key)?;
-    let decided = datalog::question(AuthorizerBuilder::new(), caller, now_unix_s, request)
+    let decided = datalog::question(AuthorizerBuilder::new(), &holders, caller, now_unix_s, request)
         .and_then(|builder| builder.set_limits(LIMITS).build(&token))
         .and_then(|mut authorizer| authorizer.authorize_with_limits(LIMITS));
     match decided {
@@ -209,15 +213,22 @@ pub fn authorize(
     }
 }
 
+/// All blocks hold together, the first is the appliance's, and so is each that names another holder: its signature
+/// covers that of the block before it, so it fits no other token.
 fn signed(token: &str, key: RootPublic) -> Result<Biscuit, Report> {
-    Biscuit::from_base64(token, key.0).map_err(|error| match error {
-        error::Token::Format(error::Format::Signature(_)) => refused(
-            "token_foreign",
-            "this appliance did not sign it, or it was changed since".to_owned(),
-            "use a token of this appliance: `agentctl token mint`",
-        ),
+    let foreign = |why: &str| {
+        refused("token_foreign", why.to_owned(), "use a token of this appliance: `agentctl token mint`")
+    };
+    let token = Biscuit::from_base64(token, key.0).map_err(|error| match error {
+        error::Token::Format(error::Format::Signature(_)) => {
+            foreign("this appliance did not sign it, or it was changed since")
+        }
         other => unreadable(&other),
-    })
+    })?;
+    if token.external_public_keys().into_iter().flatten().any(|signer| signer != key.0) {
+        return Err(foreign("somebody else than this appliance has handed it on"));
+    }
+    Ok(token)
 }
 
 /// What a block means, if it holds exactly the Datalog that follows from what it says.
@@ -245,9 +256,9 @@ impl Meaning for Grant {
     }
 }
 
-impl Meaning for Narrowing {
+impl Meaning for Later {
     fn source(&self) -> Result<String, Report> {
-        datalog::printed(BiscuitBuilder::new(), Some(datalog::attenuation(self)?))
+        datalog::printed(BiscuitBuilder::new(), Some(datalog::later(self)?))
     }
 }
 
@@ -274,6 +285,11 @@ fn refused(code: &str, why: String, fix: &str) -> Report {
 
 fn unreadable(error: &error::Token) -> Report {
     refused("token_unreadable", error.to_string(), "send the token as it was given, without a change")
+}
+
+fn room_for_another(inspected: &Inspected) -> Result<(), Report> {
+    let blocks = inspected.revocation_ids.len();
+    if blocks < BLOCKS_MAX { Ok(()) } else { Err(too_deep(blocks + 1)) }
 }
 
 fn too_deep(blocks: usize) -> Report {

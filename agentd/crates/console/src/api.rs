@@ -14,6 +14,9 @@ use agentd_domain::api::{
 use agentd_domain::audit::SignedHead;
 use agentd_domain::fault::Report;
 use agentd_domain::plan::SandboxPlan;
+use agentd_domain::token::{
+    Attenuate, Inspect, Key, Mint, Revocation, Revoke, Revoked, Shown, Verified, Verify,
+};
 use axum::Json as Out;
 use axum::extract::{Extension, Query, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
@@ -183,6 +186,38 @@ pub async fn audit(
 
 pub async fn audit_head(State(appliance): Machine) -> Answer<Out<SignedHead>> {
     within(SHORT, appliance.audit_head()).await.map(Out)
+}
+
+pub async fn agent_token(State(appliance): Machine, Name(name): Name) -> Answer<Out<Shown>> {
+    within(SHORT, appliance.token(key(&name)?)).await.map(Out)
+}
+
+pub async fn mint_token(State(appliance): Machine, Json(body): Json<Mint>) -> Answer<Out<Shown>> {
+    within(LONG, appliance.mint_token(body)).await.map(Out)
+}
+
+pub async fn attenuate_token(State(appliance): Machine, Json(body): Json<Attenuate>) -> Answer<Out<Shown>> {
+    within(SHORT, appliance.attenuate_token(body)).await.map(Out)
+}
+
+pub async fn inspect_token(State(appliance): Machine, Json(body): Json<Inspect>) -> Answer<Out<Shown>> {
+    within(SHORT, appliance.inspect_token(body)).await.map(Out)
+}
+
+pub async fn verify_token(State(appliance): Machine, Json(body): Json<Verify>) -> Answer<Out<Verified>> {
+    within(SHORT, appliance.verify_token(body)).await.map(Out)
+}
+
+pub async fn revoke_token(State(appliance): Machine, Json(body): Json<Revoke>) -> Answer<Out<Revocation>> {
+    within(LONG, appliance.revoke_token(body)).await.map(Out)
+}
+
+pub async fn revoked_tokens(State(appliance): Machine) -> Answer<Out<Vec<Revoked>>> {
+    within(SHORT, appliance.revoked_tokens()).await.map(Out)
+}
+
+pub async fn token_key(State(appliance): Machine) -> Answer<Out<Key>> {
+    within(SHORT, appliance.token_key()).await.map(Out)
 }
 
 pub async fn reboot(State(appliance): Machine) -> Answer<StatusCode> {

@@ -14,6 +14,9 @@ use agentd_domain::audit::SignedHead;
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::Health;
 use agentd_domain::plan::SandboxPlan;
+use agentd_domain::token::{
+    Attenuate, Inspect, Key, Mint, Revocation, Revoke, Revoked, Shown, Verified, Verify,
+};
 use bytes::Bytes;
 use futures::Stream;
 use std::future::Future;
@@ -105,6 +108,27 @@ pub trait Appliance: Send + Sync + 'static {
 
     /// A head that vouches for all that was recorded before.
     fn audit_head(&self) -> Pending<'_, SignedHead>;
+
+    /// The agent's token and what it says.
+    fn token(&self, agent: AgentKey) -> Pending<'_, Shown>;
+
+    /// A new one in its place; the old one is revoked, and a run under it is started again.
+    fn mint_token(&self, mint: Mint) -> Pending<'_, Shown>;
+
+    fn attenuate_token(&self, body: Attenuate) -> Pending<'_, Shown>;
+
+    /// Without checking a signature.
+    fn inspect_token(&self, body: Inspect) -> Pending<'_, Shown>;
+
+    fn verify_token(&self, body: Verify) -> Pending<'_, Verified>;
+
+    /// When it answers, nothing is allowed under it any more and the launcher has been told to end its runs.
+    fn revoke_token(&self, body: Revoke) -> Pending<'_, Revocation>;
+
+    /// All that was ever revoked, oldest first.
+    fn revoked_tokens(&self) -> Pending<'_, Vec<Revoked>>;
+
+    fn token_key(&self) -> Pending<'_, Key>;
 
     /// Answers once the machine has begun to go down.
     fn reboot(&self) -> Pending<'_, ()>;

@@ -53,6 +53,9 @@ pub enum Command {
     /// Models
     #[command(subcommand)]
     Model(Model),
+    /// Capability tokens: what an agent may do, for whom, and until when
+    #[command(subcommand)]
+    Token(Token),
     /// What was allowed, denied and killed
     #[command(subcommand)]
     Audit(Audit),
@@ -138,6 +141,104 @@ pub enum Model {
 }
 
 #[derive(Subcommand)]
+pub enum Token {
+    /// The public key that tokens of the appliance are checked with
+    Key,
+    /// Give an agent a new token, for what its manifest asks for or less. The old one ends
+    Mint {
+        agent: AgentKey,
+        #[command(flatten)]
+        less: Less,
+    },
+    /// What a token says; needs no appliance and checks no signature
+    Inspect {
+        /// A file that holds the token, or `-`
+        #[arg(required_unless_present = "agent", conflicts_with = "agent")]
+        token: Option<PathBuf>,
+        /// The token that this agent has now
+        #[arg(long)]
+        agent: Option<AgentKey>,
+    },
+    /// Make a token with less in it; needs no appliance and no key
+    Attenuate {
+        /// A file that holds the token, or `-`
+        token: PathBuf,
+        #[command(flatten)]
+        less: Less,
+    },
+    /// Whether a token holds now
+    Verify {
+        /// A file that holds the token, or `-`
+        token: PathBuf,
+        /// Check here, with this key (`agentctl token key`); what was revoked only the appliance knows
+        #[arg(long, value_name = "ED25519")]
+        key: Option<PublicKey>,
+        /// As if this agent had shown it: its name, or with `--key` its id [default: the token's holder]
+        #[arg(long)]
+        agent: Option<String>,
+    },
+    /// End a token and all that were derived from it, with the runs under them
+    #[command(group = clap::ArgGroup::new("target").required(true))]
+    Revoke {
+        /// The token that this agent has now
+        #[arg(long, group = "target")]
+        agent: Option<AgentKey>,
+        /// The token in a file, or `-`
+        #[arg(long, group = "target", value_name = "FILE")]
+        token: Option<PathBuf>,
+        /// A block by its revocation id, as `agentctl token inspect` shows it
+        #[arg(long, group = "target", value_name = "HEX")]
+        id: Option<String>,
+        /// For the list of what was revoked
+        #[arg(long)]
+        why: Option<String>,
+    },
+    /// All that was revoked: when, by whom and why
+    Revoked,
+}
+
+/// What is taken away. What is not named stays as it is.
+#[derive(Args)]
+pub struct Less {
+    /// Only these rights on the appliance's API, separated by commas; empty for none
+    #[arg(long, value_delimiter = ',', value_name = "RIGHT")]
+    pub api: Option<Vec<String>>,
+    /// Only these folders, or what of them was allowed
+    #[arg(long, value_delimiter = ',', value_name = "FOLDER")]
+    pub read: Option<Vec<String>>,
+    /// Only these groups of system calls
+    #[arg(long, value_delimiter = ',', value_name = "GROUP")]
+    pub calls: Option<Vec<String>>,
+    /// A limit and its highest value, such as `pids=16` or `memory.max=64M`
+    #[arg(long = "limit", value_name = "NAME=VALUE")]
+    pub limits: Vec<String>,
+    /// From then on nothing: `30s`, `15m`, `8h` or `7d`
+    #[arg(long, value_name = "SPAN")]
+    pub expires_in: Option<Span>,
+}
+
+/// Seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span(pub i64);
+
+impl std::str::FromStr for Span {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || format!("`{}` is no span of time; write 30s, 15m, 8h or 7d", text.escape_debug());
+        let unit = text.chars().next_back().ok_or_else(bad)?;
+        let seconds = match unit {
+            's' => 1,
+            'm' => 60,
+            'h' => 3600,
+            'd' => 24 * 3600,
+            _ => return Err(bad()),
+        };
+        let number: u32 = text.strip_suffix(unit).unwrap_or_default().parse().map_err(|_| bad())?;
+        Ok(Self(i64::from(number) * seconds))
+    }
+}
+
+#[derive(Subcommand)]
 pub enum Audit {
     /// List the newest records
     #[command(alias = "list")]
@@ -168,5 +269,14 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn spans_of_time() {
+        assert_eq!("15m".parse(), Ok(Span(900)));
+        assert_eq!("7d".parse(), Ok(Span(604_800)));
+        for bad in ["", "m", "15", "15w", "-1s", "1.5h", "5mm5m", "9999999999d"] {
+            assert!(bad.parse::<Span>().is_err(), "{bad}");
+        }
     }
 }

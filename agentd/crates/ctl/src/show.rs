@@ -211,7 +211,7 @@ fn engine(state: &EngineState) -> String {
     }
 }
 
-fn moment(unix_ms: i64) -> String {
+pub fn moment(unix_ms: i64) -> String {
     match jiff::Timestamp::from_millisecond(unix_ms) {
         Ok(moment) => moment.strftime("%Y-%m-%d %H:%M:%S").to_string(),
         Err(_) => format!("{unix_ms} ms"),

@@ -4,10 +4,14 @@
 mod fake;
 
 use agentd_audit::{Signer, genesis, link, linked_line, signed_line};
+use agentd_capability::token::{Fresh, Grant, RootKey, mint};
+use agentd_capability::{asked, parse_manifest};
 use agentd_console::{Auth, Authority, StateFiles, boot_clock, router, serve_tls};
 use agentd_domain::api::{Agent, ApplianceStatus, Model};
 use agentd_domain::audit::{Actor, Head, Linked, Record, VERSION, Verdict};
 use agentd_domain::fault::Report;
+use agentd_domain::rights::Limit;
+use agentd_domain::token::{Shown, Verified};
 use fake::{Fake, Files, NOW_UNIX_MS};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde_json::Value;
@@ -576,4 +580,114 @@ async fn a_row_that_is_no_record_is_exported_and_named() {
     scene.fake.set_audit(&spoiled.concat());
     let report = scene.bad(3, &["audit", "verify"], "").await;
     assert!(report.why.contains("record 2 is the first bad one"), "{}", report.why);
+}
+
+const AGENT: &str = "01900000-0000-7000-8000-000000000001";
+
+/// A token of a key of our own, and that key's public half.
+fn a_token(expires_unix_s: Option<i64>) -> (String, String) {
+    let key = RootKey::from_secret(&[7; 32]).expect("a key");
+    let manifest = format!("{MANIFEST}[model]\nuse = \"default\"\n[messages]\naccept = true\n");
+    let rights = asked(&parse_manifest(&manifest).expect("a manifest"));
+    let grant = Grant { holder: AGENT.parse().expect("an id"), rights, expires_unix_s };
+    let token = mint(&key, &grant, &Fresh([1; 32])).expect("minted");
+    (token, key.public().to_bytes().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// No appliance is known here at all.
+#[tokio::test]
+async fn a_token_is_read_narrowed_and_checked_offline() {
+    let scene = Scene::new().await;
+    let (token, key) = a_token(None);
+    let file = scene.home.path().join("token");
+    fs::write(&file, format!("{token}\n")).expect("written");
+    let path = text(&file);
+    let said = scene.good(&["token", "inspect", path]).await;
+    for words in [AGENT, "expires    never", "messages models", "limit      memory.max 256 MiB", "block 0"] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+    let less: Shown = scene
+        .json(&[
+            "token",
+            "attenuate",
+            path,
+            "--api",
+            "models",
+            "--limit",
+            "memory.max=64M",
+            "--expires-in",
+            "1h",
+        ])
+        .await;
+    let narrow = scene.home.path().join("narrow");
+    fs::write(&narrow, &less.token).expect("written");
+    let verified: Verified = scene.json(&["token", "verify", text(&narrow), "--key", &key]).await;
+    assert_eq!(verified.rights.api.iter().collect::<Vec<_>>(), ["models"]);
+    assert!(verified.expires_unix_s.is_some() && verified.revocation_ids.len() == 2);
+    let piped = scene.run(&["token", "verify", "-", "--key", &key, "--agent", AGENT], &less.token).await;
+    assert!(success(&["token", "verify"], piped).starts_with("the token holds\n"));
+
+    // Nobody can widen: what was taken away does not come back.
+    let wide: Shown = scene
+        .json(&["token", "attenuate", text(&narrow), "--api", "models,messages", "--limit", "pids=4096"])
+        .await;
+    assert_eq!(wide.says.rights.api, verified.rights.api);
+    let before = |limit| verified.rights.limit(limit);
+    assert_eq!(wide.says.rights.limit(Limit::Pids), before(Limit::Pids));
+}
+
+#[tokio::test]
+async fn bad_tokens_are_refused_in_words() {
+    let scene = Scene::new().await;
+    let ((token, key), (old, _)) = (a_token(None), a_token(Some(1_000)));
+    let write = |name: &str, content: &str| {
+        let file = scene.home.path().join(name);
+        fs::write(&file, content).expect("written");
+        text(&file).to_owned()
+    };
+    let (good, expired) = (write("good", &token), write("expired", &old));
+    let (cut, large) = (write("cut", &token[..token.len() / 2]), write("large", &"A".repeat(40_000)));
+    let other = "11".repeat(32);
+    let none = "01900000-0000-7000-8000-000000000002";
+    let cases: [(&str, &[&str]); 8] = [
+        ("token_unreadable", &["token", "inspect", &cut]),
+        ("token_too_large", &["token", "inspect", &large]),
+        ("token_expired", &["token", "verify", &expired, "--key", &key]),
+        ("token_stolen", &["token", "verify", &good, "--key", &key, "--agent", none]),
+        ("agent_id_needed", &["token", "verify", &good, "--key", &key, "--agent", "echo"]),
+        ("limit_malformed", &["token", "attenuate", &good, "--limit", "pid=3"]),
+        ("narrowing_refused", &["token", "attenuate", &good, "--limit", "pids=1"]),
+        ("not_signed_in", &["token", "mint", "echo"]),
+    ];
+    for (code, arguments) in cases {
+        let report = scene.bad(2, arguments, "").await;
+        assert_eq!(report.code, code, "{arguments:?}: {report}");
+        assert!(!report.fix.is_empty());
+    }
+    let foreign = scene.bad(2, &["token", "verify", &good, "--key", &other], "").await;
+    assert!(["token_foreign", "token_key"].contains(&foreign.code.as_str()), "{foreign}");
+}
+
+#[tokio::test]
+async fn the_appliance_is_asked_to_mint_and_revoke() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    assert_eq!(scene.good(&["token", "key"]).await, format!("{}\n", "07".repeat(32)));
+    let minted = scene.good(&["token", "mint", "echo", "--api", "", "--limit", "pids=16"]).await;
+    assert_eq!(minted, "not-a-token\n");
+    assert!(scene.good(&["token", "inspect", "--agent", "echo"]).await.contains("block 0"));
+    let said = scene.good(&["token", "revoke", "--agent", "echo", "--why", "a test"]).await;
+    assert!(said.contains("1 runs are ended"), "{said}");
+    assert!(scene.good(&["token", "revoked"]).await.contains("it was lost"));
+    let file = scene.home.path().join("token");
+    fs::write(&file, "not-a-token").expect("written");
+    scene.good(&["token", "verify", text(&file), "--agent", "echo"]).await;
+    let calls = scene.fake.calls();
+    for call in [
+        "mint echo {\"api\":[],\"limits\":{\"pids\":16}}",
+        "revoke Agent(\"echo\") a test",
+        "verify not-a-token Some(\"echo\")",
+    ] {
+        assert!(calls.iter().any(|made| made == call), "{call}: {calls:?}");
+    }
 }

@@ -5,6 +5,11 @@
 //! | method and path | right | body | answer |
 //! |---|---|---|---|
 //! | `GET /agent/v1/self` | - | | [`SelfInfo`] |
+//! | `GET /agent/v1/token` | - | | [`crate::token::Shown`]: its own |
+//! | `POST /agent/v1/agents` | `agents.start` | [`StartChild`] | [`Child`], being started |
+//! | `GET /agent/v1/agents` | `agents.start` | | `[`[`Child`]`]`: its own |
+//! | `GET /agent/v1/agents/{id}` | `agents.start` | | [`Child`] |
+//! | `DELETE /agent/v1/agents/{id}` | `agents.start` | | 204, when nothing of it is left |
 //! | `POST /agent/v1/memory/remember` | `memory.remember` | [`Remember`] | [`Remembered`] |
 //! | `POST /agent/v1/memory/recall` | `memory.recall` | [`Recall`] | [`Recalled`] |
 //! | `GET /agent/v1/messages/next?wait_s=25` | `messages` | | [`Message`] or 204 |
@@ -18,11 +23,46 @@
 //! finished, is still being made, or broke off; it is stored and counted once. Another body under the key is 409
 //! `conflict`. Keys are kept for 24 hours, below `/v1/` the newest 256 of each agent. `[DONE]`, or the end of a body,
 //! means that the key and its answer are on disk.
+//!
+//! With the header [`TOKEN_HEADER`] a request is decided by the token in it, which must be the agent's own, narrowed:
+//! for a part of an agent that is to do less than the whole.
 
+use crate::api::AgentState;
+use crate::fault::Report;
 use crate::ids::{AgentId, AgentName, RecordId, RunId};
-use crate::launcher::ExitCause;
+use crate::launcher::{ExitCause, ExitRecord};
+use crate::rights::{Narrowing, Rights};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+
+pub const TOKEN_HEADER: &str = "agentd-token";
+
+/// A child: the same program with other arguments, in a jail, a volume and a memory of its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartChild {
+    /// Unique among all agents; without, one is made of the parent's.
+    #[serde(default)]
+    pub name: Option<AgentName>,
+    /// Added to those of the manifest's `agent.exec`.
+    #[serde(default)]
+    pub arguments: Vec<String>,
+    /// What is taken away. Of `memory.max`, `pids`, `cpu.percent`, `disk.bytes` and `disk.inodes` all children
+    /// together have at most what their parent has; where nothing is said, each gets an equal share.
+    #[serde(default)]
+    pub by: Narrowing,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Child {
+    pub agent_id: AgentId,
+    pub name: AgentName,
+    pub arguments: Vec<String>,
+    pub rights: Rights,
+    pub state: AgentState,
+    pub last_exit: Option<ExitRecord>,
+    pub problem: Option<Report>,
+}
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SelfInfo {

@@ -18,6 +18,14 @@
 //! | `DELETE /api/v1/agents/{name}` | session | | 204 |
 //! | `GET /api/v1/agents/{name}/logs?lines=200&follow=false` | session | | NDJSON of [`LogLine`] |
 //! | `POST /api/v1/agents/{name}/chat` | session | [`ChatRequest`] | NDJSON of [`crate::agent_api::ReplyPart`] |
+//! | `GET /api/v1/agents/{name}/token` | session | | [`crate::token::Shown`] |
+//! | `POST /api/v1/tokens/mint` | session | [`crate::token::Mint`] | [`crate::token::Shown`] |
+//! | `POST /api/v1/tokens/attenuate` | session | [`crate::token::Attenuate`] | [`crate::token::Shown`] |
+//! | `POST /api/v1/tokens/inspect` | session | [`crate::token::Inspect`] | [`crate::token::Shown`] |
+//! | `POST /api/v1/tokens/verify` | session | [`crate::token::Verify`] | [`crate::token::Verified`] |
+//! | `POST /api/v1/tokens/revoke` | session | [`crate::token::Revoke`] | [`crate::token::Revocation`] |
+//! | `GET /api/v1/tokens/revoked` | session | | `[`[`crate::token::Revoked`]`]` |
+//! | `GET /api/v1/tokens/key` | session | | [`crate::token::Key`] |
 //! | `GET /api/v1/models` | session | | `[`[`Model`]`]` |
 //! | `PUT /api/v1/models/{name}` | session | the GGUF file | [`Model`] |
 //! | `DELETE /api/v1/models/{name}` | session | | 204 |
@@ -190,6 +198,9 @@ pub enum EngineState {
 pub struct Agent {
     pub agent_id: AgentId,
     pub owner_id: OwnerId,
+    /// Whose child it is, if it was started by an agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<AgentId>,
     pub name: AgentName,
     pub version: String,
     pub description: String,

@@ -71,6 +71,7 @@ impl Report {
             (_, "not_found") => 404,
             (_, "unauthorized") => 401,
             (_, "forbidden") => 403,
+            (_, "token_expired" | "token_foreign" | "token_revoked" | "token_stolen") => 403,
             (_, "conflict") => 409,
             (_, "too_large") => 413,
             (_, "too_many_requests") => 429,

@@ -23,3 +23,4 @@ pub mod netd;
 pub mod paths;
 pub mod plan;
 pub mod rights;
+pub mod token;

@@ -27,7 +27,19 @@ pub struct Manifest {
     pub messages: bool,
     /// Whether the agent may ask for tool calls in groups of their own.
     pub calls: bool,
+    /// Agents that it may start itself.
+    #[serde(default)]
+    pub children: Children,
     pub restart: Restart,
+}
+
+/// How many agents below this one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Children {
+    /// At a time; 0 is none at all.
+    pub most: u32,
+    /// Generations: with 1 a child has no children.
+    pub depth: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

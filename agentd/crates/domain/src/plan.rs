@@ -147,6 +147,9 @@ pub mod ceiling {
     pub const OPEN_FILES_MAX: u32 = 65_536;
     pub const TMP_MAX_BYTES: u64 = 64 * GIB;
     pub const IO_MIN_BYTES_PER_SECOND: u64 = 64 * 1024;
+    /// Children of one agent at a time, and generations: a token has at most 16 blocks.
+    pub const CHILDREN_MAX: u32 = 64;
+    pub const DEPTH_MAX: u32 = 8;
     /// Lists and texts of a plan: a launcher message holds them all.
     pub const MOUNTS_MAX: usize = 64;
     pub const ENV_MAX: usize = 128;

@@ -9,7 +9,7 @@
 //! [`Rights`] is the list, [`Narrowing`] the only kind of check that is understood.
 
 use crate::fault::Report;
-use crate::manifest::{Limits, Manifest, MemoryAccess};
+use crate::manifest::{Manifest, MemoryAccess};
 use crate::plan::ceiling;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,6 +17,8 @@ use std::fmt;
 
 /// The value of a limit that does not limit: the largest number that a token can hold.
 pub const UNLIMITED: u64 = i64::MAX as u64;
+/// The right to start children of one's own.
+pub const START_AGENTS: &str = "agents.start";
 
 /// All that an agent may do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,10 +58,16 @@ pub enum Limit {
     /// Per second, each way.
     #[serde(rename = "io.bytes")]
     IoBytes,
+    /// Children that an agent may have at a time.
+    #[serde(rename = "agents.children")]
+    AgentsChildren,
+    /// Generations below an agent: 1 is children without children of their own.
+    #[serde(rename = "agents.depth")]
+    AgentsDepth,
 }
 
 impl Limit {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::MemoryHigh,
         Self::MemoryMax,
         Self::CpuPercent,
@@ -69,6 +77,8 @@ impl Limit {
         Self::OpenFiles,
         Self::TmpBytes,
         Self::IoBytes,
+        Self::AgentsChildren,
+        Self::AgentsDepth,
     ];
 
     pub fn name(self) -> &'static str {
@@ -82,6 +92,8 @@ impl Limit {
             Self::OpenFiles => "files.open",
             Self::TmpBytes => "tmp.bytes",
             Self::IoBytes => "io.bytes",
+            Self::AgentsChildren => "agents.children",
+            Self::AgentsDepth => "agents.depth",
         }
     }
 
@@ -94,6 +106,7 @@ impl Limit {
             Self::OpenFiles => u64::from(ceiling::OPEN_FILES_MIN),
             Self::IoBytes => ceiling::IO_MIN_BYTES_PER_SECOND,
             Self::DiskBytes | Self::DiskInodes | Self::TmpBytes => 0,
+            Self::AgentsChildren | Self::AgentsDepth => 0,
         }
     }
 
@@ -108,6 +121,8 @@ impl Limit {
             Self::OpenFiles => u64::from(ceiling::OPEN_FILES_MAX),
             Self::TmpBytes => ceiling::TMP_MAX_BYTES,
             Self::IoBytes => UNLIMITED,
+            Self::AgentsChildren => u64::from(ceiling::CHILDREN_MAX),
+            Self::AgentsDepth => u64::from(ceiling::DEPTH_MAX),
         }
     }
 }
@@ -153,7 +168,7 @@ impl Rights {
             api: api(manifest),
             read: manifest.read.iter().cloned().collect(),
             calls: calls.iter().map(|&group| group.to_owned()).collect(),
-            limits: limits(&manifest.limits),
+            limits: limits(manifest),
         }
     }
 
@@ -278,6 +293,9 @@ fn api(manifest: &Manifest) -> BTreeSet<String> {
             rights.extend(["memory.remember".to_owned(), format!("memory.remember.{tier}")]);
         }
     }
+    if manifest.children.most > 0 {
+        rights.insert(START_AGENTS.to_owned());
+    }
     if manifest.messages {
         rights.insert("messages".to_owned());
     }
@@ -290,7 +308,8 @@ fn api(manifest: &Manifest) -> BTreeSet<String> {
     rights
 }
 
-fn limits(asked: &Limits) -> BTreeMap<Limit, u64> {
+fn limits(manifest: &Manifest) -> BTreeMap<Limit, u64> {
+    let asked = &manifest.limits;
     let value = |limit: Limit| match limit {
         Limit::MemoryHigh => asked.memory_high_bytes.min(asked.memory_max_bytes),
         Limit::MemoryMax => asked.memory_max_bytes,
@@ -301,6 +320,8 @@ fn limits(asked: &Limits) -> BTreeMap<Limit, u64> {
         Limit::OpenFiles => u64::from(asked.open_files),
         Limit::TmpBytes => asked.tmp_bytes,
         Limit::IoBytes => asked.io_bytes_per_second.unwrap_or(UNLIMITED),
+        Limit::AgentsChildren => u64::from(manifest.children.most),
+        Limit::AgentsDepth => u64::from(manifest.children.depth),
     };
     Limit::ALL.into_iter().map(|limit| (limit, value(limit).clamp(limit.floor(), limit.ceiling()))).collect()
 }

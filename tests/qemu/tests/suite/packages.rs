@@ -25,3 +25,15 @@ pub fn visitor(below: &Path) -> Result<PathBuf> {
     std::fs::write(folder.join("agent.toml"), manifest)?;
     Ok(folder)
 }
+
+/// A folder with an agent that starts children, two at most and without children of their own.
+pub fn family(below: &Path) -> Result<PathBuf> {
+    let folder = below.join("family");
+    std::fs::create_dir_all(folder.join("bin"))?;
+    std::fs::copy(env!("CARGO_BIN_EXE_family"), folder.join("bin/family"))?;
+    let manifest = "[agent]\nname = \"family\"\nexec = [\"/agent/bin/family\", \"parent\"]\n\n\
+                    [limits]\nmemory_high = \"64M\"\nmemory_max = \"64M\"\npids = 32\n\n[memory]\nspirit = \"rw\"\n\n\
+                    [messages]\naccept = true\n\n[agents]\nchildren = 2\ndepth = 1\n";
+    std::fs::write(folder.join("agent.toml"), manifest)?;
+    Ok(folder)
+}

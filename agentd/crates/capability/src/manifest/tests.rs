@@ -32,6 +32,9 @@ codegraph = "none"
 accept = true
 [calls]
 allow = true
+[agents]
+children = 4
+depth = 2
 [restart]
 policy = "never"
 "#;
@@ -75,6 +78,7 @@ fn every_key_is_read() {
             ],
             messages: true,
             calls: true,
+            children: agentd_domain::manifest::Children { most: 4, depth: 2 },
             restart: Restart::Never,
         }
     );

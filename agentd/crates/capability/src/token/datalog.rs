@@ -2,17 +2,20 @@
 //!
 //! A request is one fact `asks(kind, what, amount)`. Each check is about that fact and lets other kinds pass.
 
-use super::{Grant, keypair, not_made};
+use super::{Grant, Later, keypair, not_made};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
-use agentd_domain::rights::{Narrowing, Request};
+use agentd_domain::rights::Request;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use biscuit_auth::builder::{Term, date, fact, int, string};
 use biscuit_auth::datalog::SymbolTable;
-use biscuit_auth::{AuthorizerBuilder, BiscuitBuilder, BlockBuilder, error};
+use biscuit_auth::{
+    Algorithm, AuthorizerBuilder, Biscuit, BiscuitBuilder, BlockBuilder, KeyPair, PrivateKey, error,
+};
 use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
+use std::sync::LazyLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 const API: &str = "api";
@@ -38,7 +41,8 @@ pub fn authority(grant: &Grant) -> Result<BiscuitBuilder, Report> {
         for (limit, value) in &rights.limits {
             builder = builder.fact(fact("limit", &[string(limit.name()), int(number(*value))]))?;
         }
-        builder = builder.code("check if caller($agent), holder($agent)")?;
+        builder =
+            builder.code("check if caller($agent), holder($agent) or holder($agent), handed_on($agent)")?;
         match grant.expires_unix_s {
             Some(end) => builder.code_with_params(BEFORE, HashMap::from([end_param(end)]), HashMap::new()),
             None => Ok(builder),
@@ -49,10 +53,16 @@ pub fn authority(grant: &Grant) -> Result<BiscuitBuilder, Report> {
 
 const BEFORE: &str = "check if time($now), $now < {end}";
 
-/// A block that takes away.
-pub fn attenuation(by: &Narrowing) -> Result<BlockBuilder, Report> {
+/// A block that takes away, and may name another holder.
+pub fn later(block: &Later) -> Result<BlockBuilder, Report> {
+    let by = &block.by;
     let build = || -> Result<BlockBuilder, error::Token> {
-        let mut builder = BlockBuilder::new().fact(fact(MEANS, &[string(&encoded(by))]))?;
+        let mut builder = BlockBuilder::new().fact(fact(MEANS, &[string(&encoded(block))]))?;
+        if let Some(to) = block.to {
+            let params = HashMap::from([("to".to_owned(), string(&to.to_string()))]);
+            let check = "check if caller({to}) or handed_on({to})";
+            builder = builder.code_with_params(check, params, HashMap::new())?;
+        }
         for (kind, names) in [(API, &by.api), (CALLS, &by.calls), (READ, &by.read)] {
             if let Some(names) = names {
                 builder = only(builder, kind, names)?;
@@ -73,9 +83,11 @@ pub fn attenuation(by: &Narrowing) -> Result<BlockBuilder, Report> {
     build().map_err(not_made)
 }
 
-/// The request, and when it is allowed at all.
+/// The request, and when it is allowed at all. Of the holders the last may use the token; that the others have handed
+/// it on is a fact that only who asks can state, so no block can.
 pub fn question(
-    builder: AuthorizerBuilder,
+    mut builder: AuthorizerBuilder,
+    holders: &[AgentId],
     caller: AgentId,
     now_unix_s: i64,
     request: &Request,
@@ -86,6 +98,13 @@ pub fn question(
         Request::Calls(group) => (CALLS, group.as_str(), 0),
         Request::Limit(limit, value) => (LIMIT, limit.name(), number(*value)),
     };
+    if let Some((last, earlier)) = holders.split_last() {
+        let params = HashMap::from([("last".to_owned(), string(&last.to_string()))]);
+        builder = builder.code_with_params("check if caller({last})", params, HashMap::new())?;
+        for holder in earlier {
+            builder = builder.fact(fact("handed_on", &[string(&holder.to_string())]))?;
+        }
+    }
     builder
         .fact(fact("caller", &[string(&caller.to_string())]))?
         .fact(fact("time", &[date(&time(now_unix_s))]))?
@@ -108,15 +127,24 @@ pub fn said(printed: &str) -> Option<Vec<u8>> {
 /// A block as Biscuit prints it: the later one if there is one. The keys matter to nobody.
 pub fn printed(authority: BiscuitBuilder, later: Option<BlockBuilder>) -> Result<String, Report> {
     let key = keypair(&[1; 32])?;
-    let token = authority.build_with_key_pair(&key, SymbolTable::default(), &key);
     let printed = match later {
-        None => token.and_then(|token| token.print_block_source(0)),
-        Some(later) => token
-            .and_then(|token| token.append_with_keypair(&key, later))
-            .and_then(|token| token.print_block_source(1)),
+        None => authority
+            .build_with_key_pair(&key, SymbolTable::default(), &key)
+            .and_then(|token| token.print_block_source(0)),
+        Some(later) => match &*EMPTY {
+            Ok(empty) => empty.append_with_keypair(&key, later).and_then(|token| token.print_block_source(1)),
+            Err(error) => Err(error.clone()),
+        },
     };
     printed.map_err(not_made)
 }
+
+/// A token without content, to print later blocks behind it.
+static EMPTY: LazyLock<Result<Biscuit, error::Token>> = LazyLock::new(|| {
+    let key = PrivateKey::from_bytes(&[1; 32], Algorithm::Ed25519)?;
+    let key = KeyPair::from(&key);
+    BiscuitBuilder::new().build_with_key_pair(&key, SymbolTable::default(), &key)
+});
 
 /// Of this kind only these; of folders also what lies below. An alternative for each, and not one set: the order in
 /// a set depends on the blocks before it.

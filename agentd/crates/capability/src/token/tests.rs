@@ -1,11 +1,12 @@
 use super::*;
 use crate::asked;
 use crate::parse_manifest;
-use agentd_domain::plan::{DiskQuota, Mount, SandboxPlan};
-use agentd_domain::rights::{Limit, UNLIMITED, is_beneath};
+use agentd_domain::plan::{Mount, SandboxPlan};
+use agentd_domain::rights::{Limit, Rights, UNLIMITED, is_beneath};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
+use std::sync::LazyLock;
 use uuid::Uuid;
 
 const NOW: i64 = 1_790_000_000;
@@ -28,7 +29,8 @@ fn grant() -> Grant {
 }
 
 fn at(caller: u128, now_unix_s: i64) -> Circumstances<'static> {
-    Circumstances { caller: agent(caller), now_unix_s, revoked: &|_| false }
+    static NONE: LazyLock<HashSet<RevocationId>> = LazyLock::new(HashSet::new);
+    Circumstances { caller: agent(caller), now_unix_s, revoked: &NONE }
 }
 
 fn code(result: Result<impl std::fmt::Debug, Report>) -> String {
@@ -71,8 +73,8 @@ fn to_revoke_one_ends_its_descendants_and_no_one_else() {
     let grandchild = attenuate(&child, &Narrowing::default(), &Fresh([4; 32])).unwrap();
     let revoked = inspect(&child).unwrap().revocation_ids.remove(1);
     let gone = |token: &str| {
-        let is_revoked = |id: &RevocationId| *id == revoked;
-        let at = Circumstances { revoked: &is_revoked, ..at(1, NOW) };
+        let revoked = HashSet::from([revoked.clone()]);
+        let at = Circumstances { revoked: &revoked, ..at(1, NOW) };
         verify(token, key().public(), &at).is_err_and(|report| report.code == "token_revoked")
     };
     assert_eq!([&parent, &child, &sibling, &grandchild].map(|token| gone(token)), [false, true, false, true]);
@@ -104,16 +106,17 @@ fn what_is_not_a_token_of_ours_is_refused_with_a_reason() {
 #[test]
 fn a_block_that_is_not_of_the_template_is_refused() {
     let token = UnverifiedBiscuit::from_base64(mint(&key(), &grant(), &Fresh([1; 32])).unwrap()).unwrap();
-    let narrow = Narrowing { api: names(&["messages"]), ..Narrowing::default() };
-    let wide = datalog::attenuation(&Narrowing::default()).unwrap();
+    let by = Narrowing { api: names(&["messages"]), ..Narrowing::default() };
+    let narrow = Later { to: None, by };
+    let wide = datalog::later(&Later::default()).unwrap();
     let own = |code: &str| biscuit_auth::BlockBuilder::new().code(code).unwrap();
     for (what, block) in [
         ("no meaning", own("check if asks($k, $w, $a), $w != \"models\"")),
         ("a right of its own", own("right(\"api\", \"everything\")")),
-        ("a rule", datalog::attenuation(&narrow).unwrap().code("right(\"api\", $x) <- holder($x)").unwrap()),
-        ("another check", datalog::attenuation(&narrow).unwrap().code("check if time($t)").unwrap()),
+        ("a rule", datalog::later(&narrow).unwrap().code("right(\"api\", $x) <- holder($x)").unwrap()),
+        ("another check", datalog::later(&narrow).unwrap().code("check if time($t)").unwrap()),
         ("nothing at all", own("")),
-        ("two meanings", wide.merge(datalog::attenuation(&narrow).unwrap())),
+        ("two meanings", wide.merge(datalog::later(&narrow).unwrap())),
     ] {
         let changed = token.append_with_keypair(&keypair(&[2; 32]).unwrap(), block).unwrap();
         assert_eq!(code(inspect(&changed.to_base64().unwrap())), "token_profile", "{what}");
@@ -252,7 +255,7 @@ proptest! {
                 Request::Api(right) => plan.api.contains(right),
                 Request::Read(path) => reads(&plan, path) && !reads(&bare, path),
                 Request::Calls(group) => plan.seccomp.groups.contains(group),
-                Request::Limit(limit, value) => limit_given(&plan, crate::quota_with(&rights), *limit, *value),
+                Request::Limit(limit, value) => limit_given(&plan, &rights, *limit, *value),
             };
             let in_runtime = matches!(request, Request::Read(path) if reads(&bare, path));
             let beyond_ceiling = matches!(request, Request::Limit(limit, value) if *value > limit.ceiling());
@@ -300,7 +303,8 @@ fn no_attenuation_widens() {
     println!("{rounds} attenuations, none widened");
 }
 
-fn limit_given(plan: &SandboxPlan, quota: DiskQuota, limit: Limit, value: u64) -> bool {
+fn limit_given(plan: &SandboxPlan, rights: &Rights, limit: Limit, value: u64) -> bool {
+    let quota = crate::quota_with(rights);
     let most = match limit {
         Limit::MemoryHigh => plan.cgroup.memory_high_bytes,
         Limit::MemoryMax => plan.cgroup.memory_max_bytes,
@@ -319,6 +323,256 @@ fn limit_given(plan: &SandboxPlan, quota: DiskQuota, limit: Limit, value: u64) -
         // Of the volume, which is prepared apart from a run.
         Limit::DiskBytes => quota.bytes,
         Limit::DiskInodes => quota.inodes,
+        // No wall: agentd counts children when one is to be started.
+        Limit::AgentsChildren | Limit::AgentsDepth => return value <= rights.limit(limit),
     };
     value <= most
+}
+
+// --- handing on ------------------------------------------------------------------------------------------
+
+/// The parent is agent 1, its child agent 2.
+fn handed(by: &Narrowing) -> (String, String) {
+    let parent = mint(&key(), &grant(), &Fresh([1; 32])).unwrap();
+    let child = hand_on(&key(), &parent, agent(2), by, &Fresh([2; 32])).unwrap();
+    (parent, child)
+}
+
+#[test]
+fn a_handed_on_token_is_its_new_holder_s_alone_and_the_old_one_stays_the_parent_s() {
+    let by = Narrowing { api: names(&["models"]), ..Narrowing::default() };
+    let (parent, child) = handed(&by);
+    let verified = verify(&child, key().public(), &at(2, NOW)).unwrap();
+    assert_eq!((verified.holder, verified.rights.api), (agent(2), names(&["models"]).unwrap()));
+    assert_eq!(code(verify(&child, key().public(), &at(1, NOW))), "token_stolen");
+    assert_eq!(code(verify(&parent, key().public(), &at(2, NOW))), "token_stolen");
+    verify(&parent, key().public(), &at(1, NOW)).unwrap();
+    let models = Request::Api("models".to_owned());
+    let asked = |token: &str, caller| authorize(token, key().public(), agent(caller), NOW, &models).unwrap();
+    assert_eq!([asked(&child, 2), asked(&child, 1), asked(&child, 3)], [true, false, false]);
+    assert_eq!([asked(&parent, 1), asked(&parent, 2)], [true, false]);
+
+    // A narrowing by the child keeps the holder; a grandchild is the third.
+    let narrower = attenuate(&child, &Narrowing::default(), &Fresh([3; 32])).unwrap();
+    verify(&narrower, key().public(), &at(2, NOW)).unwrap();
+    let grandchild = hand_on(&key(), &narrower, agent(3), &Narrowing::default(), &Fresh([4; 32])).unwrap();
+    verify(&grandchild, key().public(), &at(3, NOW)).unwrap();
+    for caller in [1, 2] {
+        assert_eq!(code(verify(&grandchild, key().public(), &at(caller, NOW))), "token_stolen");
+        assert!(!asked(&grandchild, caller));
+    }
+    assert!(asked(&grandchild, 3));
+    assert_eq!(inspect(&grandchild).unwrap().holders(), [agent(1), agent(2), agent(3)]);
+}
+
+/// What a thief can do who has the text of a token: append whatever Biscuit lets him.
+#[test]
+fn a_thief_cannot_hand_a_token_to_himself() {
+    let (parent, child) = handed(&Narrowing::default());
+    let his = RootKey::from_secret(&[66; 32]).unwrap();
+    let to_thief = || datalog::later(&Later { to: Some(agent(9)), by: Narrowing::default() }).unwrap();
+    for token in [&parent, &child] {
+        let unsigned = UnverifiedBiscuit::from_base64(token).unwrap();
+        // Without a signature of anybody: not a block of its kind.
+        let plain = unsigned.append_with_keypair(&keypair(&[5; 32]).unwrap(), to_thief()).unwrap();
+        assert_eq!(code(verify(&plain.to_base64().unwrap(), key().public(), &at(9, NOW))), "token_profile");
+        // Signed by himself: not the appliance.
+        let request = unsigned.third_party_request().unwrap();
+        let block = request.create_block(&his.0.private(), to_thief()).unwrap().serialize().unwrap();
+        let signed = unsigned.append_third_party_with_keypair(&block, keypair(&[5; 32]).unwrap()).unwrap();
+        let signed = signed.to_base64().unwrap();
+        assert_eq!(code(verify(&signed, key().public(), &at(9, NOW))), "token_foreign");
+        assert!(
+            authorize(&signed, key().public(), agent(9), NOW, &Request::Api("models".to_owned())).is_err()
+        );
+        assert_eq!(
+            code(hand_on(&his, token, agent(9), &Narrowing::default(), &Fresh([5; 32]))),
+            "token_foreign"
+        );
+    }
+}
+
+/// The appliance's own signature, lifted from the child's token, fits no other.
+#[test]
+fn a_block_that_was_handed_on_fits_no_other_token() {
+    let other = Grant { rights: Rights { api: BTreeSet::new(), ..grant().rights }, ..grant() };
+    let narrow = mint(&key(), &other, &Fresh([9; 32])).unwrap();
+    let wide = mint(&key(), &grant(), &Fresh([1; 32])).unwrap();
+    let narrow = UnverifiedBiscuit::from_base64(narrow).unwrap();
+    let block = datalog::later(&Later { to: Some(agent(2)), by: Narrowing::default() }).unwrap();
+    let request = narrow.third_party_request().unwrap();
+    let block = request.create_block(&key().0.private(), block).unwrap().serialize().unwrap();
+    let wide = UnverifiedBiscuit::from_base64(wide).unwrap();
+    // Biscuit may refuse it here or when the signatures are checked.
+    if let Ok(mixed) = wide.append_third_party_with_keypair(&block, keypair(&[3; 32]).unwrap()) {
+        let mixed = mixed.to_base64().unwrap();
+        assert_eq!(code(verify(&mixed, key().public(), &at(2, NOW))), "token_foreign");
+    }
+}
+
+#[test]
+fn a_token_is_not_handed_back() {
+    let (_, child) = handed(&Narrowing::default());
+    for to in [1, 2] {
+        assert_eq!(
+            code(hand_on(&key(), &child, agent(to), &Narrowing::default(), &Fresh([3; 32]))),
+            "token_profile"
+        );
+    }
+}
+
+#[test]
+fn a_child_ends_with_its_parent_s_token_and_not_the_other_way_round() {
+    let (parent, child) = handed(&Narrowing::default());
+    let ids = inspect(&child).unwrap().revocation_ids;
+    for (id, ended) in [(&ids[0], [true, true]), (&ids[1], [false, true])] {
+        let revoked = HashSet::from([id.clone()]);
+        let check = |token: &str, caller| {
+            let at = Circumstances { revoked: &revoked, ..at(caller, NOW) };
+            verify(token, key().public(), &at).is_err_and(|report| report.code == "token_revoked")
+        };
+        assert_eq!([check(&parent, 1), check(&child, 2)], ended);
+    }
+}
+
+// --- bad input -------------------------------------------------------------------------------------------
+
+/// Each bit of the text is flipped in turn: a clear refusal, or no change of what the token means.
+#[test]
+fn every_flipped_bit_is_refused_in_words_or_changes_nothing() {
+    let (_, child) = handed(&Narrowing { api: names(&["models"]), ..Narrowing::default() });
+    let before = verify(&child, key().public(), &at(2, NOW)).unwrap();
+    let step = if std::env::var_os("AGENTD_LONG").is_some() { 1 } else { 17 };
+    let mut codes = BTreeSet::new();
+    for bit in (0..child.len() * 8).step_by(step) {
+        let mut bytes = child.clone().into_bytes();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        let Ok(text) = String::from_utf8(bytes) else { continue };
+        match verify(&text, key().public(), &at(2, NOW)) {
+            Ok(after) => assert_eq!(after, before, "bit {bit}"),
+            Err(report) => {
+                assert!(!report.why.is_empty() && !report.fix.is_empty(), "bit {bit}: {report:?}");
+                codes.insert(report.code);
+            }
+        }
+    }
+    let known = ["token_foreign", "token_profile", "token_unreadable"];
+    assert!(codes.iter().all(|code| known.contains(&code.as_str())), "{codes:?}");
+    assert!(codes.contains("token_foreign") && codes.contains("token_unreadable"), "{codes:?}");
+}
+
+#[test]
+fn every_shorter_and_longer_text_is_refused() {
+    let (_, child) = handed(&Narrowing::default());
+    for length in (0..child.len()).step_by(7) {
+        assert!(verify(&child[..length], key().public(), &at(2, NOW)).is_err(), "{length} bytes");
+    }
+    for tail in ["A", "AAAA", "=", " ", "\n", "\0"] {
+        let result = verify(&format!("{child}{tail}"), key().public(), &at(2, NOW));
+        assert!(result.is_err(), "{tail:?}");
+    }
+}
+
+/// Built with Biscuit itself, which has no limit; refused by its size alone, before anything is read of it.
+#[test]
+fn a_token_of_ten_thousand_blocks_is_refused_unread() {
+    let (parent, _) = handed(&Narrowing::default());
+    let mut many = UnverifiedBiscuit::from_base64(&parent).unwrap();
+    let next = keypair(&[5; 32]).unwrap();
+    // To append is quadratic in Biscuit, so what ten thousand would take is reckoned from a hundred.
+    while many.block_count() < 100 {
+        many = many.append_with_keypair(&next, biscuit_auth::BlockBuilder::new()).unwrap();
+    }
+    let hundred = many.to_base64().unwrap();
+    let per_block = (hundred.len() - parent.len()) / 99;
+    assert!(per_block * 10_000 > TOKEN_MAX_BYTES * 20, "{per_block} bytes a block");
+    let text = format!("{hundred}{}", "A".repeat(per_block * 9_900));
+    let begun = std::time::Instant::now();
+    assert_eq!(code(inspect(&text)), "token_too_large");
+    assert!(begun.elapsed() < Duration::from_millis(50), "it was read: {:?}", begun.elapsed());
+    // And a hundred that fit are counted before one of them is looked into.
+    assert_eq!(code(inspect(&hundred[..hundred.len().min(TOKEN_MAX_BYTES)])), "token_too_deep");
+}
+
+#[test]
+fn a_kind_of_block_from_a_later_version_is_refused() {
+    let token = UnverifiedBiscuit::from_base64(mint(&key(), &grant(), &Fresh([1; 32])).unwrap()).unwrap();
+    let means = |json: &str| {
+        use base64::Engine;
+        let text = base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(json);
+        biscuit_auth::BlockBuilder::new().code(format!("means(\"{text}\")")).unwrap()
+    };
+    for json in [
+        "{\"by\":{},\"only_on\":\"sunday\"}",
+        "{\"by\":{\"devices\":[]}}",
+        "{\"kind\":\"threshold\"}",
+        "[]",
+        "",
+        "{",
+    ] {
+        let token = token.append_with_keypair(&keypair(&[2; 32]).unwrap(), means(json)).unwrap();
+        let report = inspect(&token.to_base64().unwrap()).unwrap_err();
+        assert_eq!(report.code, "token_profile", "{json}: {report:?}");
+    }
+}
+
+// --- a million -------------------------------------------------------------------------------------------
+
+/// With real tokens: each attenuation is a signed block that is appended to the text and read back. In the long run a
+/// million of them, over all processors (`scripts/test long attenuations`).
+#[test]
+fn no_signed_attenuation_widens() {
+    let rounds: u64 = match std::env::var("AGENTD_ATTENUATIONS") {
+        Ok(number) => number.parse().unwrap(),
+        Err(_) => 300,
+    };
+    let begun = std::time::Instant::now();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from) as u64;
+    let seed: u64 = std::env::var("PROPTEST_RNG_SEED").map_or(1, |seed| seed.parse().unwrap());
+    let workers: Vec<_> = (0..threads)
+        .map(|worker| {
+            std::thread::spawn(move || attenuate_at_random(seed * 1_000 + worker, rounds.div_ceil(threads)))
+        })
+        .collect();
+    let done: u64 = workers.into_iter().map(|worker| worker.join().unwrap()).sum();
+    assert!(done >= rounds);
+    println!("RESULT: {done} signed attenuations in {} s, none widened", begun.elapsed().as_secs());
+}
+
+/// Chains of up to seven blocks, some handed on. Every sixteenth token is put before Biscuit's own authorizer too.
+fn attenuate_at_random(seed: u64, rounds: u64) -> u64 {
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let rng = proptest::test_runner::TestRng::from_seed(proptest::test_runner::RngAlgorithm::ChaCha, &bytes);
+    let mut runner = proptest::test_runner::TestRunner::new_with_rng(Default::default(), rng);
+    let (any_rights, any_narrowing, any_request) = (any_rights(), any_narrowing(), any_request());
+    let mut done = 0;
+    while done < rounds {
+        let rights = any_rights.new_tree(&mut runner).unwrap().current();
+        let mut token = token_of(rights.clone(), &[]);
+        let mut before = rights;
+        for depth in 1..=7_u8 {
+            let by = any_narrowing.new_tree(&mut runner).unwrap().current();
+            let fresh = Fresh([depth; 32]);
+            token = if (done + u64::from(depth)) % 5 == 0 {
+                hand_on(&key(), &token, agent(100 + u128::from(depth)), &by, &fresh).unwrap()
+            } else {
+                attenuate(&token, &by, &fresh).unwrap()
+            };
+            let said = genuine(&token, key().public()).unwrap();
+            assert_eq!(said.rights.beyond(&before), Vec::<String>::new(), "{by:?}");
+            assert_eq!(said.rights, before.narrowed(&by), "{by:?}");
+            done += 1;
+            if done % 16 == 0 {
+                let request = any_request.new_tree(&mut runner).unwrap().current();
+                let in_time = said.expires_unix_s.is_none_or(|end| NOW < end);
+                let ours = in_time && said.rights.allows(&request);
+                let theirs = authorize(&token, key().public(), said.holder, NOW, &request).unwrap();
+                assert_eq!(theirs, ours, "{request:?}");
+                assert!(!theirs || before.allows(&request), "{request:?}");
+            }
+            before = said.rights;
+        }
+    }
+    done
 }

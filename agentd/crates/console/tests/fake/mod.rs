@@ -10,10 +10,13 @@ use agentd_domain::api::*;
 use agentd_domain::audit::{Linked, SignedHead};
 use agentd_domain::engine::{Device, LoadedModel, ModelKind};
 use agentd_domain::fault::Report;
+use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::{Clock, Health};
 use agentd_domain::launcher::{ExitCause, ExitRecord};
 use agentd_domain::manifest::Limits;
 use agentd_domain::plan::*;
+use agentd_domain::rights::Rights;
+use agentd_domain::token::*;
 use bytes::Bytes;
 use futures::StreamExt;
 use std::collections::{BTreeMap, HashMap};
@@ -309,6 +312,56 @@ impl Appliance for Fake {
         ready(newest.ok_or_else(|| Report::environment("audit_not_kept", "no head", "there is none", "wait")))
     }
 
+    fn token(&self, agent: AgentKey) -> Pending<'_, Shown> {
+        ready(self.find(&agent, |agent| shown(agent.agent_id)))
+    }
+
+    fn mint_token(&self, mint: Mint) -> Pending<'_, Shown> {
+        self.note(format!("mint {} {}", mint.agent, serde_json::to_string(&mint.by).expect("JSON")));
+        let key = mint.agent.parse().expect("a name");
+        ready(self.find(&key, |agent| shown(agent.agent_id)))
+    }
+
+    fn attenuate_token(&self, _body: Attenuate) -> Pending<'_, Shown> {
+        ready(Ok(shown(AgentId(id(1)))))
+    }
+
+    fn inspect_token(&self, _body: Inspect) -> Pending<'_, Shown> {
+        ready(Ok(shown(AgentId(id(1)))))
+    }
+
+    fn verify_token(&self, body: Verify) -> Pending<'_, Verified> {
+        self.note(format!("verify {} {:?}", body.token, body.agent));
+        let says = shown(AgentId(id(1))).says;
+        ready(Ok(Verified {
+            holder: says.holder,
+            rights: says.rights,
+            expires_unix_s: says.expires_unix_s,
+            revocation_ids: says.revocation_ids,
+        }))
+    }
+
+    fn revoke_token(&self, body: Revoke) -> Pending<'_, Revocation> {
+        self.note(format!("revoke {:?} {}", body.target, body.why));
+        let revoked = Revoked {
+            id: RevocationId("ab".repeat(64)),
+            unix_ms: NOW_UNIX_MS,
+            by: "owner".into(),
+            why: body.why,
+        };
+        ready(Ok(Revocation { revoked, ended: vec![AgentId(id(1))] }))
+    }
+
+    fn revoked_tokens(&self) -> Pending<'_, Vec<Revoked>> {
+        let id = RevocationId("ab".repeat(64));
+        let entry = Revoked { id, unix_ms: NOW_UNIX_MS, by: "owner".into(), why: "it was lost".into() };
+        ready(Ok(vec![entry]))
+    }
+
+    fn token_key(&self) -> Pending<'_, Key> {
+        ready(Ok(Key { key: agentd_domain::audit::PublicKey([7; 32]) }))
+    }
+
     fn reboot(&self) -> Pending<'_, ()> {
         self.note("reboot");
         ready(Ok(()))
@@ -318,6 +371,20 @@ impl Appliance for Fake {
         self.note("poweroff");
         ready(Ok(()))
     }
+}
+
+/// What a token says; its text is none.
+fn shown(holder: AgentId) -> Shown {
+    let rights = Rights {
+        api: ["models".to_owned()].into(),
+        read: Default::default(),
+        calls: Default::default(),
+        limits: Default::default(),
+    };
+    let grant = Grant { holder, rights: rights.clone(), expires_unix_s: None };
+    let revocation_ids = vec![RevocationId("ab".repeat(64))];
+    let says = Inspected { grant, later: Vec::new(), holder, rights, expires_unix_s: None, revocation_ids };
+    Shown { token: "not-a-token".into(), says }
 }
 
 /// State files in memory.
@@ -363,6 +430,7 @@ fn agent(n: u128, name: &str, description: &str, state: AgentState) -> Agent {
     Agent {
         agent_id: agentd_domain::ids::AgentId(id(n)),
         owner_id: agentd_domain::ids::OwnerId(id(99)),
+        parent: None,
         name: name.parse().expect("name"),
         version: "0.1.0".into(),
         description: description.into(),
