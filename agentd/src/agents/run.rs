@@ -128,7 +128,8 @@ pub async fn start(links: Links) -> Result<Agents, Report> {
         held: HashMap::new(),
     };
     for (row, last_exit) in rows {
-        agents.learn(row, last_exit);
+        // Nothing is due before the launcher's list was seen.
+        let _ = agents.learn(row, last_exit);
     }
     agents.order(Order::List);
     agents.show();
@@ -216,8 +217,8 @@ impl Loop {
                 let _ = answer.send(result);
             }
             Input::Installed { row, answer } => {
-                self.learn(*row, None);
-                self.step(Event::Tick).await;
+                let effects = self.learn(*row, None);
+                self.act(effects).await;
                 self.show();
                 let _ = answer.send(Ok(()));
             }
@@ -251,7 +252,8 @@ impl Loop {
         false
     }
 
-    fn learn(&mut self, row: AgentRow, last_exit: Option<ExitRecord>) {
+    fn learn(&mut self, row: AgentRow, last_exit: Option<ExitRecord>) -> Vec<Effect> {
+        let mut effects = Vec::new();
         let agent = row.agent_id;
         let (manifest, package, problem) = match tokens::manifest_of(&row) {
             Ok((manifest, package)) => (Some(Arc::new(manifest)), package, None),
@@ -260,11 +262,12 @@ impl Loop {
         };
         if let Some(manifest) = &manifest {
             let (wanted, restart, restarts) = (row.wanted, manifest.restart, row.restarts);
-            self.decide(Event::Known { agent, wanted, restart, restarts });
+            effects = self.decide(Event::Known { agent, wanted, restart, restarts });
         }
         let (refused, remove_after_boot_ms) = (false, 0);
         let known = Known { row, manifest, package, last_exit, problem, refused, remove_after_boot_ms };
         self.known.insert(agent, known);
+        effects
     }
 
     async fn want(&mut self, agent: AgentId, wanted: bool) -> Result<(), Report> {
@@ -494,7 +497,12 @@ impl Loop {
     }
 
     async fn step(&mut self, event: Event) {
-        let mut effects: VecDeque<Effect> = self.decide(event).into();
+        let effects = self.decide(event);
+        self.act(effects).await;
+    }
+
+    async fn act(&mut self, effects: Vec<Effect>) {
+        let mut effects = VecDeque::from(effects);
         while let Some(effect) = effects.pop_front() {
             match effect {
                 Effect::Start { agent, run } => match self.planned(agent, run).await {
@@ -559,3 +567,6 @@ impl Loop {
         self.shown.send_replace(Arc::new(self.known.iter().map(view).collect()));
     }
 }
+
+#[cfg(test)]
+mod tests;
