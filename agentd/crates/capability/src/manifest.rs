@@ -5,6 +5,7 @@
 //!         and therefore an error, because ignoring a restriction would widen what the agent may do.
 
 use crate::reader::{Problems, Section};
+use crate::net::read_net;
 use crate::units;
 use agentd_domain::agent_api::Tier;
 use agentd_domain::fault::Report;
@@ -45,6 +46,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
     let model = read_model(top.section("model", &mut problems), &mut problems);
     let limits = read_limits(top.section("limits", &mut problems), &mut problems);
     let read = read_fs(top.section("fs", &mut problems), &mut problems);
+    let net = read_net(top.section("net", &mut problems), &mut problems);
     let memory = read_memory(top.section("memory", &mut problems), &mut problems);
     let messages = read_messages(top.section("messages", &mut problems), &mut problems);
     let calls = read_calls(top.section("calls", &mut problems), &mut problems);
@@ -63,6 +65,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
             model,
             limits,
             read,
+            net,
             memory,
             messages,
             calls,

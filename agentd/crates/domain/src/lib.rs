@@ -19,6 +19,7 @@ pub mod initctl;
 pub mod launcher;
 pub mod manifest;
 pub mod marker;
+pub mod net;
 pub mod netd;
 pub mod paths;
 pub mod plan;

@@ -15,19 +15,18 @@
 //! hosts with methods and paths or not at all; byte and time limits bound the rest.
 #![forbid(unsafe_code)]
 
-pub mod address;
 pub mod audit;
 pub mod budget;
 pub mod dns;
 pub mod hello;
 pub mod http1;
-pub mod name;
-pub mod pattern;
 pub mod refusal;
 pub mod relay;
 pub mod rules;
 pub mod socks5;
 pub mod synthetic;
+
+pub use agentd_domain::net::{address, name, pattern};
 
 pub use address::Vetted;
 pub use audit::{Audit, Door, Event};

@@ -583,6 +583,7 @@ fn plan() -> SandboxPlan {
             kill: vec![],
             ioctls: vec![],
             socket_families: vec![2],
+            datagram_families: Vec::new(),
             prctls: vec![],
         },
         cgroup: CgroupLimits {
