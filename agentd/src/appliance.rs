@@ -6,6 +6,7 @@
 use crate::agents::{Agents, View, Views};
 use crate::audit::{Audit, Order};
 use crate::clock;
+use crate::egress::Egress;
 use crate::engine::{Engine, Stage};
 use crate::health::Board;
 use crate::inbox::Inbox;
@@ -49,6 +50,7 @@ pub struct Parts {
     pub agents: Agents,
     pub inbox: Inbox,
     pub logs: Logs,
+    pub egress: Egress,
 }
 
 pub struct Machine {

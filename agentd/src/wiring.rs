@@ -9,6 +9,7 @@ use crate::appliance::{Machine, Parts};
 use crate::audit::{self, Audit};
 use crate::bundled;
 use crate::confine;
+use crate::egress::{self, Egress};
 use crate::engine::{self, Engine, Stage};
 use crate::health::{Board, START, Weight};
 use crate::inbox::Inbox;
@@ -119,6 +120,7 @@ async fn live(
     }
     tokio::spawn(first_models(models.clone(), open.clone()));
     let state = places.state_agentd.clone();
+    let out = parts.as_ref().ok().map(|parts| parts.egress.clone());
     let machine = Machine {
         places,
         board: Arc::clone(&board),
@@ -130,6 +132,9 @@ async fn live(
         parts,
     };
     serve_people(machine, &state, port, init, board, open, over).await;
+    if let Some(egress) = out {
+        egress.close().await;
+    }
     audit.close().await;
     tracing::info!("agentd ends");
     Ok(())
@@ -230,9 +235,21 @@ async fn start_agents(
         audit: audit.clone(),
         launcher: launcher.clone(),
     };
-    let (to_data, lines) = (data.clone(), logs.clone());
-    let serve = Box::new(move |run: Serve| {
+    let egress = {
+        let (places, audit, db, board) = (places.clone(), audit.clone(), db.clone(), Arc::clone(board));
+        let (on_data, what) = (data.clone(), "no agent is started");
+        let opened = tokio::task::spawn_blocking(move || {
+            let _on_data = on_data.enter();
+            Egress::open(&places, audit, db, &board)
+        });
+        opened.await.map_err(|error| Report::bug("thread_lost", what, error.to_string(), "reboot the appliance"))?
+    };
+    let (to_data, lines, out) = (data.clone(), logs.clone(), egress.clone());
+    let serve = Box::new(move |mut run: Serve| {
         let _on_data = to_data.enter();
+        if let Some(sockets) = run.handles.sockets.egress.take() {
+            out.serve(egress::Run { agent: run.agent, run: run.run, sockets, over: run.over.clone() });
+        }
         agent_api::serve(run, services.clone(), &lines);
     });
     let links = agents::Links {
@@ -246,7 +263,7 @@ async fn start_agents(
         serve,
     };
     let agents = agents::start(links).await?;
-    Ok(Parts { db, agents, inbox, logs })
+    Ok(Parts { db, agents, inbox, logs, egress })
 }
 
 /// What is decided meanwhile waits in memory, so that nobody waits for the key's file. Without a key agents run all

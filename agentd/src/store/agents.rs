@@ -142,6 +142,7 @@ impl Store {
             txn.open_table(RUN)?.retain_in((agent, 0)..=(agent, u128::MAX), |_, _| false)?;
             super::messages::forget(txn, row.agent_id)?;
             super::once::forget(txn, row.agent_id)?;
+            super::egress::forget(txn, row.agent_id)?;
             Ok(Ok(()))
         })
     }

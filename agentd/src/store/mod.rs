@@ -10,10 +10,12 @@
 
 mod agents;
 mod audit;
+mod egress;
 mod messages;
 mod once;
 
 pub use agents::AgentRow;
+pub use egress::Moved;
 pub use audit::{AUDIT_MOST_BYTES, AuditEnd, AuditQuery, Dropped, Front};
 pub use messages::{MessageRow, MessageState, Outcome};
 pub use once::Kept;
@@ -170,6 +172,7 @@ impl Store {
             messages::create_tables(&txn)?;
             once::create_tables(&txn)?;
             audit::create_tables(&txn)?;
+            egress::create_tables(&txn)?;
             if let Some(owner) = known
                 && txn.list_tables()?.count() == tables
             {

@@ -37,6 +37,12 @@ impl Secret {
         }
         if bytes.iter().all(u8::is_ascii_graphic) { Ok(Self(bytes)) } else { Err(SecretError::Character) }
     }
+
+    /// For whoever keeps it.
+    pub fn expose(&self) -> &str {
+        // It is ASCII since `new`.
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
 }
 
 impl fmt::Debug for Secret {
