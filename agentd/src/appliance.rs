@@ -27,7 +27,9 @@ use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::Health;
 use agentd_domain::manifest::{Limits, Manifest};
+use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::SandboxPlan;
+use agentd_domain::secret::{SecretInfo, SecretOrder};
 use agentd_sandbox::client::Launcher;
 use bytes::Bytes;
 use futures::{StreamExt, stream};
@@ -70,7 +72,7 @@ impl Machine {
         self.parts.as_ref().map_err(Clone::clone)
     }
 
-    fn find(&self, key: &AgentKey) -> Result<(AgentId, View), Report> {
+    pub(crate) fn find(&self, key: &AgentKey) -> Result<(AgentId, View), Report> {
         let views = self.parts()?.agents.views();
         let found = views.iter().find(|(id, view)| match key {
             AgentKey::Name(name) => view.row.name == *name,
@@ -322,7 +324,12 @@ impl Appliance for Machine {
             }
             let agents = self.parts()?.agents.clone();
             // On a task of its own: a removal that was begun is finished, whoever has gone meanwhile.
-            let removal = tokio::spawn(async move { agents.remove(agent).await });
+            let secrets = self.parts()?.egress.secrets().clone();
+            let removal = tokio::spawn(async move {
+                agents.remove(agent).await?;
+                let forgotten = tokio::task::spawn_blocking(move || secrets.forget(agent)).await;
+                forgotten.map_err(|error| thread_lost(&error.to_string()))?
+            });
             removal.await.map_err(|error| thread_lost(&error.to_string()))?
         };
         Box::pin(self.audit.order(order, work, |_, _| {}))
@@ -356,6 +363,18 @@ impl Appliance for Machine {
     fn remove_model(&self, name: ModelName) -> Pending<'_, ()> {
         let order = Order { action: "model.remove", agent: None, about: name.to_string() };
         Box::pin(self.audit.order(order, self.models.remove(name), |_, _| {}))
+    }
+
+    fn secrets(&self) -> Pending<'_, Vec<SecretInfo>> {
+        Box::pin(async { self.secret_list() })
+    }
+
+    fn set_secret(&self, secret: SecretOrder) -> Pending<'_, ()> {
+        Box::pin(self.secret_set(secret))
+    }
+
+    fn remove_secret(&self, name: SecretName, agent: Option<AgentKey>) -> Pending<'_, ()> {
+        Box::pin(self.secret_remove(name, agent))
     }
 
     fn audit(&self, query: AuditQuery) -> Pending<'_, Bytes> {

@@ -82,7 +82,7 @@ fn write_bundle(path: &Path, image: &[u8], own: &CertificateDer<'_>) -> io::Resu
 }
 
 /// RFC 7468, 5: lines of 64 characters.
-fn pem(certificate: &CertificateDer<'_>) -> String {
+pub(super) fn pem(certificate: &CertificateDer<'_>) -> String {
     let text = STANDARD.encode(certificate);
     let mut pem = "-----BEGIN CERTIFICATE-----\n".to_owned();
     for (index, letter) in text.chars().enumerate() {

@@ -12,12 +12,11 @@
 
 mod authority;
 mod budgets;
+mod orders;
 mod record;
 mod secrets;
 mod serve;
 mod world;
-
-pub use secrets::{SecretKey, Secrets};
 
 use crate::audit::Audit;
 use crate::health::{Board, Weight};
@@ -30,6 +29,7 @@ use agentd_domain::net::{EgressRules, Pattern, Reach, Rule};
 use agentd_egress::{Budgets, ByteBudget, Ending, Policy};
 use agentd_sandbox::client::EgressSockets;
 use budgets::Book;
+use secrets::Secrets;
 use std::collections::HashMap;
 use std::fs;
 use std::sync::Arc;

@@ -28,7 +28,7 @@ const SECRETS_MOST: usize = 1024;
 const HOSTS_MOST: usize = 64;
 
 /// What a secret is known by.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SecretKey {
     pub name: SecretName,
     /// Absent: for every agent whose rule names one of the secret's hosts.
@@ -38,8 +38,9 @@ pub struct SecretKey {
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Row {
-    #[serde(flatten)]
-    key: SecretKey,
+    name: SecretName,
+    #[serde(default)]
+    agent: Option<AgentId>,
     /// Exactly these hosts. Empty, for a secret of one agent: whichever host that agent's own rule names.
     hosts: Vec<Host>,
     value: String,
@@ -177,7 +178,10 @@ fn read(folder: &Path) -> Result<BTreeMap<SecretKey, (Vec<Host>, Secret)>, Strin
     if document.format != FORMAT {
         return Err(format!("it has format {}, this version reads {FORMAT}", document.format));
     }
-    let secret = |row: Row| Some((row.key, (row.hosts, Secret::new(row.value.into_bytes()).ok()?)));
+    let secret = |row: Row| {
+        let key = SecretKey { name: row.name, agent: row.agent };
+        Some((key, (row.hosts, Secret::new(row.value.into_bytes()).ok()?)))
+    };
     let rows: Option<_> = document.secrets.into_iter().map(secret).collect();
     rows.ok_or_else(|| "it holds a value that is no secret".to_owned())
 }
@@ -188,7 +192,8 @@ fn write(folder: &Path, rows: &BTreeMap<SecretKey, (Vec<Host>, Secret)>) -> io::
         _ => {}
     }
     let secrets = rows.iter().map(|(key, (hosts, secret))| Row {
-        key: key.clone(),
+        name: key.name.clone(),
+        agent: key.agent,
         hosts: hosts.clone(),
         value: secret.expose().to_owned(),
     });

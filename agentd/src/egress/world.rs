@@ -10,19 +10,18 @@
 //! questions wait at once is bounded, as glibc gives up late.
 
 use agentd_domain::config::PrivateHost;
+use agentd_domain::net::address::{Class, classify};
 use agentd_domain::net::{Host, Name, Vetted};
 use agentd_egress::{Dial, Resolve};
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::net::{IpAddr, ToSocketAddrs, UdpSocket};
 use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 
 /// Half of the data plane's threads that may block: stores and files need the others.
 const QUESTIONS_MOST: usize = 8;
-/// The discard port: nothing is sent, but a port must be named.
-const NO_PORT: u16 = 9;
 
 pub(super) struct Resolver {
     given: HashMap<Name, Vec<IpAddr>>,
@@ -74,20 +73,12 @@ impl Dial for Dialler {
         Ok(stream)
     }
 
-    /// What the kernel would send from the address that it would send to is the machine itself. Nothing is sent: a
-    /// datagram socket is connected by a look at the routes (ip(7)). So it is true of this moment, whatever address a
-    /// lease has brought.
+    /// A socket can be bound to the machine's own addresses alone (EADDRNOTAVAIL, ip(7)). So it is true of this moment,
+    /// whatever address a lease has brought. Groups and the unspecified address can be bound to as well, and are
+    /// refused as what they are.
     fn is_own(&self, address: IpAddr) -> bool {
-        let any: IpAddr = match address {
-            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
-        let looked = || {
-            let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
-            socket.connect(SocketAddr::new(address, NO_PORT))?;
-            socket.local_addr()
-        };
-        looked().is_ok_and(|own| own.ip() == address)
+        let shared = matches!(classify(address), Class::Multicast | Class::Reserved);
+        !shared && UdpSocket::bind((address, 0)).is_ok()
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::client::Host;
 use agentd_domain::api::{AgentKey, ModelName};
 use agentd_domain::audit::PublicKey;
+use agentd_domain::net::rule::SecretName;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -53,6 +54,9 @@ pub enum Command {
     /// Models
     #[command(subcommand)]
     Model(Model),
+    /// Secrets that agents use and never see
+    #[command(subcommand)]
+    Secret(Secret),
     /// What was allowed, denied and killed
     #[command(subcommand)]
     Audit(Audit),
@@ -135,6 +139,31 @@ pub enum Model {
     /// Remove its file
     #[command(alias = "remove")]
     Rm { name: ModelName },
+}
+
+#[derive(Subcommand)]
+pub enum Secret {
+    /// List their names and whom they are for
+    #[command(alias = "list")]
+    Ls,
+    /// Set one; its value is the first line of standard input, or asked for
+    Set {
+        name: SecretName,
+        /// For this agent alone
+        #[arg(long, required_unless_present = "host_only")]
+        agent: Option<AgentKey>,
+        /// A host that may get it, exactly; more than once for several. Without --agent for every agent with a rule for it
+        #[arg(long = "for-host", id = "host_only", value_name = "HOST")]
+        hosts: Vec<agentd_domain::net::Host>,
+    },
+    /// Remove one
+    #[command(alias = "remove")]
+    Rm {
+        name: SecretName,
+        /// The one of this agent
+        #[arg(long)]
+        agent: Option<AgentKey>,
+    },
 }
 
 #[derive(Subcommand)]

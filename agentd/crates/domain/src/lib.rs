@@ -24,3 +24,4 @@ pub mod netd;
 pub mod paths;
 pub mod plan;
 pub mod rights;
+pub mod secret;

@@ -6,6 +6,7 @@ mod chat;
 mod entry;
 mod models;
 mod plan;
+mod secrets;
 
 use crate::cli::{Cli, Command};
 use crate::client::{Client, Host};
@@ -54,6 +55,7 @@ async fn dispatch(cli: Cli) -> Outcome {
         Command::Agent(command) => agents::run(&session, command).await?,
         Command::Chat { name, text } => chat::run(&session, &name, text).await?,
         Command::Model(command) => models::run(&session, command).await?,
+        Command::Secret(command) => secrets::run(&session, command).await?,
         Command::Audit(command) => audit::run(&session, command).await?,
         Command::Reboot => session.client()?.order(Method::POST, "/api/v1/reboot").await?,
         Command::Poweroff => session.client()?.order(Method::POST, "/api/v1/poweroff").await?,

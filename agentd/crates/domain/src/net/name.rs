@@ -205,6 +205,13 @@ impl TryFrom<String> for Host {
     }
 }
 
+impl FromStr for Host {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        Self::parse(text)
+    }
+}
+
 impl From<Host> for String {
     fn from(host: Host) -> Self {
         host.to_string()

@@ -362,6 +362,13 @@ impl TryFrom<String> for SecretName {
     }
 }
 
+impl FromStr for SecretName {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.to_owned().try_into()
+    }
+}
+
 impl From<SecretName> for String {
     fn from(name: SecretName) -> Self {
         name.0
