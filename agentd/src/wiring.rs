@@ -242,7 +242,9 @@ async fn start_agents(
             let _on_data = on_data.enter();
             Egress::open(&places, audit, db, &board)
         });
-        opened.await.map_err(|error| Report::bug("thread_lost", what, error.to_string(), "reboot the appliance"))?
+        opened
+            .await
+            .map_err(|error| Report::bug("thread_lost", what, error.to_string(), "reboot the appliance"))?
     };
     let (to_data, lines, out) = (data.clone(), logs.clone(), egress.clone());
     let serve = Box::new(move |mut run: Serve| {

@@ -10,8 +10,8 @@ use crate::places::Places;
 use agentd_domain::config::PrivateHost;
 use agentd_domain::fault::Report;
 use agentd_domain::paths::inside;
-use agentd_egress::authority::{Authority, Stored};
 use agentd_egress::Ending;
+use agentd_egress::authority::{Authority, Stored};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use init_sys::twofile::TwoFile;
@@ -117,7 +117,8 @@ mod tests {
         open(&places, &[]).unwrap();
         assert_eq!(fs::read_to_string(places.egress_bundle()).unwrap(), first);
         assert!(!first.contains("PRIVATE"));
-        let certificates: Vec<_> = CertificateDer::pem_slice_iter(first.as_bytes()).map(Result::unwrap).collect();
+        let certificates: Vec<_> =
+            CertificateDer::pem_slice_iter(first.as_bytes()).map(Result::unwrap).collect();
         let own = authority(&places.egress_authority()).unwrap();
         assert_eq!(certificates.last().unwrap(), own.certificate());
     }

@@ -157,7 +157,11 @@ mod tests {
         {
             let book = Book::start(Db::new(Store::open(&path).unwrap()));
             let budgets = book.of(agent, &rules, &lines).await;
-            assert_eq!(budgets.keys().copied().collect::<Vec<_>>(), [0], "only rules with a limit have a budget");
+            assert_eq!(
+                budgets.keys().copied().collect::<Vec<_>>(),
+                [0],
+                "only rules with a limit have a budget"
+            );
             budgets[&0].reserve(600, 600).unwrap().settle(600);
             // Another run of the same agent has the same budget.
             assert_eq!(book.of(agent, &rules, &lines).await[&0].left(), 400);

@@ -93,7 +93,12 @@ impl Egress {
     }
 
     /// All that decides for a run now.
-    fn policy(&self, agent: AgentId, rules: &EgressRules, by_rule: &HashMap<usize, Arc<ByteBudget>>) -> Policy {
+    fn policy(
+        &self,
+        agent: AgentId,
+        rules: &EgressRules,
+        by_rule: &HashMap<usize, Arc<ByteBudget>>,
+    ) -> Policy {
         let rules = granted(rules, &self.0.private);
         let of = |(number, rule): (usize, &Rule)| {
             let secret = rule.secret.as_ref()?;

@@ -34,7 +34,11 @@ impl Machine {
         self.audit.order(order, work, |(), _| {}).await
     }
 
-    pub(crate) async fn secret_remove(&self, name: SecretName, agent: Option<AgentKey>) -> Result<(), Report> {
+    pub(crate) async fn secret_remove(
+        &self,
+        name: SecretName,
+        agent: Option<AgentKey>,
+    ) -> Result<(), Report> {
         let agent = agent.map(|agent| agent.to_string());
         let order = self.about("secret.remove", &name, agent.as_deref());
         let work = async {
@@ -52,7 +56,12 @@ impl Machine {
     fn key(&self, name: SecretName, agent: Option<&str>) -> Result<SecretKey, Report> {
         let agent = agent.map(|text| {
             let key: AgentKey = text.parse().map_err(|why: String| {
-                Report::caller("agent_name_malformed", "nothing was done", why, "`agentctl agent ls` shows the names")
+                Report::caller(
+                    "agent_name_malformed",
+                    "nothing was done",
+                    why,
+                    "`agentctl agent ls` shows the names",
+                )
             })?;
             Ok::<_, Report>(self.find(&key)?.0)
         });

@@ -99,7 +99,8 @@ impl Secrets {
 
     /// Takes the place of one with the same key. Blocks for the disk.
     pub fn set(&self, key: SecretKey, hosts: Vec<Host>, value: String) -> Result<(), Report> {
-        let refused = |why: String, fix: &str| Report::caller("secret_refused", "the secret was not set", why, fix);
+        let refused =
+            |why: String, fix: &str| Report::caller("secret_refused", "the secret was not set", why, fix);
         if key.agent.is_none() && hosts.is_empty() {
             let fix = "add `--agent AGENT`, or `--host HOST` for each host that may get it";
             return Err(refused("it is for no agent and for no host".to_owned(), fix));
@@ -199,8 +200,7 @@ fn write(folder: &Path, rows: &BTreeMap<SecretKey, (Vec<Host>, Secret)>) -> io::
     });
     let document = Document { format: FORMAT, secrets: secrets.collect() };
     let fresh = folder.join(format!("{FILE}.new"));
-    let mut file =
-        fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
     file.write_all(&serde_json::to_vec(&document).map_err(io::Error::other)?)?;
     file.sync_all()?;
     fs::rename(&fresh, folder.join(FILE))?;
@@ -259,7 +259,11 @@ mod tests {
         let folder = root.path().join("secrets");
         let secrets = Secrets::open(folder.clone());
         let key = SecretKey { name: name("mail"), agent: None };
-        for (hosts, value) in [(vec![], VALUE), (vec![host("a.example.org")], "short"), (vec![host("a.example.org")], "two words\n")] {
+        for (hosts, value) in [
+            (vec![], VALUE),
+            (vec![host("a.example.org")], "short"),
+            (vec![host("a.example.org")], "two words\n"),
+        ] {
             let report = secrets.set(key.clone(), hosts, value.to_owned()).unwrap_err();
             assert_eq!(report.code, "secret_refused");
             assert!(!report.to_string().contains(value), "{report}");

@@ -145,7 +145,9 @@ async fn a_granted_host_is_reached_through_each_door_and_another_one_through_non
         format!("tcp://127.0.0.1:{}", host.port()),
     ];
     let scene = scene(&rules, None).await;
-    let answer = scene.ask(&format!("GET http://{clear}/a?q=1 HTTP/1.1\r\nHost: {clear}\r\nConnection: close\r\n\r\n")).await;
+    let answer = scene
+        .ask(&format!("GET http://{clear}/a?q=1 HTTP/1.1\r\nHost: {clear}\r\nConnection: close\r\n\r\n"))
+        .await;
     assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.contains("GET /a?q=1 HTTP/1.1"), "{answer}");
     let mut tunnel = scene.proxy().await;
     let connect = format!("CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n\r\nhello\r\n\r\n");
@@ -154,14 +156,17 @@ async fn a_granted_host_is_reached_through_each_door_and_another_one_through_non
     tunnel.read_to_string(&mut said).await.unwrap();
     assert!(said.contains("200 Connection established") && said.ends_with("hello\r\n\r\n"), "{said}");
     let mut socks = scene.proxy().await;
-    let asked = [&[5, 1, 0, 5, 1, 0, 1, 127, 0, 0, 1][..], &host.port().to_be_bytes(), b"hello\r\n\r\n"].concat();
+    let asked =
+        [&[5, 1, 0, 5, 1, 0, 1, 127, 0, 0, 1][..], &host.port().to_be_bytes(), b"hello\r\n\r\n"].concat();
     socks.write_all(&asked).await.unwrap();
     let mut said = Vec::new();
     socks.read_to_end(&mut said).await.unwrap();
     assert_eq!(said.get(..4), Some(&[5, 0, 5, 0][..]));
     assert!(said.ends_with(b"hello\r\n\r\n"));
     // A rule names it, and the owner has not granted it.
-    let refused = scene.ask(&format!("CONNECT 10.99.99.99:{p} HTTP/1.1\r\nHost: 10.99.99.99:{p}\r\n\r\n", p = other.port())).await;
+    let refused = scene
+        .ask(&format!("CONNECT 10.99.99.99:{p} HTTP/1.1\r\nHost: 10.99.99.99:{p}\r\n\r\n", p = other.port()))
+        .await;
     assert!(refused.starts_with("HTTP/1.1 403") && refused.contains("[[egress.private]]"), "{refused}");
     // No rule names it: the cloud's service, another port of the granted host.
     for target in ["169.254.169.254:80".to_owned(), "127.0.0.1:8443".to_owned(), other.to_string()] {
@@ -176,7 +181,9 @@ async fn a_granted_host_is_reached_through_each_door_and_another_one_through_non
     let tunnel = by_rule(&entries, "net.connect", Verdict::Allowed).unwrap();
     assert_eq!((tunnel.right, tunnel.detail), (Some(format!("net {}", rules[2])), format!("CONNECT {host}")));
     let private = by_rule(&entries, "net.end", Verdict::Denied).unwrap();
-    assert!(private.detail.contains("a private network") && private.right == Some(format!("net {}", rules[1])));
+    assert!(
+        private.detail.contains("a private network") && private.right == Some(format!("net {}", rules[1]))
+    );
     let denied = by_rule(&entries, "net.connect", Verdict::Denied).unwrap();
     assert!(denied.detail.contains("169.254.169.254:80") && denied.right.is_none(), "{denied:?}");
 }

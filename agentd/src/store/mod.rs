@@ -15,8 +15,8 @@ mod messages;
 mod once;
 
 pub use agents::AgentRow;
-pub use egress::Moved;
 pub use audit::{AUDIT_MOST_BYTES, AuditEnd, AuditQuery, Dropped, Front};
+pub use egress::Moved;
 pub use messages::{MessageRow, MessageState, Outcome};
 pub use once::Kept;
 

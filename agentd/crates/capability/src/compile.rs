@@ -192,12 +192,7 @@ fn environment(network: &NetworkPlan) -> Vec<(String, String)> {
     variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
-fn mounts(
-    manifest: &Manifest,
-    rights: &Rights,
-    subject: &Subject,
-    network: &NetworkPlan,
-) -> Vec<Mount> {
+fn mounts(manifest: &Manifest, rights: &Rights, subject: &Subject, network: &NetworkPlan) -> Vec<Mount> {
     let tmp_bytes = kept(rights, Limit::TmpBytes);
     let mut mounts: Vec<Mount> = runtime(manifest, rights)
         .into_iter()

@@ -4,8 +4,8 @@
 //! Source: the keys are a subset of the appliance's manifest reference; a key of a later version is unknown here
 //!         and therefore an error, because ignoring a restriction would widen what the agent may do.
 
-use crate::reader::{Problems, Section};
 use crate::net::read_net;
+use crate::reader::{Problems, Section};
 use crate::units;
 use agentd_domain::agent_api::Tier;
 use agentd_domain::fault::Report;

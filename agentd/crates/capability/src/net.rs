@@ -87,9 +87,15 @@ fn read_host(entry: &mut Section, problems: &mut Problems) -> Option<Pattern> {
         Ok(pattern) => Some(pattern),
         Err(error) => {
             // What looks like a letter and is another one must be visible in the message.
-            let plain = |char: char| if char.is_ascii() { char.to_string() } else { char.escape_unicode().to_string() };
+            let plain = |char: char| {
+                if char.is_ascii() { char.to_string() } else { char.escape_unicode().to_string() }
+            };
             let why: String = error.to_string().chars().map(plain).collect();
-            problems.wrong(&entry.key("host"), why, "write a host such as `api.example.org` or `*.example.org`");
+            problems.wrong(
+                &entry.key("host"),
+                why,
+                "write a host such as `api.example.org` or `*.example.org`",
+            );
             None
         }
     }
@@ -122,7 +128,11 @@ fn read_ports(entry: &mut Section, problems: &mut Problems) -> Vec<NonZeroU16> {
         }
     }
     if numbers.is_empty() {
-        problems.wrong(&entry.key("ports"), "it is empty", "name a port, or leave the line out for the usual one");
+        problems.wrong(
+            &entry.key("ports"),
+            "it is empty",
+            "name a port, or leave the line out for the usual one",
+        );
     }
     ports.sort_unstable();
     ports
@@ -148,8 +158,9 @@ fn read_secret(entry: &mut Section, problems: &mut Problems) -> Option<SecretUse
         }
         return None;
     };
-    let name = SecretName::try_from(name)
-        .map_err(|why| problems.wrong(&entry.key("secret"), why, "use the name from `agentctl secret set NAME`"));
+    let name = SecretName::try_from(name).map_err(|why| {
+        problems.wrong(&entry.key("secret"), why, "use the name from `agentctl secret set NAME`")
+    });
     let field = field.unwrap_or_else(|| HEADER_DEFAULT.to_owned());
     let Some((header, template)) = field.split_once(": ") else {
         problems.wrong(

@@ -318,7 +318,11 @@ fn read_egress(section: &DeTable<'_>, egress: &mut EgressSettings, problems: &mu
     for (index, entry) in entries.iter().enumerate() {
         let place = format!("egress.private[{index}]");
         let Some(entry) = entry.get_ref().as_table() else {
-            problems.push(wrong(&place, "it is no table", "write a section `[[egress.private]]` for each host"));
+            problems.push(wrong(
+                &place,
+                "it is no table",
+                "write a section `[[egress.private]]` for each host",
+            ));
             continue;
         };
         if index >= PRIVATE_HOSTS_MAX {
@@ -533,11 +537,11 @@ mod tests {
             addresses = []
         "#;
         let (config, problems) = parse(text);
-        let hosts: Vec<String> = config.egress.private.iter().map(|private| private.host.to_string()).collect();
+        let hosts: Vec<String> =
+            config.egress.private.iter().map(|private| private.host.to_string()).collect();
         assert_eq!(hosts, ["nas.example.org", "10.0.2.2"]);
-        let keys = [2, 3, 4, 5, 6, 7].map(|n| {
-            format!("egress.private[{n}].{}", if n == 6 { "addresses" } else { "host" })
-        });
+        let keys = [2, 3, 4, 5, 6, 7]
+            .map(|n| format!("egress.private[{n}].{}", if n == 6 { "addresses" } else { "host" }));
         assert_eq!(wrong_keys(&problems), keys.iter().map(String::as_str).collect::<Vec<_>>());
         assert_eq!(wrong_keys(&parse("egress = 1\n").1), ["egress"]);
         assert_eq!(wrong_keys(&parse("[egress]\nprivate = 1\n").1), ["egress.private"]);

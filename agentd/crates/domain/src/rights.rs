@@ -215,7 +215,9 @@ impl Rights {
         let read = |path: &&String| !other.allows(&Request::Read((*path).clone()));
         more.extend(self.read.iter().filter(read).map(|path| format!("read {path}")));
         more.extend(self.calls.difference(&other.calls).map(|group| format!("calls {group}")));
-        more.extend(self.net.iter().filter(|rule| !within(rule, &other.net)).map(|rule| format!("net {rule}")));
+        more.extend(
+            self.net.iter().filter(|rule| !within(rule, &other.net)).map(|rule| format!("net {rule}")),
+        );
         for limit in Limit::ALL {
             let (own, theirs) = (self.limit(limit), other.limit(limit));
             if own > theirs {
@@ -251,7 +253,8 @@ impl Narrowing {
             ));
         }
         if let Some(why) = self.net.iter().flatten().find_map(|rule| rule.parse::<Rule>().err()) {
-            let fix = "write each rule as `agentctl plan` prints it, `https://api.example.org:443` for example";
+            let fix =
+                "write each rule as `agentctl plan` prints it, `https://api.example.org:443` for example";
             return Err(refused(why, fix.to_owned()));
         }
         if let Some(path) = self.read.iter().flatten().find(|path| !is_clean(path)) {

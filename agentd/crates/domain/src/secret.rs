@@ -41,6 +41,9 @@ pub struct SecretInfo {
 
 impl fmt::Debug for SecretOrder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SecretOrder").field("name", &self.name).field("agent", &self.agent).finish_non_exhaustive()
+        f.debug_struct("SecretOrder")
+            .field("name", &self.name)
+            .field("agent", &self.agent)
+            .finish_non_exhaustive()
     }
 }

@@ -82,7 +82,8 @@ impl Authority {
             return Err(damaged(format!("it has format {}, this version reads {FORMAT}", stored.format)));
         }
         let bytes = |text: &str| hex::decode(text).map_err(|error| damaged(error.to_string()));
-        let key = KeyPair::try_from(bytes(&stored.key_pkcs8_hex)?).map_err(|error| damaged(error.to_string()))?;
+        let key =
+            KeyPair::try_from(bytes(&stored.key_pkcs8_hex)?).map_err(|error| damaged(error.to_string()))?;
         let certificate = CertificateDer::from(bytes(&stored.certificate_hex)?);
         // Reads the certificate, so that a damaged one shows now.
         Issuer::from_ca_cert_der(&certificate, &key).map_err(|error| damaged(error.to_string()))?;

@@ -40,6 +40,6 @@ pub use name::{Destination, Host, Name};
 pub use pattern::Pattern;
 pub use refusal::Refusal;
 pub use relay::{Budgets, Dial, Limits, Policy, Relay, Resolve};
-pub use secret::Secret;
 pub use rules::{Decision, EgressRules, Rule, Way, decide};
+pub use secret::Secret;
 pub use synthetic::Pool;

@@ -230,7 +230,8 @@ impl Refusal {
             Self::Address { destination, error } => caller(
                 "egress_address",
                 format!("{}: {error}", destination.host),
-                "if that is meant, the owner grants exactly this host: `[[egress.private]]` in agentd.toml".to_owned(),
+                "if that is meant, the owner grants exactly this host: `[[egress.private]]` in agentd.toml"
+                    .to_owned(),
             ),
             Self::Dial { destination, kind } => outside(
                 "egress_dial",

@@ -231,7 +231,8 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
             client.last_words(&crate::hello::ALERT_ACCESS_DENIED).await;
             return Err(stop);
         }
-        let accepted = timeout(self.limits.head, ending.accept(client.into_stream(), &destination.host)).await;
+        let accepted =
+            timeout(self.limits.head, ending.accept(client.into_stream(), &destination.host)).await;
         match accepted {
             Ok(Ok(stream)) => Ok(Client::new(stream)),
             Ok(Err(error)) => {
@@ -326,7 +327,8 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
                 address = Some(opened.address);
                 let guard = self.guard(&meter, destination, asked, allow);
                 match (allow.way, &self.ending) {
-                    (Way::EndTls, Some(ending)) => match self.begun(ending, opened.stream, destination).await {
+                    (Way::EndTls, Some(ending)) => match self.begun(ending, opened.stream, destination).await
+                    {
                         Ok(host) => exchange::exchange(client, host, filled, &meter, guard).await,
                         Err(refusal) => Err(Stop::Refused(refusal)),
                     },

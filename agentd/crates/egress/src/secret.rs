@@ -111,7 +111,9 @@ impl<'a> Scrubber<'a> {
 
 fn overwrite(bytes: &mut [u8], secret: &[u8]) {
     let mut at = 0;
-    while let Some(found) = bytes.get(at..).and_then(|rest| rest.windows(secret.len()).position(|w| w == secret)) {
+    while let Some(found) =
+        bytes.get(at..).and_then(|rest| rest.windows(secret.len()).position(|w| w == secret))
+    {
         let end = at + found + secret.len();
         if let Some(place) = bytes.get_mut(at + found..end) {
             place.fill(b'*');

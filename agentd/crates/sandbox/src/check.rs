@@ -11,8 +11,8 @@ use crate::{landlock, syscalls};
 use agentd_domain::fault::Report;
 use agentd_domain::paths::{self, inside};
 use agentd_domain::plan::{
-    CgroupLimits, DiskQuota, FsAccess, LandlockPlan, Mount, NetworkPlan, PLAN_VERSION, Rlimit, SandboxPlan, SeccompPlan,
-    ceiling,
+    CgroupLimits, DiskQuota, FsAccess, LandlockPlan, Mount, NetworkPlan, PLAN_VERSION, Rlimit, SandboxPlan,
+    SeccompPlan, ceiling,
 };
 use std::collections::BTreeSet;
 

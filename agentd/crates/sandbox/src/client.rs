@@ -247,7 +247,10 @@ fn handles(pid: i32, network: NetworkPlan, mut fds: Vec<OwnedFd>) -> Result<RunH
     Ok(RunHandles { pid, sockets: RunSockets { api_tcp, api_unix, stdout, stderr, pidfd, egress } })
 }
 
-fn egress_sockets(network: NetworkPlan, mut fds: Vec<OwnedFd>) -> Result<Option<EgressSockets>, LauncherError> {
+fn egress_sockets(
+    network: NetworkPlan,
+    mut fds: Vec<OwnedFd>,
+) -> Result<Option<EgressSockets>, LauncherError> {
     let count = fds.len();
     if count != network.egress_sockets() {
         return Err(WireError::TooManyFds { count }.into());

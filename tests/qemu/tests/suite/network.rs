@@ -155,7 +155,9 @@ fn the_rules_hold(hosts: &Hosts, log: &str) -> Result<()> {
         line.with_context(|| format!("the agent said nothing of `{name}`: {log}"))
     };
     ensure!(said("HTTP_PROXY")? == "http://127.0.0.1:7071", "{log}");
-    for (name, words) in [("proxied", "GET /proxied HTTP/1.1"), ("socks", "over socks"), ("caught", "GET /caught HTTP/1.1")] {
+    for (name, words) in
+        [("proxied", "GET /proxied HTTP/1.1"), ("socks", "over socks"), ("caught", "GET /caught HTTP/1.1")]
+    {
         ensure!(said(name)?.contains(words), "{name}: {log}");
         ensure!(hosts.saw(words) == 1, "{name}: the host saw {:?}", hosts.seen.lock().unwrap());
     }
@@ -182,7 +184,9 @@ fn the_rules_hold(hosts: &Hosts, log: &str) -> Result<()> {
         let refused = words.starts_with("HTTP/1.1 403") || words.starts_with("HTTP/1.1 502");
         ensure!(refused, "{name}: {words}");
     }
-    for address in [&format!("10.0.2.2:{}", hosts.clear), "10.0.2.15:8443", "127.0.0.1:8443", "169.254.169.254:80"] {
+    for address in
+        [&format!("10.0.2.2:{}", hosts.clear), "10.0.2.15:8443", "127.0.0.1:8443", "169.254.169.254:80"]
+    {
         let words = said(&format!("direct {address}"))?;
         ensure!(words.starts_with("error: "), "direct {address}: {words}");
     }
@@ -235,7 +239,10 @@ fn the_next_agentd_goes_on(appliance: &mut Appliance, hosts: &Hosts) -> Result<(
     let living = |ctl: &Ctl| -> Result<Option<i32>> {
         let agents: Vec<Agent> = ctl.json(&["agent", "ls"])?;
         let caller = agents.into_iter().find(|agent| agent.name.as_str() == "caller");
-        Ok(caller.filter(|agent| agent.state == AgentState::Running).and_then(|agent| agent.run).map(|run| run.pid))
+        Ok(caller
+            .filter(|agent| agent.state == AgentState::Running)
+            .and_then(|agent| agent.run)
+            .map(|run| run.pid))
     };
     let before = living(&appliance.ctl())?.context("the agent does not run")?;
     appliance.type_and_hear("a", "restart agentd now?")?;

@@ -52,13 +52,20 @@ fn every_key_is_read_and_every_rule_is_a_right_and_a_line_of_the_plan() {
     assert_eq!(variable("ALL_PROXY"), variable("all_proxy"));
     assert_eq!(variable("ALL_PROXY"), Some("socks5h://127.0.0.1:7071"));
     let bundle = plan.mounts.iter().find_map(|mount| match mount {
-        Mount::ReadOnly { source, target, .. } if target == "/etc/ssl/certs/ca-certificates.crt" => Some(source),
+        Mount::ReadOnly { source, target, .. } if target == "/etc/ssl/certs/ca-certificates.crt" => {
+            Some(source)
+        }
         _ => None,
     });
     assert_eq!(bundle.unwrap(), "/run/agentd/egress/ca-certificates.crt");
     assert!(plan.mounts.iter().any(|mount| matches!(mount, Mount::Text { target, text }
         if target == "/etc/resolv.conf" && text.starts_with("nameserver 127.0.0.1\n"))));
-    assert!(plan.landlock.rules.iter().any(|rule| rule.path == "/etc/resolv.conf" && rule.access == FsAccess::Read));
+    assert!(
+        plan.landlock
+            .rules
+            .iter()
+            .any(|rule| rule.path == "/etc/resolv.conf" && rule.access == FsAccess::Read)
+    );
 }
 
 #[test]
@@ -68,7 +75,8 @@ fn without_rules_there_is_no_network_at_all() {
         assert_eq!(plan.network, NetworkPlan::LoopbackOnly);
         assert_eq!(plan.landlock.connect_tcp, [7070]);
         assert!(plan.seccomp.datagram_families.is_empty());
-        assert!(!plan.env.iter().any(|(name, _)| name.to_ascii_lowercase().ends_with("_proxy") && !name.to_ascii_lowercase().starts_with("no")));
+        assert!(!plan.env.iter().any(|(name, _)| name.to_ascii_lowercase().ends_with("_proxy")
+            && !name.to_ascii_lowercase().starts_with("no")));
         assert!(!plan.mounts.iter().any(|mount| matches!(mount, Mount::Text { .. })));
     }
 }
@@ -124,7 +132,8 @@ fn what_cannot_be_meant_is_refused_with_its_key() {
     assert!(whys(&twice)[0].contains("is there twice"));
     let star = "[[net.allow]]\nhost = \"*.example.org\"\n[[net.allow]]\nhost = \"a.example.org\"\n";
     assert!(whys(star)[0].contains("a star and a name that it covers"));
-    let many: String = (1..=17).map(|port| format!("[[net.allow]]\nhost = \"h{port}\"\nports = [{port}]\n")).collect();
+    let many: String =
+        (1..=17).map(|port| format!("[[net.allow]]\nhost = \"h{port}\"\nports = [{port}]\n")).collect();
     assert!(whys(&many)[0].contains("more than 16 different ports"));
 }
 

@@ -31,7 +31,9 @@ pub fn authority(grant: &Grant) -> Result<BiscuitBuilder, Report> {
             .fact(fact(MEANS, &[string(&encoded(grant))]))?
             .fact(fact("holder", &[string(&grant.holder.to_string())]))?;
         let rights = &grant.rights;
-        for (kind, names) in [(API, &rights.api), (READ, &rights.read), (CALLS, &rights.calls), (NET, &rights.net)] {
+        for (kind, names) in
+            [(API, &rights.api), (READ, &rights.read), (CALLS, &rights.calls), (NET, &rights.net)]
+        {
             for name in names {
                 builder = builder.fact(fact("right", &[string(kind), string(name)]))?;
             }

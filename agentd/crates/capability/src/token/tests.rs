@@ -184,12 +184,14 @@ fn value(limit: Limit) -> impl Strategy<Value = u64> {
 
 fn any_rights() -> impl Strategy<Value = Rights> {
     let limits: Vec<_> = Limit::ALL.into_iter().map(value).collect();
-    (some(&API), some(&FOLDERS), some(&CALLS), some(&NET), limits).prop_map(|(api, read, calls, net, values)| {
-        let mut limits: std::collections::BTreeMap<_, _> = Limit::ALL.into_iter().zip(values).collect();
-        let max = limits[&Limit::MemoryMax];
-        limits.entry(Limit::MemoryHigh).and_modify(|high| *high = (*high).min(max));
-        Rights { api, read, calls, net, limits }
-    })
+    (some(&API), some(&FOLDERS), some(&CALLS), some(&NET), limits).prop_map(
+        |(api, read, calls, net, values)| {
+            let mut limits: std::collections::BTreeMap<_, _> = Limit::ALL.into_iter().zip(values).collect();
+            let max = limits[&Limit::MemoryMax];
+            limits.entry(Limit::MemoryHigh).and_modify(|high| *high = (*high).min(max));
+            Rights { api, read, calls, net, limits }
+        },
+    )
 }
 
 fn any_narrowing() -> impl Strategy<Value = Narrowing> {

@@ -55,7 +55,15 @@ impl Default for Fake {
         let log = first_log();
         let audit = AUDIT_EXAMPLE.to_vec();
         Self {
-            inner: Mutex::new(Inner { agents, models, log, keys: HashMap::new(), calls: Vec::new(), audit, secrets: Vec::new() }),
+            inner: Mutex::new(Inner {
+                agents,
+                models,
+                log,
+                keys: HashMap::new(),
+                calls: Vec::new(),
+                audit,
+                secrets: Vec::new(),
+            }),
             log: tokio::sync::broadcast::channel(64).0,
         }
     }

@@ -101,7 +101,9 @@ pub enum RuleError {
     NoReach { rule: usize, host: Pattern, class: Class },
     #[error("rule {rule} ({host}): a secret is for one host by name, over `https`")]
     SecretHost { rule: usize, host: Pattern },
-    #[error("rule {rule} ({host}): `{header}` is not a field that may carry a secret, with one `{{}}` in its value")]
+    #[error(
+        "rule {rule} ({host}): `{header}` is not a field that may carry a secret, with one `{{}}` in its value"
+    )]
     SecretHeader { rule: usize, host: Pattern, header: String },
     #[error("rules {first} and {second} ({host}) name one port with two protocols, reaches or secrets")]
     Conflict { first: usize, second: usize, host: Pattern },
@@ -173,8 +175,8 @@ impl Rule {
 
     /// Whether everything that this rule allows is allowed by the other one too.
     pub fn is_within(&self, other: &Self) -> bool {
-        let host = self.host == other.host
-            || matches!(&self.host, Pattern::Exact(host) if other.host.matches(host));
+        let host =
+            self.host == other.host || matches!(&self.host, Pattern::Exact(host) if other.host.matches(host));
         let free = |own: &[String], theirs: &[String], covers: fn(&str, &str) -> bool| {
             theirs.is_empty()
                 || !own.is_empty() && own.iter().all(|own| theirs.iter().any(|theirs| covers(theirs, own)))
@@ -286,7 +288,11 @@ fn check(number: usize, rule: &Rule) -> Vec<RuleError> {
             errors.push(RuleError::SecretHost { rule: number, host: host() });
         }
         if !may_carry(secret) {
-            errors.push(RuleError::SecretHeader { rule: number, host: host(), header: secret.header.clone() });
+            errors.push(RuleError::SecretHeader {
+                rule: number,
+                host: host(),
+                header: secret.header.clone(),
+            });
         }
     }
     errors
@@ -316,10 +322,7 @@ fn may_carry(secret: &SecretUse) -> bool {
     let filled = secret.template.matches("{}").count() == 1
         && secret.template.bytes().all(|b| (0x20..0x7f).contains(&b))
         && secret.template.trim() == secret.template;
-    named
-        && filled
-        && !OWN.contains(&name.as_str())
-        && name.len() + secret.template.len() <= HEADER_MAX_BYTES
+    named && filled && !OWN.contains(&name.as_str()) && name.len() + secret.template.len() <= HEADER_MAX_BYTES
 }
 
 /// Two rules that could both speak for a connection must say the same of what concerns it as a whole.

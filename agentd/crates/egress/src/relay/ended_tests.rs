@@ -133,9 +133,17 @@ async fn methods_and_paths_are_held_inside_tls_and_nothing_is_dialled_for_what_i
         ("GET /v1/%2e%2e/v2 HTTP/1.1\r\nHost: api.example.org\r\n\r\n", 403, "egress_path_ambiguous"),
         // Another host inside than the handshake named: the front of a shared server would pass it on.
         ("GET /v1/a HTTP/1.1\r\nHost: evil.example.org\r\n\r\n", 400, "egress_request"),
-        ("GET /v1/a HTTP/1.1\r\nHost: api.example.org\r\nHost: evil.example.org\r\n\r\n", 400, "egress_request"),
+        (
+            "GET /v1/a HTTP/1.1\r\nHost: api.example.org\r\nHost: evil.example.org\r\n\r\n",
+            400,
+            "egress_request",
+        ),
         ("GET http://evil.example.org/ HTTP/1.1\r\nHost: evil.example.org\r\n\r\n", 400, "egress_request"),
-        ("CONNECT evil.example.org:443 HTTP/1.1\r\nHost: evil.example.org:443\r\n\r\n", 400, "egress_request"),
+        (
+            "CONNECT evil.example.org:443 HTTP/1.1\r\nHost: evil.example.org:443\r\n\r\n",
+            400,
+            "egress_request",
+        ),
         (
             "POST /v1/a HTTP/1.1\r\nHost: api.example.org\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
             400,
@@ -158,10 +166,7 @@ async fn a_handshake_for_another_name_is_refused_before_any_answer() {
     let ends = ends();
     assert!(ends.tls("api.example.org", "plain.example.org").await.is_err());
     let events = ends.scene.events(1).await;
-    assert!(matches!(
-        verdict(&events[0]),
-        Err(Refusal::Hello { error: HelloError::Differs(_), .. })
-    ));
+    assert!(matches!(verdict(&events[0]), Err(Refusal::Hello { error: HelloError::Differs(_), .. })));
     // And a name of a star's rule gets a certificate of its own.
     ends.tls("b.example.net", "b.example.net").await.unwrap();
 }

@@ -163,7 +163,8 @@ fn programs_and_variables_are_sane() {
 }
 
 fn with_network(plan: &mut SandboxPlan) {
-    plan.network = NetworkPlan::Egress { rules: vec!["https://api.example.org:443".to_owned()], capture_tcp: vec![443] };
+    plan.network =
+        NetworkPlan::Egress { rules: vec!["https://api.example.org:443".to_owned()], capture_tcp: vec![443] };
     plan.landlock.connect_tcp = vec![53, 443, 7070, 7071];
     plan.seccomp.datagram_families = vec![2];
     let text = "nameserver 127.0.0.1\n".to_owned();
@@ -198,10 +199,13 @@ fn a_plan_with_rules_for_the_network_opens_the_egress_s_ports_and_no_other() {
         refused(|plan| plan.network = NetworkPlan::Egress { rules: vec![], capture_tcp: vec![443] })
             .contains("`network`")
     );
-    assert!(refused(|plan| {
-        plan.mounts.push(Mount::Text { target: "/etc/ld.so.preload".to_owned(), text: "/work/x.so".to_owned() });
-    })
-    .contains("resolv.conf"));
+    assert!(
+        refused(|plan| {
+            plan.mounts
+                .push(Mount::Text { target: "/etc/ld.so.preload".to_owned(), text: "/work/x.so".to_owned() });
+        })
+        .contains("resolv.conf")
+    );
 }
 
 #[test]

@@ -9,9 +9,9 @@
 
 use super::call::{self, DOORS};
 use super::child::{self, AgentChild};
-use super::{listeners, mounts};
 use super::spec::{FromJail, JailSpec, ToJail};
 use super::{Failure, step};
+use super::{listeners, mounts};
 use crate::seccomp::{self, Ioctl};
 use crate::sys::{self, Forked, SignalFd};
 use crate::{landlock, wire};

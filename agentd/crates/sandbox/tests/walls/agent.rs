@@ -98,7 +98,8 @@ fn network() {
     say("resolv.conf", file.trim_end());
     let ask = |address: &str| -> std::io::Result<String> {
         // Made without `bind`, which agents may not call: the kernel gives a port with the first datagram.
-        let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+        let socket =
+            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
         let to: std::net::SocketAddr = address.parse().unwrap();
         rustix::net::sendto(&socket, b"a question", rustix::net::SendFlags::empty(), &to)?;
         let mut answer = [0; 64];

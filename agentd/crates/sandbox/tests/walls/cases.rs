@@ -455,10 +455,14 @@ fn egress_sockets() -> Outcome {
     assert_eq!(run.says("tcp 127.0.0.1:53"), "name server heard hello");
     answer(accept_tcp(&sockets.proxy), "proxy heard");
     assert_eq!(run.says("tcp 127.0.0.1:7071"), "proxy heard hello");
-    for ((port, listener), address) in sockets.captured.iter().zip(["198.18.7.9:443", "198.19.255.254:8443"]) {
+    for ((port, listener), address) in sockets.captured.iter().zip(["198.18.7.9:443", "198.19.255.254:8443"])
+    {
         let stream = accept_tcp(listener);
         // The address that the agent meant tells the name.
-        assert_eq!((stream.local_addr().unwrap().to_string(), *port), (address.to_owned(), stream.local_addr().unwrap().port()));
+        assert_eq!(
+            (stream.local_addr().unwrap().to_string(), *port),
+            (address.to_owned(), stream.local_addr().unwrap().port())
+        );
         answer(stream, "caught");
         assert_eq!(run.says(&format!("tcp {address}")), "caught hello");
     }

@@ -39,7 +39,6 @@ fn rules_that_cannot_be_meant_are_refused_all_at_once() {
     }
 }
 
-
 #[test]
 fn a_secret_is_for_one_named_host_over_tls_and_in_a_field_of_its_own() {
     let rule = |host: &str, protocol: &str, header: &str, template: &str| {
@@ -106,9 +105,8 @@ fn a_rule_is_one_line_and_has_one_spelling() {
 
 #[test]
 fn one_rule_is_within_another_when_it_allows_nothing_beyond() {
-    let within = |inner: &str, outer: &str| {
-        inner.parse::<Rule>().unwrap().is_within(&outer.parse::<Rule>().unwrap())
-    };
+    let within =
+        |inner: &str, outer: &str| inner.parse::<Rule>().unwrap().is_within(&outer.parse::<Rule>().unwrap());
     let outer = "https://*.example.org:443,8443 GET POST /v1/* bytes/day=100";
     assert!(within(outer, outer));
     assert!(within("https://api.example.org:443 GET /v1/a/* bytes/day=99", outer));
