@@ -6,6 +6,7 @@
 use crate::agents::{Agents, View, Views};
 use crate::audit::{Audit, Order};
 use crate::clock;
+use crate::egress::Egress;
 use crate::engine::{Engine, Stage};
 use crate::health::Board;
 use crate::inbox::Inbox;
@@ -27,10 +28,12 @@ use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::Health;
 use agentd_domain::manifest::{Limits, Manifest};
+use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::SandboxPlan;
 use agentd_domain::token::{
     Attenuate, Inspect, Key, Mint, Revocation, Revoke, Revoked, Shown, Verified, Verify,
 };
+use agentd_domain::secret::{SecretInfo, SecretOrder};
 use agentd_sandbox::client::Launcher;
 use bytes::Bytes;
 use futures::{StreamExt, stream};
@@ -54,6 +57,7 @@ pub struct Parts {
     pub inbox: Inbox,
     pub logs: Logs,
     pub tokens: Tokens,
+    pub egress: Egress,
 }
 
 pub struct Machine {
@@ -326,7 +330,12 @@ impl Appliance for Machine {
             }
             let agents = self.parts()?.agents.clone();
             // On a task of its own: a removal that was begun is finished, whoever has gone meanwhile.
-            let removal = tokio::spawn(async move { agents.remove(agent).await });
+            let secrets = self.parts()?.egress.secrets().clone();
+            let removal = tokio::spawn(async move {
+                agents.remove(agent).await?;
+                let forgotten = tokio::task::spawn_blocking(move || secrets.forget(agent)).await;
+                forgotten.map_err(|error| thread_lost(&error.to_string()))?
+            });
             removal.await.map_err(|error| thread_lost(&error.to_string()))?
         };
         Box::pin(self.audit.order(order, work, |_, _| {}))
@@ -360,6 +369,18 @@ impl Appliance for Machine {
     fn remove_model(&self, name: ModelName) -> Pending<'_, ()> {
         let order = Order { action: "model.remove", agent: None, about: name.to_string() };
         Box::pin(self.audit.order(order, self.models.remove(name), |_, _| {}))
+    }
+
+    fn secrets(&self) -> Pending<'_, Vec<SecretInfo>> {
+        Box::pin(async { self.secret_list() })
+    }
+
+    fn set_secret(&self, secret: SecretOrder) -> Pending<'_, ()> {
+        Box::pin(self.secret_set(secret))
+    }
+
+    fn remove_secret(&self, name: SecretName, agent: Option<AgentKey>) -> Pending<'_, ()> {
+        Box::pin(self.secret_remove(name, agent))
     }
 
     fn audit(&self, query: AuditQuery) -> Pending<'_, Bytes> {

@@ -3,8 +3,9 @@
 //! In:    the places it needs and the port it listens on. Out: the walls are up, or an error; then agentd starts
 //!        no agents and says so (`main.rs`).
 //! Always: called once, before any thread exists: both walls hold for the calling thread and all it makes.
-//! Walls: Landlock lets it read the system and write three folders, listen on one TCP port and connect to none;
-//!        no signal and no abstract socket reaches outside. Seccomp takes away programs, processes, namespaces,
+//! Walls: Landlock lets it read the system and write three folders and listen on one TCP port; no signal and no
+//!        abstract socket reaches outside. It may connect: agents' rules name any port, and Landlock knows no
+//!        addresses. Who is dialled is decided by the egress alone, which somebody with agentd's code is not held to. Seccomp takes away programs, processes, namespaces,
 //!        mounts, kernel interfaces that nothing here needs, and every address family but Unix and IP.
 //! Sources: landlock(7), seccomp(2), Documentation/userspace-api/landlock.rst.
 
@@ -20,6 +21,8 @@ use seccompiler::{
 use std::collections::BTreeMap;
 use std::path::Path;
 
+/// Where netd's resolv.conf is, to which `/etc/resolv.conf` points.
+const NAME_SERVERS: &str = "/run/netd";
 /// Scopes for signals and abstract sockets came with Linux 6.12.
 const LANDLOCK_ABI: ABI = ABI::V6;
 
@@ -57,7 +60,7 @@ fn landlock(places: &Places, port: u16) -> Result<(), ConfineError> {
     let ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::HardRequirement)
         .handle_access(AccessFs::from_all(LANDLOCK_ABI))?
-        .handle_access(AccessNet::from_all(LANDLOCK_ABI))?
+        .handle_access(AccessNet::BindTcp)?
         .scope(Scope::from_all(LANDLOCK_ABI))?;
     let mut ruleset = ruleset.create()?;
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
@@ -65,6 +68,7 @@ fn landlock(places: &Places, port: u16) -> Result<(), ConfineError> {
         & !(AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::IoctlDev);
     let readable =
         [Path::new("/usr"), Path::new("/etc"), Path::new("/proc"), &places.cgroup_root].into_iter().chain([
+            Path::new(NAME_SERVERS),
             places.builtin_models.as_path(),
             &places.builtin_agents,
             &places.media_models,
@@ -245,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn files_and_connections_outside_are_shut() {
+    fn files_and_ports_outside_are_shut() {
         let folder = tempfile::tempdir().expect("a folder");
         let places = Places::below(folder.path());
         for made in [&places.data, &places.state_agentd, &places.run_agentd] {
@@ -264,7 +268,8 @@ mod tests {
             let denied = |result: io::Result<()>| result.err().map(|error| error.kind());
             let inside = std::fs::write(places.data.join("x"), "x").is_ok();
             let secret = denied(std::fs::read(top.join("secret")).map(|_| ()));
-            let connect = denied(std::net::TcpStream::connect(address).map(|_| ()));
+            // The egress needs it, and Landlock knows no addresses.
+            let connect = std::net::TcpStream::connect(address).is_ok();
             let bind = denied(std::net::TcpListener::bind("127.0.0.1:8444").map(|_| ()));
             Ok((inside, secret, connect, bind))
         });
@@ -272,7 +277,7 @@ mod tests {
             Err(why) => assert!(why.starts_with("Landlock"), "{why}"),
             Ok(seen) => {
                 let shut = Some(io::ErrorKind::PermissionDenied);
-                assert_eq!(seen, (true, shut, shut, shut));
+                assert_eq!(seen, (true, shut, true, shut));
             }
         }
     }

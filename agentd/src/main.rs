@@ -2,7 +2,8 @@
 //!
 //! Owns:  the wiring of everything below `agentd/`, the agents' lifecycle, the agents' API, the stores.
 //! In:    HTTPS from people, HTTP from agents' jails, frames from the engine, answers of launcher and init.
-//! Never: root, a capability, a program started, a connection to the network opened (`confine`).
+//! Never: root, a capability, a program started (`confine`); a connection to the network that no agent's rule allows
+//!        (`egress`).
 //!
 //! Two runtimes: the control plane serves people and supervises; the data plane carries agents' requests and
 //! tokens. So a flood of tokens does not delay a stop.
@@ -22,6 +23,7 @@ mod bundled;
 mod children;
 mod clock;
 mod confine;
+mod egress;
 mod engine;
 mod health;
 mod inbox;

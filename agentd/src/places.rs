@@ -54,6 +54,21 @@ impl Places {
         self.data.join("models")
     }
 
+    /// The owner's secrets for agents, for agentd's eyes alone.
+    pub fn secrets(&self) -> PathBuf {
+        self.data.join("secrets")
+    }
+
+    /// What runs with rules for the network see.
+    pub fn egress_bundle(&self) -> PathBuf {
+        self.run_agentd.join("egress/ca-certificates.crt")
+    }
+
+    /// The egress's authority, in two copies.
+    pub fn egress_authority(&self) -> PathBuf {
+        self.state_agentd.join("egress-authority.json")
+    }
+
     /// Packages on their way in.
     pub fn incoming(&self) -> PathBuf {
         self.data.join("incoming")

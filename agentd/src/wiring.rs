@@ -10,6 +10,7 @@ use crate::audit::{self, Audit};
 use crate::bundled;
 use crate::children::{self, Children};
 use crate::confine;
+use crate::egress::{self, Egress};
 use crate::engine::{self, Engine, Stage};
 use crate::health::{Board, START, Weight};
 use crate::inbox::Inbox;
@@ -121,6 +122,7 @@ async fn live(
     }
     tokio::spawn(first_models(models.clone(), open.clone()));
     let state = places.state_agentd.clone();
+    let out = parts.as_ref().ok().map(|parts| parts.egress.clone());
     let machine = Machine {
         places,
         board: Arc::clone(&board),
@@ -132,6 +134,9 @@ async fn live(
         parts,
     };
     serve_people(machine, &state, port, init, board, open, over).await;
+    if let Some(egress) = out {
+        egress.close().await;
+    }
     audit.close().await;
     tracing::info!("agentd ends");
     Ok(())
@@ -242,9 +247,23 @@ async fn start_agents(
         tokens: tokens.clone(),
         children: children.clone(),
     };
-    let (to_data, lines) = (data.clone(), logs.clone());
-    let serve = Box::new(move |run: Serve| {
+    let egress = {
+        let (places, audit, db, board) = (places.clone(), audit.clone(), db.clone(), Arc::clone(board));
+        let (on_data, what) = (data.clone(), "no agent is started");
+        let opened = tokio::task::spawn_blocking(move || {
+            let _on_data = on_data.enter();
+            Egress::open(&places, audit, db, &board)
+        });
+        opened
+            .await
+            .map_err(|error| Report::bug("thread_lost", what, error.to_string(), "reboot the appliance"))?
+    };
+    let (to_data, lines, out) = (data.clone(), logs.clone(), egress.clone());
+    let serve = Box::new(move |mut run: Serve| {
         let _on_data = to_data.enter();
+        if let Some(sockets) = run.handles.sockets.egress.take() {
+            out.serve(egress::Run { agent: run.agent, run: run.run, sockets, over: run.over.clone() });
+        }
         agent_api::serve(run, services.clone(), &lines);
     });
     let links = agents::Links {
@@ -260,7 +279,7 @@ async fn start_agents(
     };
     let agents = agents::start(links).await?;
     children.begin(agents.clone());
-    Ok(Parts { db, agents, inbox, logs, tokens })
+    Ok(Parts { db, agents, inbox, logs, tokens, egress })
 }
 
 /// Without the key no token is verified, and without a token no agent runs.

@@ -150,6 +150,7 @@ impl Store {
             super::once::forget(txn, row.agent_id)?;
             super::requests::forget(txn, row.agent_id)?;
             super::tokens::forget(txn, row.agent_id)?;
+            super::egress::forget(txn, row.agent_id)?;
             Ok(Ok(()))
         })
     }

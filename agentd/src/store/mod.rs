@@ -10,6 +10,7 @@
 
 mod agents;
 mod audit;
+mod egress;
 mod messages;
 mod once;
 mod requests;
@@ -17,6 +18,7 @@ mod tokens;
 
 pub use agents::AgentRow;
 pub use audit::{AUDIT_MOST_BYTES, AuditEnd, AuditQuery, Dropped, Front};
+pub use egress::Moved;
 pub use messages::{MessageRow, MessageState, Outcome};
 pub use once::Kept;
 pub use requests::{RequestRow, Settled};
@@ -181,6 +183,7 @@ impl Store {
             requests::create_tables(&txn)?;
             audit::create_tables(&txn)?;
             tokens::create_tables(&txn)?;
+            egress::create_tables(&txn)?;
             if let Some(owner) = known
                 && txn.list_tables()?.count() == tables
             {

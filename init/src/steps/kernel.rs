@@ -95,9 +95,11 @@ const MOUNTS: [KernelMount; 11] = [
 ];
 
 /// Folders below `/run`, with owner and mode. Engines' sockets and exit records are the launcher's to make.
-const RUN_FOLDERS: [(&str, u32, u32); 5] = [
+const RUN_FOLDERS: [(&str, u32, u32); 6] = [
     ("/run/init", 0, 0o755),
     ("/run/agentd", 0, 0o755),
+    // What runs with rules for the network see of it: a bundle of authorities.
+    ("/run/agentd/egress", paths::UID_AGENTD, 0o755),
     ("/run/netd", paths::UID_NETD, 0o755),
     ("/run/media", 0, 0o755),
     (paths::MEDIA_MODELS, 0, 0o755),

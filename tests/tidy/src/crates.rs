@@ -33,6 +33,7 @@ pub const ARROWS: &[(&str, &[&str])] = &[
             "agentd-capability",
             "agentd-console",
             "agentd-domain",
+            "agentd-egress",
             "agentd-memory",
             "agentd-sandbox",
             "agentd-serving",

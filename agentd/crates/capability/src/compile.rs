@@ -9,6 +9,7 @@ use crate::syscalls;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_domain::manifest::Manifest;
+use agentd_domain::net::{Rule, rule};
 use agentd_domain::paths::{self, inside};
 use agentd_domain::plan::{
     CgroupLimits, DiskQuota, FsAccess, LandlockPlan, LandlockRule, Mount, NetworkPlan, PLAN_VERSION, Rlimit,
@@ -22,8 +23,11 @@ const LANDLOCK_ABI_MIN: u32 = 6;
 const CPU_PERIOD_US: u64 = 100_000;
 /// POSIX shared memory of small programs; it counts as memory like `/tmp`.
 const SHM_MAX_BYTES: u64 = 16 << 20;
-const API_PORT: u16 = 7070;
-const CA_BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
+/// AF_INET: the name server of a run is at 127.0.0.1.
+const DATAGRAM_FAMILIES: [u32; 1] = [2];
+/// Two questions, and no time lost: the name server answers at once or not at all. `ndots` keeps programs from asking
+/// for a name with every suffix first.
+const RESOLV_CONF: &str = "nameserver 127.0.0.1\noptions ndots:0 timeout:2 attempts:2\n";
 
 #[cfg(target_arch = "x86_64")]
 const LIBRARIES: &str = "/usr/lib/x86_64-linux-gnu";
@@ -86,6 +90,9 @@ pub fn compile_with(manifest: &Manifest, rights: &Rights, subject: &Subject) -> 
         let why = format!("`{limit}` is {}, and no run keeps below {}", rights.limit(limit), limit.floor());
         return Err(refused(why, "use a token with a larger limit"));
     }
+    if let Err(why) = rights.network() {
+        return Err(refused(why, "use a token that this version has minted"));
+    }
     let program = manifest.exec.first().map_or("", String::as_str);
     if asked(manifest).read.iter().any(|folder| is_beneath(program, folder))
         && !rights.read.iter().any(|folder| is_beneath(program, folder))
@@ -97,6 +104,7 @@ pub fn compile_with(manifest: &Manifest, rights: &Rights, subject: &Subject) -> 
 }
 
 fn plan(manifest: &Manifest, rights: &Rights, subject: &Subject) -> SandboxPlan {
+    let network = network(rights);
     SandboxPlan {
         version: PLAN_VERSION,
         agent_id: subject.agent_id,
@@ -104,13 +112,13 @@ fn plan(manifest: &Manifest, rights: &Rights, subject: &Subject) -> SandboxPlan 
         uid: subject.uid,
         exec: manifest.exec.clone(),
         workdir: manifest.workdir.clone(),
-        env: environment(),
-        mounts: mounts(manifest, rights, subject),
-        landlock: landlock(manifest, rights),
-        seccomp: seccomp(rights),
+        env: environment(&network),
+        mounts: mounts(manifest, rights, subject, &network),
+        landlock: landlock(manifest, rights, &network),
+        seccomp: seccomp(rights, &network),
         cgroup: cgroup(rights),
         rlimits: rlimits(rights),
-        network: NetworkPlan::LoopbackOnly,
+        network,
         api: rights.api.iter().cloned().collect(),
     }
 }
@@ -135,37 +143,65 @@ fn kept_count(rights: &Rights, limit: Limit) -> u32 {
     u32::try_from(kept(rights, limit)).unwrap_or(u32::MAX)
 }
 
+/// What is no rule or contradicts another one gives nothing: [`compile_with`] has refused it, a manifest's are checked.
+fn network(rights: &Rights) -> NetworkPlan {
+    let rules = rights.network().map(Vec::from).unwrap_or_default();
+    if rules.is_empty() {
+        return NetworkPlan::LoopbackOnly;
+    }
+    let own = [inside::API_PORT, inside::EGRESS_PROXY, inside::EGRESS_DNS];
+    let capture_tcp = rule::ports(&rules).into_iter().filter(|port| !own.contains(port)).collect();
+    NetworkPlan::Egress { rules: rules.iter().map(Rule::to_string).collect(), capture_tcp }
+}
+
 /// Fixed for every agent, so that nothing leaks in and every HTTP and model library finds agentd by itself. The
-/// keys are placeholders: identity comes from the socket. Proxy variables follow when the egress exists.
-fn environment() -> Vec<(String, String)> {
+/// keys are placeholders: identity comes from the socket. Proxy variables, in both cases because programs differ, are
+/// there where a proxy is.
+fn environment(network: &NetworkPlan) -> Vec<(String, String)> {
     let local = "127.0.0.1,localhost,::1".to_owned();
     let mut variables = vec![
         ("AGENTD_SOCKET", inside::API_SOCKET.to_owned()),
         ("AGENTD_URL", inside::API_URL.to_owned()),
         ("ANTHROPIC_API_KEY", "agentd".to_owned()),
         ("ANTHROPIC_BASE_URL", inside::API_URL.to_owned()),
-        ("CURL_CA_BUNDLE", CA_BUNDLE.to_owned()),
+        ("CURL_CA_BUNDLE", inside::CA_BUNDLE.to_owned()),
         ("HOME", inside::WORK.to_owned()),
         ("LANG", "C.UTF-8".to_owned()),
-        ("NODE_EXTRA_CA_CERTS", CA_BUNDLE.to_owned()),
+        ("NODE_EXTRA_CA_CERTS", inside::CA_BUNDLE.to_owned()),
         ("NO_PROXY", local.clone()),
         ("OPENAI_API_KEY", "agentd".to_owned()),
         ("OPENAI_BASE_URL", format!("{}/v1", inside::API_URL)),
         ("PATH", format!("{}/bin:/usr/bin", inside::PACKAGE)),
-        ("REQUESTS_CA_BUNDLE", CA_BUNDLE.to_owned()),
-        ("SSL_CERT_FILE", CA_BUNDLE.to_owned()),
+        ("REQUESTS_CA_BUNDLE", inside::CA_BUNDLE.to_owned()),
+        ("SSL_CERT_FILE", inside::CA_BUNDLE.to_owned()),
         ("TMPDIR", "/tmp".to_owned()),
         ("no_proxy", local),
     ];
+    if let NetworkPlan::Egress { .. } = network {
+        let (http, socks) = ("http://127.0.0.1:7071".to_owned(), "socks5h://127.0.0.1:7071".to_owned());
+        variables.extend([
+            ("ALL_PROXY", socks.clone()),
+            ("HTTPS_PROXY", http.clone()),
+            ("HTTP_PROXY", http.clone()),
+            ("all_proxy", socks),
+            ("http_proxy", http.clone()),
+            ("https_proxy", http),
+        ]);
+    }
     variables.sort_unstable();
     variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
-fn mounts(manifest: &Manifest, rights: &Rights, subject: &Subject) -> Vec<Mount> {
+fn mounts(manifest: &Manifest, rights: &Rights, subject: &Subject, network: &NetworkPlan) -> Vec<Mount> {
     let tmp_bytes = kept(rights, Limit::TmpBytes);
     let mut mounts: Vec<Mount> = runtime(manifest, rights)
         .into_iter()
-        .map(|(path, exec)| Mount::ReadOnly { source: path.clone(), target: path, exec, optional: true })
+        .map(|(path, exec)| Mount::ReadOnly {
+            source: seen_from_outside(&path, network),
+            target: path,
+            exec,
+            optional: true,
+        })
         .collect();
     mounts.extend([
         Mount::Symlink { target: "/lib".to_owned(), points_to: "usr/lib".to_owned() },
@@ -182,7 +218,19 @@ fn mounts(manifest: &Manifest, rights: &Rights, subject: &Subject) -> Vec<Mount>
         Mount::Dev { target: "/dev".to_owned() },
         Mount::Tmpfs { target: "/dev/shm".to_owned(), size_bytes: tmp_bytes.min(SHM_MAX_BYTES) },
     ]);
+    if let NetworkPlan::Egress { .. } = network {
+        let text = RESOLV_CONF.to_owned();
+        mounts.push(Mount::Text { target: inside::RESOLV_CONF.to_owned(), text });
+    }
     mounts
+}
+
+/// Where the egress ends TLS, programs must trust its authority besides those of the image.
+fn seen_from_outside(path: &str, network: &NetworkPlan) -> String {
+    match network {
+        NetworkPlan::Egress { .. } if path == inside::CA_BUNDLE => paths::EGRESS_CA_BUNDLE.to_owned(),
+        _ => path.to_owned(),
+    }
 }
 
 /// Files of the image that a program needs before its first own instruction, and what the rights add. The
@@ -194,7 +242,7 @@ fn runtime(manifest: &Manifest, rights: &Rights) -> Vec<(String, bool)> {
         ("/usr/share/zoneinfo", false),
         ("/etc/hosts", false),
         ("/etc/ld.so.cache", false),
-        (CA_BUNDLE, false),
+        (inside::CA_BUNDLE, false),
     ];
     let mut paths: Vec<(String, bool)> = Vec::new();
     for (path, exec) in fixed {
@@ -214,7 +262,7 @@ fn runtime(manifest: &Manifest, rights: &Rights) -> Vec<(String, bool)> {
     paths
 }
 
-fn landlock(manifest: &Manifest, rights: &Rights) -> LandlockPlan {
+fn landlock(manifest: &Manifest, rights: &Rights, network: &NetworkPlan) -> LandlockPlan {
     let mut rules: Vec<LandlockRule> = runtime(manifest, rights)
         .into_iter()
         .map(|(path, exec)| LandlockRule {
@@ -230,10 +278,17 @@ fn landlock(manifest: &Manifest, rights: &Rights) -> LandlockPlan {
         ("/proc", FsAccess::Read),
     ];
     rules.extend(own.map(|(path, access)| LandlockRule { path: path.to_owned(), access }));
-    LandlockPlan { abi_min: LANDLOCK_ABI_MIN, rules, connect_tcp: vec![API_PORT] }
+    let mut connect_tcp = vec![inside::API_PORT];
+    if let NetworkPlan::Egress { capture_tcp, .. } = network {
+        rules.push(LandlockRule { path: inside::RESOLV_CONF.to_owned(), access: FsAccess::Read });
+        connect_tcp.extend([inside::EGRESS_PROXY, inside::EGRESS_DNS]);
+        connect_tcp.extend(capture_tcp);
+        connect_tcp.sort_unstable();
+    }
+    LandlockPlan { abi_min: LANDLOCK_ABI_MIN, rules, connect_tcp }
 }
 
-fn seccomp(rights: &Rights) -> SeccompPlan {
+fn seccomp(rights: &Rights, network: &NetworkPlan) -> SeccompPlan {
     let owned = |names: &[&str]| {
         let mut names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         names.sort_unstable();
@@ -249,6 +304,10 @@ fn seccomp(rights: &Rights) -> SeccompPlan {
         kill: owned(syscalls::KILL),
         ioctls: syscalls::IOCTLS.to_vec(),
         socket_families: syscalls::SOCKET_FAMILIES.to_vec(),
+        datagram_families: match network {
+            NetworkPlan::LoopbackOnly => Vec::new(),
+            NetworkPlan::Egress { .. } => DATAGRAM_FAMILIES.to_vec(),
+        },
         prctls: syscalls::PRCTLS.to_vec(),
     }
 }

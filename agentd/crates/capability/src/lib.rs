@@ -13,6 +13,7 @@
 mod compile;
 mod diff;
 mod manifest;
+mod net;
 mod reader;
 mod syscalls;
 pub mod token;

@@ -4,6 +4,7 @@
 //! Source: the keys are a subset of the appliance's manifest reference; a key of a later version is unknown here
 //!         and therefore an error, because ignoring a restriction would widen what the agent may do.
 
+use crate::net::read_net;
 use crate::reader::{Problems, Section};
 use crate::units;
 use agentd_domain::agent_api::Tier;
@@ -45,6 +46,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
     let model = read_model(top.section("model", &mut problems), &mut problems);
     let limits = read_limits(top.section("limits", &mut problems), &mut problems);
     let read = read_fs(top.section("fs", &mut problems), &mut problems);
+    let net = read_net(top.section("net", &mut problems), &mut problems);
     let memory = read_memory(top.section("memory", &mut problems), &mut problems);
     let messages = read_messages(top.section("messages", &mut problems), &mut problems);
     let calls = read_calls(top.section("calls", &mut problems), &mut problems);
@@ -64,6 +66,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
             model,
             limits,
             read,
+            net,
             memory,
             messages,
             calls,

@@ -67,6 +67,42 @@ impl Section {
         Self { prefix: format!("{}{name}.", self.prefix), table, known: Vec::new() }
     }
 
+    /// The entries of `[[name]]`, each with its place in its keys: `net.allow[0].host`.
+    pub fn entries(&mut self, name: &'static str, problems: &mut Problems) -> Vec<Self> {
+        let entries = match self.take(name) {
+            None => return Vec::new(),
+            Some(Value::Array(entries)) => entries,
+            Some(other) => {
+                let fix = format!("write a section `[[{}]]` for each", self.key(name));
+                problems.wrong(&self.key(name), format!("it is {}", shape(&other)), fix);
+                return Vec::new();
+            }
+        };
+        let mut sections = Vec::new();
+        for (index, entry) in entries.into_iter().enumerate() {
+            let key = format!("{}[{index}]", self.key(name));
+            match entry {
+                Value::Table(table) => {
+                    sections.push(Self { prefix: format!("{key}."), table, known: Vec::new() });
+                }
+                other => problems.wrong(&key, format!("it is {}", shape(&other)), "write a section for each"),
+            }
+        }
+        sections
+    }
+
+    pub fn whole_numbers(&mut self, name: &'static str, problems: &mut Problems) -> Option<Vec<u64>> {
+        let value = self.take(name)?;
+        let numbers = value.as_array().and_then(|items| {
+            items.iter().map(|item| item.as_integer().and_then(|n| u64::try_from(n).ok())).collect()
+        });
+        if numbers.is_none() {
+            let why = format!("it is {}", shape(&value));
+            problems.wrong(&self.key(name), why, "write a list of whole numbers, such as `[443]`");
+        }
+        numbers
+    }
+
     pub fn text(&mut self, name: &'static str, problems: &mut Problems) -> Option<String> {
         match self.take(name)? {
             Value::String(text) => Some(text),

@@ -86,6 +86,11 @@ pub struct Circumstances<'a> {
 pub fn mint(key: &RootKey, grant: &Grant, fresh: &Fresh) -> Result<String, Report> {
     let all = Narrowing { limits: grant.rights.limits.clone(), ..Narrowing::default() };
     all.check()?;
+    // Rules that hide each other would allow more with one taken away.
+    grant.rights.network().map_err(|why| {
+        let fix = "correct the rules; `agentctl plan agent.toml` checks them";
+        Report::caller("rights_contradict", "no token was made", why, fix)
+    })?;
     let next = keypair(&fresh.0)?;
     let token = datalog::authority(grant)?
         .build_with_key_pair(&key.0, biscuit_auth::datalog::SymbolTable::default(), &next)

@@ -13,10 +13,12 @@ use agentd_domain::api::{Agent, AgentKey, ApplianceStatus, ChatRequest, LogLine,
 use agentd_domain::audit::SignedHead;
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::Health;
+use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::SandboxPlan;
 use agentd_domain::token::{
     Attenuate, Inspect, Key, Mint, Revocation, Revoke, Revoked, Shown, Verified, Verify,
 };
+use agentd_domain::secret::{SecretInfo, SecretOrder};
 use bytes::Bytes;
 use futures::Stream;
 use std::future::Future;
@@ -101,6 +103,14 @@ pub trait Appliance: Send + Sync + 'static {
     fn add_model(&self, name: ModelName, file: Upload) -> Pending<'_, Model>;
 
     fn remove_model(&self, name: ModelName) -> Pending<'_, ()>;
+
+    /// Sorted by name; no values.
+    fn secrets(&self) -> Pending<'_, Vec<SecretInfo>>;
+
+    fn set_secret(&self, secret: SecretOrder) -> Pending<'_, ()>;
+
+    /// `not_found` when there is none of this name for this agent, or for none.
+    fn remove_secret(&self, name: SecretName, agent: Option<AgentKey>) -> Pending<'_, ()>;
 
     /// Lines as an export has them (`agentd-audit`), whole, whatever they say: what is damaged must be seen. With an
     /// agent only its records, and no heads.

@@ -29,6 +29,7 @@ mod guarded;
 mod headers;
 mod input;
 mod router;
+mod secrets;
 mod serve;
 mod state;
 #[cfg(test)]

@@ -6,7 +6,7 @@
 use crate::appliance::Appliance;
 use crate::auth::Auth;
 use crate::web::assets;
-use crate::{api, gate, headers, input, web};
+use crate::{api, gate, headers, input, secrets, web};
 use axum::Router;
 use axum::extract::{FromRef, Request};
 use axum::middleware::{from_fn, from_fn_with_state};
@@ -80,6 +80,8 @@ fn api_routes() -> Router<Shared> {
         .route("/api/v1/tokens/key", get(api::token_key))
         .route("/api/v1/models", get(api::models))
         .route("/api/v1/models/{name}", axum::routing::delete(api::remove_model))
+        .route("/api/v1/secrets", get(secrets::list).post(secrets::set))
+        .route("/api/v1/secrets/{name}", axum::routing::delete(secrets::remove))
         .route("/api/v1/audit", get(api::audit))
         .route("/api/v1/audit/head", get(api::audit_head))
         .route("/api/v1/reboot", post(api::reboot))

@@ -42,6 +42,11 @@ pub fn password(from_stdin: bool, kind: Kind) -> Result<String, Report> {
     }
 }
 
+/// A secret's value: typed unseen at a terminal, else the first line of the input.
+pub fn secret() -> Result<String, Report> {
+    if have_terminal() { hidden("Value: ") } else { first_line() }
+}
+
 /// Whether the appliance's screen shows this fingerprint too.
 pub fn compare(pin: Pin) -> Result<(), Report> {
     need_terminal(

@@ -3,6 +3,7 @@
 use crate::client::Host;
 use agentd_domain::api::{AgentKey, ModelName};
 use agentd_domain::audit::PublicKey;
+use agentd_domain::net::rule::SecretName;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -56,6 +57,9 @@ pub enum Command {
     /// Capability tokens: what an agent may do, for whom, and until when
     #[command(subcommand)]
     Token(Token),
+    /// Secrets that agents use and never see
+    #[command(subcommand)]
+    Secret(Secret),
     /// What was allowed, denied and killed
     #[command(subcommand)]
     Audit(Audit),
@@ -236,6 +240,31 @@ impl std::str::FromStr for Span {
         let number: u32 = text.strip_suffix(unit).unwrap_or_default().parse().map_err(|_| bad())?;
         Ok(Self(i64::from(number) * seconds))
     }
+}
+
+#[derive(Subcommand)]
+pub enum Secret {
+    /// List their names and whom they are for
+    #[command(alias = "list")]
+    Ls,
+    /// Set one; its value is the first line of standard input, or asked for
+    Set {
+        name: SecretName,
+        /// For this agent alone
+        #[arg(long, required_unless_present = "host_only")]
+        agent: Option<AgentKey>,
+        /// A host that may get it, exactly; more than once for several. Without --agent for every agent with a rule for it
+        #[arg(long = "for-host", id = "host_only", value_name = "HOST")]
+        hosts: Vec<agentd_domain::net::Host>,
+    },
+    /// Remove one
+    #[command(alias = "remove")]
+    Rm {
+        name: SecretName,
+        /// The one of this agent
+        #[arg(long)]
+        agent: Option<AgentKey>,
+    },
 }
 
 #[derive(Subcommand)]

@@ -9,6 +9,7 @@ use agentd_domain::engine::ModelKind;
 use agentd_domain::fault::Report;
 use agentd_domain::human;
 use agentd_domain::initctl::{Clock, Health};
+use agentd_domain::secret::SecretInfo;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -120,6 +121,20 @@ pub fn models(models: &[Model]) -> String {
         ]
     });
     table(&["NAME", "KIND", "ARCHITECTURE", "SIZE", "FROM", "STATE"], rows)
+}
+
+pub fn secrets(secrets: &[SecretInfo]) -> String {
+    let rows = secrets.iter().map(|secret| {
+        let agent = match (&secret.agent, secret.agent_id) {
+            (Some(name), _) => name.to_string(),
+            (None, Some(id)) => id.to_string(),
+            (None, None) => "every agent".to_owned(),
+        };
+        let hosts: Vec<String> = secret.hosts.iter().map(ToString::to_string).collect();
+        let hosts = if hosts.is_empty() { "as its rules say".to_owned() } else { hosts.join(", ") };
+        vec![secret.name.to_string(), agent, hosts]
+    });
+    table(&["NAME", "AGENT", "HOSTS"], rows)
 }
 
 pub fn audit(records: &[Linked]) -> String {

@@ -29,6 +29,7 @@
 //! | `GET /api/v1/models` | session | | `[`[`Model`]`]` |
 //! | `PUT /api/v1/models/{name}` | session | the GGUF file | [`Model`] |
 //! | `DELETE /api/v1/models/{name}` | session | | 204 |
+//! | `GET`, `POST /api/v1/secrets`, `DELETE /api/v1/secrets/{name}` | session | | see [`crate::secret`] |
 //! | `GET /api/v1/audit?after=0&limit=200&agent=NAME` | session | | NDJSON of [`crate::audit::Linked`] and [`crate::audit::SignedHead`]; without `after` the newest |
 //! | `GET /api/v1/audit/head` | session | | [`crate::audit::SignedHead`] |
 //! | `POST /api/v1/reboot`, `/api/v1/poweroff` | session | | 204 |

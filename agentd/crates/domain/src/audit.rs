@@ -13,6 +13,8 @@
 //! | `agent.install`, `.start`, `.stop`, `.remove` | owner | | the agent's name, or the code of the refusal |
 //! | `model.add`, `.remove`, `machine.reboot`, `.poweroff` | owner | | the model's name, or the code |
 //! | `claim`, `sign_in` | owner or stranger | | the peer's address, the code of the refusal |
+//! | `secret.set`, `secret.remove` | owner | | the secret's name and whom it is for |
+//! | `net.connect`, `.request`, `.resolve`, `.end` | agent | `net` and the rule | door and destination; why not |
 //! | `run.end` | appliance | | how seccomp ended the run |
 //! | `audit.begin`, `audit.key`, `audit.damaged` | appliance | | what happened to the log itself |
 //! | `audit.overflow` | whose they were | | `count` records of this verdict are not kept one by one |

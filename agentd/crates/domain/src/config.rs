@@ -9,6 +9,8 @@
 
 use crate::fault::Report;
 use crate::initctl::NetworkSettings;
+use crate::net::Host;
+use crate::net::address::{self, Reach};
 use crate::paths;
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
@@ -24,7 +26,31 @@ pub struct Config {
     pub network: NetworkSettings,
     pub time: TimeSettings,
     pub console: ConsoleSettings,
+    pub egress: EgressSettings,
 }
+
+/// `[egress]`: what only the owner can allow agents.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EgressSettings {
+    /// `[[egress.private]]`: hosts that agents may reach although they are not public, if their own rules name them.
+    pub private: Vec<PrivateHost>,
+}
+
+/// One host in a private network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrivateHost {
+    /// Exactly this name or address, never with a star.
+    pub host: Host,
+    /// Where the name is, if no name server is asked; then nobody else can say where it is.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
+    /// A certificate (PEM) by which this host is known, besides the public authorities, where the egress ends TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authority: Option<String>,
+}
+
+/// A person wrote each of them down.
+const PRIVATE_HOSTS_MAX: usize = 64;
 
 /// `[time]`
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,7 +96,8 @@ pub fn parse(text: &str) -> (Config, Vec<Problem>) {
     let mut problems: Vec<Problem> = syntax_errors.iter().map(|error| not_toml(text, error)).collect();
     let mut config = Config::default();
     let mut found = |section: &str| section_table(table.get_ref(), section, &mut problems);
-    let (network, time, console) = (found("network"), found("time"), found("console"));
+    let (network, time, console, egress) =
+        (found("network"), found("time"), found("console"), found("egress"));
     if let Some(section) = network
         && let Some(settings) = read_network(section, &mut problems)
     {
@@ -82,7 +109,10 @@ pub fn parse(text: &str) -> (Config, Vec<Problem>) {
     if let Some(section) = console {
         read_console(section, &mut config.console, &mut problems);
     }
-    report_unknown("", table.get_ref(), &["network", "time", "console"], &mut problems);
+    if let Some(section) = egress {
+        read_egress(section, &mut config.egress, &mut problems);
+    }
+    report_unknown("", table.get_ref(), &["network", "time", "console", "egress"], &mut problems);
     (config, problems)
 }
 
@@ -277,6 +307,73 @@ fn read_console(section: &DeTable<'_>, console: &mut ConsoleSettings, problems: 
     }
 }
 
+/// An entry is taken whole or not at all.
+fn read_egress(section: &DeTable<'_>, egress: &mut EgressSettings, problems: &mut Vec<Problem>) {
+    report_unknown("egress.", section, &["private"], problems);
+    let Some(value) = section.get("private") else { return };
+    let Some(entries) = value.get_ref().as_array() else {
+        let fix = "write a section `[[egress.private]]` for each host";
+        return problems.push(wrong("egress.private", "it must be a list of tables", fix));
+    };
+    for (index, entry) in entries.iter().enumerate() {
+        let place = format!("egress.private[{index}]");
+        let Some(entry) = entry.get_ref().as_table() else {
+            problems.push(wrong(
+                &place,
+                "it is no table",
+                "write a section `[[egress.private]]` for each host",
+            ));
+            continue;
+        };
+        if index >= PRIVATE_HOSTS_MAX {
+            let why = format!("more than {PRIVATE_HOSTS_MAX} hosts are named");
+            return problems.push(wrong("egress.private", why, "remove those that no agent needs"));
+        }
+        egress.private.extend(read_private_host(entry, &place, problems));
+    }
+}
+
+fn read_private_host(entry: &DeTable<'_>, place: &str, problems: &mut Vec<Problem>) -> Option<PrivateHost> {
+    let before = problems.len();
+    report_unknown(&format!("{place}."), entry, &["host", "addresses", "authority"], problems);
+    let text = read_string(entry, place, "host", problems);
+    let addresses = read_strings(entry, place, "addresses", problems).unwrap_or_default();
+    let authority = read_string(entry, place, "authority", problems);
+    let host = match text.as_deref().map(Host::parse) {
+        Some(Ok(host)) => Some(host),
+        Some(Err(error)) => {
+            let fix = "write one name such as `nas.example.org` or one address such as `192.168.1.9`";
+            problems.push(wrong(&format!("{place}.host"), error.to_string(), fix));
+            None
+        }
+        None if problems.len() == before => {
+            problems.push(wrong(&format!("{place}.host"), "it is missing", "write `host = \"...\"`"));
+            None
+        }
+        None => None,
+    };
+    let parsed: Vec<IpAddr> = addresses.iter().filter_map(|text| text.parse().ok()).collect();
+    let named = matches!(host, Some(Host::Name(_)));
+    if parsed.len() != addresses.len() || (!addresses.is_empty() && host.is_some() && !named) {
+        problems.push(wrong(
+            &format!("{place}.addresses"),
+            "these are not the addresses of a name",
+            "write IP addresses such as `192.168.1.9`, and only where `host` is a name",
+        ));
+    }
+    let host = host?;
+    // What no grant opens: multicast, reserved ranges, and for names also loopback, link-local and metadata.
+    let shut = parsed.iter().map(|address| (address, address::classify(*address))).chain(match &host {
+        Host::Address(address) => Some((address, address::classify(*address))),
+        Host::Name(_) => None,
+    });
+    for (address, class) in shut.filter(|(_, class)| !address::granted(*class, &host, Reach::Private)) {
+        let why = format!("{address} is {}", class.words());
+        problems.push(wrong(&format!("{place}.host"), why, "name a host of your own network"));
+    }
+    (problems.len() == before).then_some(PrivateHost { host, addresses: parsed, authority })
+}
+
 fn section_table<'t, 'i>(
     table: &'t DeTable<'i>,
     name: &str,
@@ -413,6 +510,41 @@ mod tests {
         let (config, problems) = parse(text);
         assert_eq!(wrong_keys(&problems), ["network.mode", "time.servers", "console.port"]);
         assert_eq!(config, Config::default());
+    }
+
+    #[test]
+    fn private_hosts_are_exact_and_each_is_taken_whole_or_not_at_all() {
+        let text = r#"
+            [[egress.private]]
+            host = "nas.example.org"
+            addresses = ["192.168.1.9"]
+            [[egress.private]]
+            host = "10.0.2.2"
+            [[egress.private]]
+            host = "*.example.org"
+            [[egress.private]]
+            host = "192.168.1.0/24"
+            [[egress.private]]
+            host = "router"
+            addresses = ["127.0.0.1"]
+            [[egress.private]]
+            host = "cloud"
+            addresses = ["169.254.169.254"]
+            [[egress.private]]
+            host = "10.0.0.1"
+            addresses = ["10.0.0.2"]
+            [[egress.private]]
+            addresses = []
+        "#;
+        let (config, problems) = parse(text);
+        let hosts: Vec<String> =
+            config.egress.private.iter().map(|private| private.host.to_string()).collect();
+        assert_eq!(hosts, ["nas.example.org", "10.0.2.2"]);
+        let keys = [2, 3, 4, 5, 6, 7]
+            .map(|n| format!("egress.private[{n}].{}", if n == 6 { "addresses" } else { "host" }));
+        assert_eq!(wrong_keys(&problems), keys.iter().map(String::as_str).collect::<Vec<_>>());
+        assert_eq!(wrong_keys(&parse("egress = 1\n").1), ["egress"]);
+        assert_eq!(wrong_keys(&parse("[egress]\nprivate = 1\n").1), ["egress.private"]);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use crate::fault::Report;
 use crate::ids::{AgentId, RunId};
-use crate::plan::{CgroupLimits, DiskQuota, SandboxPlan};
+use crate::plan::{CgroupLimits, DiskQuota, NetworkPlan, SandboxPlan};
 use serde::{Deserialize, Serialize};
 
 /// Below the default send buffer of a Unix socket (208 KiB on Linux), so one packet always fits.
@@ -127,9 +127,12 @@ pub enum Response {
     /// Descriptors attached, in the order of [`HANDOVER_FDS`].
     Started {
         pid: i32,
+        /// Of the plan it was started with: says which descriptors follow the fixed ones.
+        network: NetworkPlan,
     },
     HandedOver {
         pid: i32,
+        network: NetworkPlan,
     },
     /// Descriptors attached, in the order of [`CALL_FDS`].
     CallStarted {
@@ -143,7 +146,8 @@ pub enum Response {
     Refused(Report),
 }
 
-/// The descriptors that travel with `Started` and `HandedOver`, in this order.
+/// The descriptors that travel with `Started` and `HandedOver`, in this order. Those of the egress follow
+/// ([`NetworkPlan::egress_sockets`]): proxy, name server over UDP and over TCP, and the plan's caught ports.
 pub const HANDOVER_FDS: [&str; 5] = ["api_tcp_listener", "api_unix_listener", "stdout", "stderr", "pidfd"];
 
 /// The descriptors that travel with `CallStarted`, in this order. From `ended` one [`CallEnd`] is read as JSON, and

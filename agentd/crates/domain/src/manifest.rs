@@ -5,6 +5,7 @@
 
 use crate::agent_api::Tier;
 use crate::ids::AgentName;
+use crate::net::Rule;
 use serde::{Deserialize, Serialize};
 
 /// `agent.toml`, checked: every value is in range.
@@ -22,6 +23,8 @@ pub struct Manifest {
     pub limits: Limits,
     /// Folders of the image that the agent may read, beyond the runtime.
     pub read: Vec<String>,
+    /// What it may reach of the network, checked as a whole; empty is no network at all.
+    pub net: Vec<Rule>,
     pub memory: Vec<(Tier, MemoryAccess)>,
     /// Whether the agent takes messages from people.
     pub messages: bool,

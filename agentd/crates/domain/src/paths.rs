@@ -73,7 +73,19 @@ pub mod inside {
     pub const API_SOCKET: &str = "/run/agentd.sock";
     pub const API_TCP: &str = "127.0.0.1:7070";
     pub const API_URL: &str = "http://127.0.0.1:7070";
+    pub const API_PORT: u16 = 7070;
+    /// The egress's proxy, HTTP and SOCKS 5, in runs that have rules for the network.
+    pub const EGRESS_PROXY: u16 = 7071;
+    /// And its name server, over UDP and TCP.
+    pub const EGRESS_DNS: u16 = 53;
+    pub const RESOLV_CONF: &str = "/etc/resolv.conf";
+    /// Where programs of a run look for the authorities that they trust.
+    pub const CA_BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
 }
+
+/// The authorities of the image and the egress's own, in one file; written by agentd, seen by runs with rules for the
+/// network in the place of the image's.
+pub const EGRESS_CA_BUNDLE: &str = "/run/agentd/egress/ca-certificates.crt";
 
 /// The management port.
 pub const HTTPS_PORT: u16 = 8443;

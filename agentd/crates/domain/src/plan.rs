@@ -7,7 +7,7 @@ use crate::ids::{AgentId, AgentName};
 use serde::{Deserialize, Serialize};
 
 /// Raised when a launcher of an older version would misread the plan.
-pub const PLAN_VERSION: u32 = 1;
+pub const PLAN_VERSION: u32 = 2;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -50,6 +50,8 @@ pub enum Mount {
     Proc { target: String },
     /// `null zero full random urandom tty` and nothing else.
     Dev { target: String },
+    /// A small file of the new root itself, read-only: the one that says where the run's name server is.
+    Text { target: String, text: String },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,8 +92,10 @@ pub struct SeccompPlan {
     pub kill: Vec<String>,
     /// `ioctl` request numbers that are allowed; compared as 32 bits, as the kernel reads them.
     pub ioctls: Vec<u32>,
-    /// `socket` address families that are allowed, each with `SOCK_STREAM` only.
+    /// `socket` address families that are allowed with `SOCK_STREAM`.
     pub socket_families: Vec<u32>,
+    /// The same with `SOCK_DGRAM`: for questions to the run's own name server, where it has one.
+    pub datagram_families: Vec<u32>,
     /// `prctl` operations that are allowed.
     pub prctls: Vec<u32>,
 }
@@ -124,7 +128,29 @@ pub struct Rlimit {
 pub enum NetworkPlan {
     /// An empty namespace whose only interface is `lo`; agentd listens on 127.0.0.1:7070 in it.
     LoopbackOnly,
+    /// The same, and agentd's egress listens in it too ([`crate::paths::inside::EGRESS_PROXY`] and what follows it).
+    /// Nothing else leads out.
+    Egress {
+        /// Each as [`crate::net::Rule`] is written; the number of a rule in audits is its place here.
+        rules: Vec<String>,
+        /// Where connections to synthetic addresses are caught: every port that a rule names, but for those on which
+        /// the run's own services listen.
+        capture_tcp: Vec<u16>,
+    },
 }
+
+impl NetworkPlan {
+    /// How many sockets of the egress the run has: proxy, name server twice, and one for each caught port.
+    pub fn egress_sockets(&self) -> usize {
+        match self {
+            Self::LoopbackOnly => 0,
+            Self::Egress { capture_tcp, .. } => EGRESS_FIXED_SOCKETS + capture_tcp.len(),
+        }
+    }
+}
+
+/// The proxy's, and the name server's for UDP and TCP.
+pub const EGRESS_FIXED_SOCKETS: usize = 3;
 
 /// The most that any plan may ask for. The compiler keeps within these, and the launcher checks them again, so
 /// that agentd's word alone never takes the machine. What a machine really has is decided at admission.
@@ -155,6 +181,10 @@ pub mod ceiling {
     pub const ENV_MAX: usize = 128;
     pub const ARGS_MAX: usize = 64;
     pub const TEXT_MAX_BYTES: usize = 4_096;
+    pub const NET_RULES_MAX: usize = crate::net::rule::RULES_MAX;
+    pub const NET_PORTS_MAX: usize = crate::net::rule::PORTS_MAX;
+    /// Of all rules together.
+    pub const NET_RULES_MAX_BYTES: usize = 48 * 1024;
 }
 
 /// User quota of the agent's volume.

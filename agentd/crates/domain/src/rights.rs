@@ -10,6 +10,7 @@
 
 use crate::fault::Report;
 use crate::manifest::{Manifest, MemoryAccess};
+use crate::net::{EgressRules, Rule};
 use crate::plan::ceiling;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,6 +32,9 @@ pub struct Rights {
     pub read: BTreeSet<String>,
     /// Groups of system calls.
     pub calls: BTreeSet<String>,
+    /// Rules for the network, as [`Rule`] is written. Each is given or taken as a whole.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub net: BTreeSet<String>,
     /// Every limit has a value; a missing one is 0.
     pub limits: BTreeMap<Limit, u64>,
 }
@@ -140,6 +144,8 @@ pub enum Request {
     /// An absolute path of the image without `.`, `..` and empty parts.
     Read(String),
     Calls(String),
+    /// A plan with this rule.
+    Net(String),
     /// A plan with this value.
     Limit(Limit, u64),
 }
@@ -154,6 +160,8 @@ pub struct Narrowing {
     pub read: Option<BTreeSet<String>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calls: Option<BTreeSet<String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net: Option<BTreeSet<String>>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub limits: BTreeMap<Limit, u64>,
     /// From this second since 1970 on nothing is allowed.
@@ -168,6 +176,7 @@ impl Rights {
             api: api(manifest),
             read: manifest.read.iter().cloned().collect(),
             calls: calls.iter().map(|&group| group.to_owned()).collect(),
+            net: manifest.net.iter().map(Rule::to_string).collect(),
             limits: limits(manifest),
         }
     }
@@ -176,11 +185,18 @@ impl Rights {
         self.limits.get(&limit).copied().unwrap_or(0)
     }
 
+    /// The rules for the network as a whole, in the order of their text; refused when they contradict each other or
+    /// are not rules of this version.
+    pub fn network(&self) -> Result<EgressRules, String> {
+        EgressRules::from_lines(&self.net)
+    }
+
     pub fn allows(&self, request: &Request) -> bool {
         match request {
             Request::Api(right) => self.api.contains(right),
             Request::Read(path) => self.read.iter().any(|folder| is_beneath(path, folder)),
             Request::Calls(group) => self.calls.contains(group),
+            Request::Net(rule) => self.net.contains(rule),
             Request::Limit(limit, value) => *value <= self.limit(*limit),
         }
     }
@@ -198,6 +214,7 @@ impl Rights {
                 None => self.read.clone(),
             },
             calls: kept(&self.calls, &by.calls),
+            net: kept(&self.net, &by.net),
             limits: self
                 .limits
                 .iter()
@@ -213,6 +230,9 @@ impl Rights {
         let read = |path: &&String| !other.allows(&Request::Read((*path).clone()));
         more.extend(self.read.iter().filter(read).map(|path| format!("read {path}")));
         more.extend(self.calls.difference(&other.calls).map(|group| format!("calls {group}")));
+        more.extend(
+            self.net.iter().filter(|rule| !within(rule, &other.net)).map(|rule| format!("net {rule}")),
+        );
         for limit in Limit::ALL {
             let (own, theirs) = (self.limit(limit), other.limit(limit));
             if own > theirs {
@@ -247,6 +267,11 @@ impl Narrowing {
                 "give `memory.high` a value of at most `memory.max`".to_owned(),
             ));
         }
+        if let Some(why) = self.net.iter().flatten().find_map(|rule| rule.parse::<Rule>().err()) {
+            let fix =
+                "write each rule as `agentctl plan` prints it, `https://api.example.org:443` for example";
+            return Err(refused(why, fix.to_owned()));
+        }
         if let Some(path) = self.read.iter().flatten().find(|path| !is_clean(path)) {
             return Err(refused(
                 format!("`{path}` is not an absolute path without `.`, `..` and empty parts"),
@@ -260,6 +285,14 @@ impl Narrowing {
 /// Whether `path` is `folder` or lies below it.
 pub fn is_beneath(path: &str, folder: &str) -> bool {
     path.strip_prefix(folder).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// Whether a rule gives nothing beyond one of the others. A text that is no rule is compared as it stands.
+fn within(rule: &str, others: &BTreeSet<String>) -> bool {
+    let covered = |rule: &Rule| {
+        others.iter().filter_map(|other| other.parse().ok()).any(|other: Rule| rule.is_within(&other))
+    };
+    others.contains(rule) || rule.parse().is_ok_and(|rule| covered(&rule))
 }
 
 fn is_clean(path: &str) -> bool {

@@ -5,8 +5,8 @@
 //! Out:    bytes between that connection and the one address that was decided on; an [`Event`] for each decision.
 //! Always: a name is parsed once, by [`name`], and the parsed value is matched, resolved, vetted and dialled.
 //!         What is absent from the rules is denied. [`Dial`] takes only a [`Vetted`] address.
-//! Never:  a socket, a resolver or a clock of its own choosing: [`Resolve`] and [`Dial`] are the binary's. TLS is
-//!         not ended here: a rule that needs it ([`Way::EndTls`]) is refused by [`relay`].
+//!         TLS is ended where a rule speaks of what is inside ([`ending`]), and nowhere else.
+//! Never:  a socket, a resolver, a file or a clock of its own choosing: [`Resolve`] and [`Dial`] are the binary's.
 //!
 //! Decisions are plain functions ([`rules::decide`], [`address::vet`], the parsers); only [`relay`] does I/O.
 //!
@@ -15,26 +15,31 @@
 //! hosts with methods and paths or not at all; byte and time limits bound the rest.
 #![forbid(unsafe_code)]
 
-pub mod address;
 pub mod audit;
+pub mod authority;
 pub mod budget;
 pub mod dns;
+pub mod ending;
 pub mod hello;
 pub mod http1;
-pub mod name;
-pub mod pattern;
 pub mod refusal;
 pub mod relay;
 pub mod rules;
+pub mod secret;
 pub mod socks5;
 pub mod synthetic;
 
+pub use agentd_domain::net::{address, name, pattern};
+
 pub use address::Vetted;
 pub use audit::{Audit, Door, Event};
+pub use authority::Authority;
 pub use budget::ByteBudget;
+pub use ending::Ending;
 pub use name::{Destination, Host, Name};
 pub use pattern::Pattern;
 pub use refusal::Refusal;
 pub use relay::{Budgets, Dial, Limits, Policy, Relay, Resolve};
 pub use rules::{Decision, EgressRules, Rule, Way, decide};
+pub use secret::Secret;
 pub use synthetic::Pool;

@@ -42,10 +42,25 @@ pub enum Refusal {
         rule: usize,
         path: String,
     },
-    /// The rule speaks of what is inside TLS, which is not ended here.
+    /// The rule speaks of what is inside TLS, and there is nothing to end it with.
     EndTls {
         destination: Destination,
         rule: usize,
+    },
+    /// The agent did not take the certificate, or did not speak TLS to its end.
+    Ended {
+        destination: Destination,
+        why: String,
+    },
+    /// The host could not be verified, or speaks no TLS.
+    HostTls {
+        destination: Destination,
+        why: String,
+    },
+    /// The owner has set no such secret for this agent.
+    Secret {
+        rule: usize,
+        name: String,
     },
     Head(HeadError),
     Socks(SocksError),
@@ -106,7 +121,7 @@ impl Refusal {
             Self::Head(HeadError::TooLarge) => 431,
             Self::Head(_) | Self::Socks(_) | Self::NotAProxy => 400,
             Self::Slow(Waiting::Head) => 408,
-            Self::Resolve { .. } | Self::Dial { .. } | Self::Answer(_) => 502,
+            Self::Resolve { .. } | Self::Dial { .. } | Self::Answer(_) | Self::HostTls { .. } => 502,
             Self::Slow(_) => 504,
             Self::Budget => 429,
             _ => 403,
@@ -164,8 +179,23 @@ impl Refusal {
             ),
             Self::EndTls { destination, rule } => caller(
                 "egress_tls_not_ended",
-                format!("rule {rule} for {destination} names methods or paths, which a tunnel hides"),
-                "take them out of the rule, or use a version that ends TLS".to_owned(),
+                format!("rule {rule} for {destination} speaks of what a tunnel hides, and TLS is not ended"),
+                "`agentctl status` says why the egress has no authority".to_owned(),
+            ),
+            Self::Ended { destination, why } => caller(
+                "egress_tls_agent",
+                format!("the TLS handshake for {destination} failed: {why}"),
+                "trust the bundle that SSL_CERT_FILE names, and speak HTTP/1.1".to_owned(),
+            ),
+            Self::HostTls { destination, why } => outside(
+                "egress_tls_host",
+                format!("{destination} could not be verified: {why}"),
+                "check the host; for one of your own set its `authority` in `[[egress.private]]` of agentd.toml",
+            ),
+            Self::Secret { rule, name } => caller(
+                "egress_secret",
+                format!("rule {rule} needs the secret `{name}`, which is not set for this agent"),
+                format!("`agentctl secret set {name} --agent AGENT`"),
             ),
             Self::Head(error) => caller(
                 "egress_request",
@@ -200,7 +230,8 @@ impl Refusal {
             Self::Address { destination, error } => caller(
                 "egress_address",
                 format!("{}: {error}", destination.host),
-                "if that is meant, add `reach = \"private\"` to a rule for exactly this host".to_owned(),
+                "if that is meant, the owner grants exactly this host: `[[egress.private]]` in agentd.toml"
+                    .to_owned(),
             ),
             Self::Dial { destination, kind } => outside(
                 "egress_dial",

@@ -20,10 +20,12 @@ mod tunnel;
 use crate::address::{self, Reach, Vetted};
 use crate::audit::{Audit, Door, End, Event};
 use crate::budget::ByteBudget;
+use crate::ending::{Ended, Ending};
 use crate::http1::{self, Kind, Request};
 use crate::name::{Destination, Host, Name};
 use crate::refusal::{Refusal, Waiting, clip};
 use crate::rules::{self, Allow, Asked, EgressRules, Inside, Way};
+use crate::secret::{self, Secret};
 use crate::socks5;
 use agentd_domain::ids::AgentId;
 use client::{Client, Reply};
@@ -48,8 +50,13 @@ pub trait Resolve: Send + Sync {
 
 /// Connects to an address that was vetted, and to no other.
 pub trait Dial: Send + Sync {
-    type Stream: AsyncRead + AsyncWrite + Send + Unpin;
+    type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
     fn dial(&self, to: Vetted) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+
+    /// Whether this machine itself is at the address now. Asked for each address of an answer.
+    fn is_own(&self, _address: IpAddr) -> bool {
+        false
+    }
 }
 
 /// All that decides for one agent. Replaced as a whole, so rules and budgets fit each other.
@@ -57,8 +64,11 @@ pub trait Dial: Send + Sync {
 pub struct Policy {
     pub rules: EgressRules,
     pub budgets: Budgets,
-    /// The appliance's own addresses: an agent must not reach the console through its public name.
+    /// The appliance's own addresses, besides those that [`Dial::is_own`] finds: an agent must not reach the console
+    /// through its public name.
     pub own: Vec<IpAddr>,
+    /// By the rule's number. A rule whose secret is missing here refuses its requests.
+    pub secrets: HashMap<usize, Secret>,
 }
 
 #[derive(Debug, Clone)]
@@ -102,6 +112,8 @@ pub struct Relay<R, D, A> {
     pub resolve: R,
     pub dial: D,
     pub audit: A,
+    /// Without it rules that speak of what is inside TLS are refused.
+    pub ending: Option<Ending>,
 }
 
 /// An allowed destination with an open connection.
@@ -112,7 +124,7 @@ struct Opened<S> {
 
 impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     /// A connection to the proxy's port: HTTP or SOCKS 5, told apart by the first byte. Returns when it is over.
-    pub async fn serve_proxy<S: AsyncRead + AsyncWrite + Send + Unpin>(&self, stream: S) {
+    pub async fn serve_proxy<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, stream: S) {
         let mut client = Client::new(stream);
         match timeout(self.limits.head, client.first_byte()).await {
             Ok(Some(socks5::VERSION)) => self.socks(client).await,
@@ -127,7 +139,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     }
 
     /// A connection to a synthetic address, with the name and port that it stands for, if it stands for any.
-    pub async fn serve_captured<S: AsyncRead + AsyncWrite + Send + Unpin>(
+    pub async fn serve_captured<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
         &self,
         stream: S,
         destination: Option<Destination>,
@@ -139,7 +151,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
         }
     }
 
-    async fn socks<S: AsyncRead + AsyncWrite + Send + Unpin>(&self, mut client: Client<S>) {
+    async fn socks<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(&self, mut client: Client<S>) {
         let read = timeout(self.limits.head, client.socks_request()).await;
         match read.unwrap_or(Err(Stop::Refused(Refusal::Slow(Waiting::Head)))) {
             Ok(destination) => self.stream(client, destination, Door::Socks, Reply::Socks).await,
@@ -152,7 +164,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     }
 
     /// A stream of bytes to one destination, whatever door it came through.
-    async fn stream<S: AsyncRead + AsyncWrite + Send + Unpin>(
+    async fn stream<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
         &self,
         mut client: Client<S>,
         destination: Destination,
@@ -161,7 +173,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     ) {
         let policy = self.policy();
         let allow = match rules::decide(&policy.rules, &destination, Asked::Stream) {
-            Ok(Allow { way: Way::EndTls, rule, .. }) => {
+            Ok(Allow { way: Way::EndTls, rule, .. }) if self.ending.is_none() => {
                 Err(Refusal::EndTls { destination: destination.clone(), rule })
             }
             other => other,
@@ -176,9 +188,16 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
         if allow.way == Way::Http {
             // Nothing is dialled yet and nothing leaves: each request inside is decided, and audited, for itself.
             if client.accept(reply).await.is_ok() {
-                self.requests(client, door, Some(destination)).await;
+                self.requests(client, door, Some((destination, Inside::Clear))).await;
             }
             return;
+        }
+        if let (Way::EndTls, Some(ending)) = (allow.way, &self.ending) {
+            return match self.ended(client, ending, &destination, reply).await {
+                Ok(client) => self.requests(client, door, Some((destination, Inside::Tls))).await,
+                Err(Stop::Refused(refusal)) => self.deny(door, Some(&destination), None, &refusal),
+                Err(_) => {}
+            };
         }
         self.record(door, Some(&destination), None, Ok(allow.rule));
         let meter = Meter::new(policy.budgets.of(allow.rule));
@@ -197,12 +216,39 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
         self.close(door, &destination, address, allow.rule, &meter, result);
     }
 
+    /// Says yes, checks that the handshake names the host, and answers it in the host's place.
+    async fn ended<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
+        &self,
+        mut client: Client<S>,
+        ending: &Ending,
+        destination: &Destination,
+        reply: Reply,
+    ) -> Result<Client<Ended>, Stop> {
+        client.accept(reply).await?;
+        let slow = || Stop::Refused(Refusal::Slow(Waiting::Head));
+        let named = timeout(self.limits.head, tunnel::handshake(&mut client, destination)).await;
+        if let Err(stop) = named.unwrap_or_else(|_| Err(slow())) {
+            client.last_words(&crate::hello::ALERT_ACCESS_DENIED).await;
+            return Err(stop);
+        }
+        let accepted =
+            timeout(self.limits.head, ending.accept(client.into_stream(), &destination.host)).await;
+        match accepted {
+            Ok(Ok(stream)) => Ok(Client::new(stream)),
+            Ok(Err(error)) => {
+                let why = clip(&error.to_string());
+                Err(Stop::Refused(Refusal::Ended { destination: destination.clone(), why }))
+            }
+            Err(_) => Err(slow()),
+        }
+    }
+
     /// Requests on one connection, each decided for itself. `inside` is the destination when it is known already.
-    async fn requests<S: AsyncRead + AsyncWrite + Send + Unpin>(
+    async fn requests<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
         &self,
         mut client: Client<S>,
         door: Door,
-        inside: Option<Destination>,
+        inside: Option<(Destination, Inside)>,
     ) {
         loop {
             // Between two requests a client may be idle; once one has begun it has to arrive.
@@ -213,8 +259,8 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
             let head = begun.unwrap_or(Err(Stop::Refused(Refusal::Slow(Waiting::Head))));
             let parsed = match (head, &inside) {
                 (Ok(head), None) => http1::parse_proxy(&head).map_err(Refusal::Head),
-                (Ok(head), Some(destination)) => {
-                    http1::parse_inside(&head, destination, Inside::Clear).map_err(Refusal::Head)
+                (Ok(head), Some((destination, inside))) => {
+                    http1::parse_inside(&head, destination, *inside).map_err(Refusal::Head)
                 }
                 (Err(Stop::Refused(refusal)), _) => Err(refusal),
                 (Err(_), _) => return,
@@ -229,7 +275,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
                     }
                 }
                 Err(refusal) => {
-                    self.deny(door, inside.as_ref(), None, &refusal);
+                    self.deny(door, inside.as_ref().map(|(to, _)| to), None, &refusal);
                     return client.refuse(Reply::Http, &refusal).await;
                 }
             }
@@ -237,7 +283,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     }
 
     /// Boxed, because a tunnel may again hold requests; [`http1::parse_inside`] ends that: there is no CONNECT inside.
-    fn connect<'a, S: AsyncRead + AsyncWrite + Send + Unpin + 'a>(
+    fn connect<'a, S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
         &'a self,
         client: Client<S>,
         destination: Destination,
@@ -246,7 +292,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     }
 
     /// Whether the connection can take another request.
-    async fn one_request<S: AsyncRead + AsyncWrite + Send + Unpin>(
+    async fn one_request<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
         &self,
         client: &mut Client<S>,
         request: &Request,
@@ -254,13 +300,21 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     ) -> bool {
         let policy = self.policy();
         let destination = &request.destination;
-        let asked = Asked::Request { inside: Inside::Clear, method: &request.method, path: &request.path };
+        let asked = Asked::Request { inside: request.inside, method: &request.method, path: &request.path };
         let seen = Some((request.method.as_str(), request.path.as_str()));
         let allow = match rules::decide(&policy.rules, destination, asked) {
             Ok(allow) => allow,
             Err(refusal) => {
                 self.deny(door, Some(destination), seen, &refusal);
                 // The body is unread, so nothing after it can be found.
+                client.refuse(Reply::Http, &refusal).await;
+                return false;
+            }
+        };
+        let filled = match filled(&policy, request, allow.rule) {
+            Ok(filled) => filled,
+            Err(refusal) => {
+                self.deny(door, Some(destination), seen, &refusal);
                 client.refuse(Reply::Http, &refusal).await;
                 return false;
             }
@@ -272,7 +326,19 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
             Ok(opened) => {
                 address = Some(opened.address);
                 let guard = self.guard(&meter, destination, asked, allow);
-                exchange::exchange(client, opened.stream, request, &meter, guard).await
+                match (allow.way, &self.ending) {
+                    (Way::EndTls, Some(ending)) => match self.begun(ending, opened.stream, destination).await
+                    {
+                        Ok(host) => exchange::exchange(client, host, filled, &meter, guard).await,
+                        Err(refusal) => Err(Stop::Refused(refusal)),
+                    },
+                    // Decided for what is read in the clear; what is inside TLS never goes out without it.
+                    (Way::Http, _) => exchange::exchange(client, opened.stream, filled, &meter, guard).await,
+                    _ => Err(Stop::Refused(Refusal::EndTls {
+                        destination: destination.clone(),
+                        rule: allow.rule,
+                    })),
+                }
             }
             Err(refusal) => Err(Stop::Refused(refusal)),
         };
@@ -282,6 +348,22 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
         let again = matches!(result, Ok(exchange::Next::Request));
         self.close(door, destination, address, allow.rule, &meter, result.map(|_| ()));
         again
+    }
+
+    async fn begun(
+        &self,
+        ending: &Ending,
+        stream: D::Stream,
+        destination: &Destination,
+    ) -> Result<Ended, Refusal> {
+        match timeout(self.limits.dial, ending.connect(stream, &destination.host)).await {
+            Ok(Ok(host)) => Ok(host),
+            Ok(Err(error)) => {
+                let why = clip(&error.to_string());
+                Err(Refusal::HostTls { destination: destination.clone(), why })
+            }
+            Err(_) => Err(Refusal::Slow(Waiting::Dial)),
+        }
     }
 
     /// Resolves once, vets every address, and dials what was vetted.
@@ -298,7 +380,9 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
                 .map_err(|_| Refusal::Slow(Waiting::Resolve))?
                 .map_err(|error| Refusal::Resolve { destination: destination.clone(), kind: error.kind() })?,
         };
-        let vetted = address::vet(destination, &answer, reach, &policy.own)
+        let mut own = policy.own.clone();
+        own.extend(answer.iter().filter(|address| self.dial.is_own(**address)));
+        let vetted = address::vet(destination, &answer, reach, &own)
             .map_err(|error| Refusal::Address { destination: destination.clone(), error })?;
         let mut refusal = Refusal::Slow(Waiting::Dial);
         for to in vetted.into_iter().take(ADDRESSES_TRIED) {
@@ -398,11 +482,30 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     }
 }
 
+/// A request as the host gets it, and the secret that must not come back.
+struct Filled<'a> {
+    request: std::borrow::Cow<'a, Request>,
+    secret: Option<&'a Secret>,
+}
+
+/// With the secret of the rule that has allowed it.
+fn filled<'a>(policy: &'a Policy, request: &'a Request, rule: usize) -> Result<Filled<'a>, Refusal> {
+    use std::borrow::Cow::{Borrowed, Owned};
+    let Some(into) = policy.rules.as_slice().get(rule).and_then(|rule| rule.secret.as_ref()) else {
+        return Ok(Filled { request: Borrowed(request), secret: None });
+    };
+    let secret = policy.secrets.get(&rule);
+    let secret = secret.ok_or_else(|| Refusal::Secret { rule, name: into.name.to_string() })?;
+    Ok(Filled { request: Owned(secret::put_in(request, into, secret)), secret: Some(secret) })
+}
+
 impl Budgets {
     fn of(&self, rule: usize) -> Arc<ByteBudget> {
         Arc::clone(self.by_rule.get(&rule).unwrap_or(&self.agent))
     }
 }
 
+#[cfg(test)]
+mod ended_tests;
 #[cfg(test)]
 mod tests;

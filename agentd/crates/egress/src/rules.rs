@@ -2,86 +2,18 @@
 //!
 //! In:     an agent's [`EgressRules`], checked once when they are made; a [`Destination`]; what is [`Asked`] of it.
 //! Out:    the rule that decided and the [`Way`], or a [`Refusal`] that says what is missing.
-//! Always: what no rule names is denied. Rules for the host itself hide rules with a star for that host and port,
-//!         so the narrower rule is never widened by accident. All rules that apply to one host and port agree on
-//!         protocol and reach; otherwise they are not accepted.
+//! Always: what no rule names is denied. All rules that apply to one host and port agree on protocol, reach and
+//!         secret; otherwise they are not accepted (`agentd_domain::net::rule`). Of several, the first that fits
+//!         decides.
 //! Never:  a query string: rules speak of the path before it.
 
-use crate::address::{self, Class, Reach};
-use crate::name::{Destination, Host, Name};
-use crate::pattern::Pattern;
+use crate::address::Reach;
+use crate::name::Destination;
 use crate::refusal::{Refusal, clip};
+use agentd_domain::net::rule::{has_one_reading, path_matches};
 use serde::{Deserialize, Serialize};
-use std::num::NonZeroU16;
 
-/// More than a person reviews, and still decided in microseconds.
-pub const RULES_MAX: usize = 1024;
-
-/// What a rule lets through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Protocol {
-    /// TLS whose handshake names the host. With methods or paths, HTTP inside it.
-    #[default]
-    Https,
-    /// HTTP/1 in the clear; every request is read and decided.
-    Http,
-    /// Any bytes: nothing inside is looked at.
-    Tcp,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Rule {
-    pub host: Pattern,
-    #[serde(default)]
-    pub protocol: Protocol,
-    /// Empty: 443 for `https`, 80 for `http`; `tcp` has to say.
-    #[serde(default)]
-    pub ports: Vec<NonZeroU16>,
-    /// Empty: any but TRACE and CONNECT.
-    #[serde(default)]
-    pub methods: Vec<String>,
-    /// Empty: any. Else `/exact/path`, or `/below/*` for everything below.
-    #[serde(default)]
-    pub paths: Vec<String>,
-    #[serde(default)]
-    pub reach: Reach,
-}
-
-/// Rules that were checked. A rule's number in audits is its place here, from 0.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(try_from = "Vec<Rule>", into = "Vec<Rule>")]
-pub struct EgressRules(Vec<Rule>);
-
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum RuleError {
-    #[error("there are more than {RULES_MAX} rules")]
-    TooMany,
-    #[error("rule {rule} ({host}): `tcp` needs its ports named")]
-    NoPort { rule: usize, host: Pattern },
-    #[error("rule {rule} ({host}): methods and paths mean nothing for `tcp`; write `https` or `http`")]
-    OpaqueRequest { rule: usize, host: Pattern },
-    #[error("rule {rule} ({host}): `{method}` is not a method that can be allowed, in capitals")]
-    Method { rule: usize, host: Pattern, method: String },
-    #[error(
-        "rule {rule} ({host}): the path `{path}` is not `/a/b` or `/a/*` without `//`, dots, `;`, `?` or escapes of plain characters"
-    )]
-    Path { rule: usize, host: Pattern, path: String },
-    #[error("rule {rule} ({host}): `reach = \"private\"` is for one host; name it without a star")]
-    PrivateStar { rule: usize, host: Pattern },
-    #[error("rule {rule} ({host}): this is {}; add `reach = \"private\"` if that is meant", class.words())]
-    NeedsPrivate { rule: usize, host: Pattern, class: Class },
-    #[error("rule {rule} ({host}): nothing can be reached there: this is {}", class.words())]
-    NoReach { rule: usize, host: Pattern, class: Class },
-    #[error("rules {first} and {second} ({host}) name one port with two protocols or two reaches")]
-    Conflict { first: usize, second: usize, host: Pattern },
-}
-
-/// All that is wrong with a list of rules.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
-pub struct RuleErrors(pub Vec<RuleError>);
+pub use agentd_domain::net::rule::{EgressRules, Protocol, Rule, RuleError, RuleErrors};
 
 /// What is asked of a destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +57,7 @@ pub type Decision = Result<Allow, Refusal>;
 pub fn decide(rules: &EgressRules, destination: &Destination, asked: Asked<'_>) -> Decision {
     let candidates = applicable(rules, destination);
     let Some(&(first, rule)) = candidates.first() else {
-        let other_port = rules.0.iter().any(|rule| rule.host.matches(&destination.host));
+        let other_port = rules.as_slice().iter().any(|rule| rule.host.matches(&destination.host));
         let destination = destination.clone();
         return Err(if other_port { Refusal::Port { destination } } else { Refusal::Host { destination } });
     };
@@ -151,62 +83,10 @@ pub fn decide(rules: &EgressRules, destination: &Destination, asked: Asked<'_>) 
     }
 }
 
-impl EgressRules {
-    pub fn new(rules: Vec<Rule>) -> Result<Self, RuleErrors> {
-        let mut errors = Vec::new();
-        if rules.len() > RULES_MAX {
-            return Err(RuleErrors(vec![RuleError::TooMany]));
-        }
-        for (number, rule) in rules.iter().enumerate() {
-            errors.extend(check(number, rule));
-            let clash = rules.iter().take(number).position(|earlier| conflict(earlier, rule));
-            errors.extend(clash.map(|first| RuleError::Conflict {
-                first,
-                second: number,
-                host: rule.host.clone(),
-            }));
-        }
-        if errors.is_empty() { Ok(Self(rules)) } else { Err(RuleErrors(errors)) }
-    }
-
-    /// Whether a name may be known at all: some rule lets some port of it out. Asked by [`crate::dns`].
-    pub fn knows(&self, name: &Name) -> bool {
-        let host = Host::Name(name.clone());
-        self.0.iter().any(|rule| rule.host.matches(&host))
-    }
-
-    pub fn as_slice(&self) -> &[Rule] {
-        &self.0
-    }
-}
-
-impl Rule {
-    fn has_port(&self, port: NonZeroU16) -> bool {
-        match (self.ports.is_empty(), self.protocol) {
-            (false, _) => self.ports.contains(&port),
-            (true, Protocol::Https) => port.get() == 443,
-            (true, Protocol::Http) => port.get() == 80,
-            (true, Protocol::Tcp) => false,
-        }
-    }
-
-    fn looks_inside(&self) -> bool {
-        !self.methods.is_empty() || !self.paths.is_empty()
-    }
-}
-
-/// The rules for this host and port: those that name it, or else those with a star. Each group has one pattern.
+/// The rules for this host and port.
 fn applicable<'a>(rules: &'a EgressRules, destination: &Destination) -> Vec<(usize, &'a Rule)> {
-    let fitting = |exact: bool| {
-        let fits = |rule: &Rule| {
-            matches!(rule.host, Pattern::Exact(_)) == exact
-                && rule.has_port(destination.port)
-                && rule.host.matches(&destination.host)
-        };
-        rules.0.iter().enumerate().filter(|(_, rule)| fits(rule)).collect::<Vec<_>>()
-    };
-    let exact = fitting(true);
-    if exact.is_empty() { fitting(false) } else { exact }
+    let fits = |rule: &Rule| rule.has_port(destination.port) && rule.host.matches(&destination.host);
+    rules.as_slice().iter().enumerate().filter(|(_, rule)| fits(rule)).collect()
 }
 
 /// The first rule that allows the request. Methods are compared as they are: `get` is not GET (RFC 9110, 9.1).
@@ -233,111 +113,6 @@ fn request(candidates: &[(usize, &Rule)], method: &str, path: &str) -> Result<us
         .find(|(_, rule)| rule.paths.iter().any(|pattern| path_matches(pattern, path)))
         .map(|(number, _)| *number)
         .ok_or_else(|| Refusal::Path { rule: first, path: clip(path) })
-}
-
-/// Both sides have one reading, so bytes are compared.
-fn path_matches(pattern: &str, path: &str) -> bool {
-    match pattern.strip_suffix('*') {
-        Some(folder) => path.starts_with(folder),
-        None => path == pattern,
-    }
-}
-
-/// Whether every server sees the same path here: no empty or dot segment, no `;` (Java servers cut there), no
-/// backslash, and no escape of a character that could stand unescaped or that separates.
-fn has_one_reading(path: &str) -> bool {
-    let Some(rest) = path.strip_prefix('/') else { return false };
-    let segments_good = rest.split('/').rev().enumerate().all(|(from_end, segment)| {
-        // The last segment may be empty: `/a/`.
-        (!segment.is_empty() || from_end == 0) && segment != "." && segment != ".."
-    });
-    let mut bytes = path.bytes();
-    while let Some(byte) = bytes.next() {
-        let good = match byte {
-            b'%' => match (bytes.next().and_then(hex_digit), bytes.next().and_then(hex_digit)) {
-                (Some(high), Some(low)) => may_be_escaped(high << 4 | low),
-                _ => false,
-            },
-            b'/' | b'-' | b'.' | b'_' | b'~' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+'
-            | b',' | b'=' | b':' | b'@' => true,
-            other => other.is_ascii_alphanumeric(),
-        };
-        if !good {
-            return false;
-        }
-    }
-    segments_good
-}
-
-fn hex_digit(byte: u8) -> Option<u8> {
-    char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok())
-}
-
-fn may_be_escaped(byte: u8) -> bool {
-    byte >= 0x80 || matches!(byte, b' ' | b'"' | b'<' | b'>' | b'[' | b']' | b'^' | b'`' | b'{' | b'|' | b'}')
-}
-
-fn check(number: usize, rule: &Rule) -> Vec<RuleError> {
-    let mut errors = Vec::new();
-    let host = || rule.host.clone();
-    if rule.protocol == Protocol::Tcp && rule.ports.is_empty() {
-        errors.push(RuleError::NoPort { rule: number, host: host() });
-    }
-    if rule.protocol == Protocol::Tcp && rule.looks_inside() {
-        errors.push(RuleError::OpaqueRequest { rule: number, host: host() });
-    }
-    for method in &rule.methods {
-        let plain = !method.is_empty() && method.bytes().all(|b| b.is_ascii_uppercase() || b == b'-');
-        if !plain || matches!(method.as_str(), "TRACE" | "CONNECT") {
-            errors.push(RuleError::Method { rule: number, host: host(), method: method.clone() });
-        }
-    }
-    for path in &rule.paths {
-        let fixed = path.strip_suffix("/*").map_or(path.clone(), |folder| format!("{folder}/"));
-        if fixed.contains('*') || !has_one_reading(&fixed) {
-            errors.push(RuleError::Path { rule: number, host: host(), path: path.clone() });
-        }
-    }
-    match (&rule.host, rule.reach) {
-        (Pattern::OneLabelBelow(_), Reach::Private) => {
-            errors.push(RuleError::PrivateStar { rule: number, host: host() });
-        }
-        (Pattern::Exact(exact @ Host::Address(address)), reach) => {
-            let class = address::classify(*address);
-            if !address::granted(class, exact, Reach::Private) {
-                errors.push(RuleError::NoReach { rule: number, host: host(), class });
-            } else if !address::granted(class, exact, reach) {
-                errors.push(RuleError::NeedsPrivate { rule: number, host: host(), class });
-            }
-        }
-        _ => {}
-    }
-    errors
-}
-
-fn conflict(a: &Rule, b: &Rule) -> bool {
-    let differ = a.protocol != b.protocol || a.reach != b.reach;
-    let default = |rule: &Rule| match rule.protocol {
-        Protocol::Https => NonZeroU16::new(443),
-        Protocol::Http => NonZeroU16::new(80),
-        Protocol::Tcp => None,
-    };
-    let share_port =
-        || a.ports.iter().copied().chain(default(a)).any(|port| a.has_port(port) && b.has_port(port));
-    differ && a.host == b.host && share_port()
-}
-
-impl TryFrom<Vec<Rule>> for EgressRules {
-    type Error = RuleErrors;
-    fn try_from(rules: Vec<Rule>) -> Result<Self, RuleErrors> {
-        Self::new(rules)
-    }
-}
-
-impl From<EgressRules> for Vec<Rule> {
-    fn from(rules: EgressRules) -> Self {
-        rules.0
-    }
 }
 
 #[cfg(test)]

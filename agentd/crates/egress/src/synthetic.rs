@@ -27,6 +27,8 @@ pub const TTL: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Pool {
     capacity: usize,
+    /// Which address of the range is the first.
+    begins_at: usize,
     by_name: HashMap<Name, Ipv4Addr>,
     by_address: HashMap<Ipv4Addr, Entry>,
 }
@@ -53,8 +55,15 @@ pub struct Full;
 
 impl Pool {
     pub fn new(capacity: usize) -> Self {
+        Self::beginning_at(capacity, 0)
+    }
+
+    /// Addresses from another part of the range: a pool that takes the place of one that was lost begins where chance
+    /// says, so that an address that a program still remembers means no name, and not another one.
+    pub fn beginning_at(capacity: usize, place: usize) -> Self {
         let capacity = capacity.clamp(1, CAPACITY_MAX);
-        Self { capacity, by_name: HashMap::new(), by_address: HashMap::new() }
+        let begins_at = place % CAPACITY_MAX;
+        Self { capacity, begins_at, by_name: HashMap::new(), by_address: HashMap::new() }
     }
 
     /// The address for a name, to be answered with [`TTL`].
@@ -82,7 +91,8 @@ impl Pool {
         let used = self.by_address.len();
         if used < self.capacity {
             // Addresses are only ever taken over, never given back, so the first `used` are the ones in use.
-            return u32::try_from(used).map(|used| Ipv4Addr::from_bits(FIRST + used)).map_err(|_| Full);
+            let place = (self.begins_at + used) % CAPACITY_MAX;
+            return u32::try_from(place).map(|place| Ipv4Addr::from_bits(FIRST + place)).map_err(|_| Full);
         }
         // A scan of some thousand entries, and only when the pool is full.
         let oldest = self
@@ -138,9 +148,10 @@ mod tests {
         fn the_pool_never_confuses_names(
             steps in proptest::collection::vec((0usize..12, 0u64..50, any::<bool>()), 1..80),
             capacity in 1usize..6,
+            place in prop_oneof![Just(0), CAPACITY_MAX - 3..CAPACITY_MAX + 3],
         ) {
             let mut now = Instant::now();
-            let mut pool = Pool::new(capacity);
+            let mut pool = Pool::beginning_at(capacity, place);
             let mut leases: Vec<(Ipv4Addr, Lease)> = Vec::new();
             let mut fresh: HashMap<Ipv4Addr, (Name, Instant)> = HashMap::new();
             for (number, wait, hold) in steps {

@@ -11,15 +11,17 @@ use crate::{landlock, syscalls};
 use agentd_domain::fault::Report;
 use agentd_domain::paths::{self, inside};
 use agentd_domain::plan::{
-    CgroupLimits, DiskQuota, FsAccess, LandlockPlan, Mount, PLAN_VERSION, Rlimit, SandboxPlan, SeccompPlan,
-    ceiling,
+    CgroupLimits, DiskQuota, FsAccess, LandlockPlan, Mount, NetworkPlan, PLAN_VERSION, Rlimit, SandboxPlan,
+    SeccompPlan, ceiling,
 };
 use std::collections::BTreeSet;
 
-/// agentd's own port, and that of the egress proxy.
-const CONNECT_PORTS: [u16; 2] = [7070, 7071];
+/// What the run's own name server is: without it a program would look for one elsewhere, and find none.
+const TEXT_MAX_BYTES: usize = 512;
 /// AF_UNIX, AF_INET, AF_INET6.
 const FAMILIES: [u32; 3] = [1, 2, 10];
+/// AF_INET: questions to the run's own name server.
+const DATAGRAM_FAMILIES: [u32; 1] = [2];
 /// Requests that put characters into a terminal or change its line discipline: TIOCSTI, TIOCLINUX, TIOCSETD.
 const FORBIDDEN_IOCTLS: [u32; 3] = [0x5412, 0x541c, 0x5423];
 /// SET_SECCOMP, SET_SECUREBITS, SET_MM, CAP_AMBIENT, CAPBSET_DROP, SET_PTRACER, TASK_PERF_EVENTS_*.
@@ -107,8 +109,9 @@ pub fn check(plan: &SandboxPlan) -> Result<(), Report> {
     check_uid(plan.uid)?;
     check_program(plan)?;
     check_mounts(plan)?;
-    check_landlock(&plan.landlock)?;
-    check_seccomp(&plan.seccomp)?;
+    check_network(&plan.network)?;
+    check_landlock(&plan.landlock, &plan.network)?;
+    check_seccomp(&plan.seccomp, &plan.network)?;
     check_cgroup(&plan.cgroup)?;
     check_rlimits(&plan.rlimits)?;
     if plan.api.len() > 64 || plan.api.iter().any(|right| right.len() > 100) {
@@ -263,6 +266,10 @@ fn check_mount(plan: &SandboxPlan, mount: &Mount) -> Result<(), Report> {
         Mount::Work { target } if target == inside::WORK => Ok(()),
         Mount::Proc { target } if target == "/proc" => Ok(()),
         Mount::Dev { target } if target == "/dev" => Ok(()),
+        Mount::Text { target, text } => {
+            let good = target == inside::RESOLV_CONF && text.len() <= TEXT_MAX_BYTES && !text.contains('\0');
+            if good { Ok(()) } else { refuse("mounts", "the only text of a root is its resolv.conf") }
+        }
         Mount::Work { .. } | Mount::Proc { .. } | Mount::Dev { .. } => {
             refuse("mounts", "work, proc and dev have fixed places")
         }
@@ -276,7 +283,8 @@ fn target_of(mount: &Mount) -> &str {
         | Mount::Work { target }
         | Mount::Tmpfs { target, .. }
         | Mount::Proc { target }
-        | Mount::Dev { target } => target,
+        | Mount::Dev { target }
+        | Mount::Text { target, .. } => target,
     }
 }
 
@@ -291,7 +299,8 @@ fn may_be_target(target: &str) -> bool {
 /// The read-only image without the appliance's own programs, models and other agents' packages; and this agent's own
 /// package on the data disk.
 fn may_be_source(plan: &SandboxPlan, source: &str) -> bool {
-    let files = ["/etc/hosts", "/etc/ld.so.cache"];
+    // The bundle is written by agentd, for agents to read: what a plan shows with it, agentd could tell them anyway.
+    let files = ["/etc/hosts", "/etc/ld.so.cache", paths::EGRESS_CA_BUNDLE];
     let trees = ["/usr/lib", "/usr/lib64", "/usr/share", "/usr/bin", "/etc/ssl/certs"];
     let own = ["/usr/lib/agentd", "/usr/share/agentd"];
     let package = format!("{}/{}/package", paths::DATA_AGENTS, plan.agent_id);
@@ -304,7 +313,34 @@ fn may_be_source(plan: &SandboxPlan, source: &str) -> bool {
     source == package || builtin || image || files.contains(&source)
 }
 
-fn check_landlock(plan: &LandlockPlan) -> Result<(), Report> {
+/// Names, addresses and rules are agentd's business: nothing leaves the namespace but through its sockets. What the
+/// launcher must know is how many there are, and that none is in the way of another.
+fn check_network(network: &NetworkPlan) -> Result<(), Report> {
+    let NetworkPlan::Egress { rules, capture_tcp } = network else { return Ok(()) };
+    let own = [inside::API_PORT, inside::EGRESS_PROXY, inside::EGRESS_DNS];
+    let bytes: usize = rules.iter().map(String::len).sum();
+    let ports: BTreeSet<u16> = capture_tcp.iter().copied().collect();
+    let good = (1..=ceiling::NET_RULES_MAX).contains(&rules.len())
+        && bytes <= ceiling::NET_RULES_MAX_BYTES
+        && capture_tcp.len() <= ceiling::NET_PORTS_MAX
+        && ports.len() == capture_tcp.len()
+        && !ports.contains(&0)
+        && !own.iter().any(|port| ports.contains(port));
+    if good { Ok(()) } else { refuse("network", "it has no rules, too many, or ports that cannot be caught") }
+}
+
+/// Every port on which something of agentd's listens in the namespace.
+fn may_connect(network: &NetworkPlan, port: u16) -> bool {
+    match network {
+        NetworkPlan::LoopbackOnly => port == inside::API_PORT,
+        NetworkPlan::Egress { capture_tcp, .. } => {
+            [inside::API_PORT, inside::EGRESS_PROXY, inside::EGRESS_DNS].contains(&port)
+                || capture_tcp.contains(&port)
+        }
+    }
+}
+
+fn check_landlock(plan: &LandlockPlan, network: &NetworkPlan) -> Result<(), Report> {
     if plan.abi_min < landlock::ABI_MIN {
         return refuse("landlock", format!("it would accept ABI {}, which has no scopes", plan.abi_min));
     }
@@ -320,14 +356,14 @@ fn check_landlock(plan: &LandlockPlan) -> Result<(), Report> {
         }
     }
     if plan.rules.len() > ceiling::MOUNTS_MAX
-        || plan.connect_tcp.iter().any(|port| !CONNECT_PORTS.contains(port))
+        || plan.connect_tcp.iter().any(|port| !may_connect(network, *port))
     {
         return refuse("landlock", "it names a port that is not agentd's, or too many rules");
     }
     Ok(())
 }
 
-fn check_seccomp(plan: &SeccompPlan) -> Result<(), Report> {
+fn check_seccomp(plan: &SeccompPlan, network: &NetworkPlan) -> Result<(), Report> {
     for name in plan.allow.iter().chain(&plan.enosys).chain(&plan.kill) {
         if syscalls::number(name).is_none() {
             return refuse("seccomp", format!("`{}` is not a known system call", name.escape_debug()));
@@ -346,6 +382,12 @@ fn check_seccomp(plan: &SeccompPlan) -> Result<(), Report> {
     }
     if plan.socket_families.iter().any(|family| !FAMILIES.contains(family)) {
         return refuse("seccomp", "it allows a socket family besides AF_UNIX, AF_INET and AF_INET6");
+    }
+    let datagrams = &plan.datagram_families;
+    if datagrams.iter().any(|family| !DATAGRAM_FAMILIES.contains(family))
+        || (*network == NetworkPlan::LoopbackOnly && !datagrams.is_empty())
+    {
+        return refuse("seccomp", "it allows datagrams besides those to the run's own name server");
     }
     Ok(())
 }

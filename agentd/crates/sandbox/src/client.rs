@@ -9,9 +9,9 @@
 use crate::wire::{self, WireError};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, RunId};
-use agentd_domain::launcher::{CallSpec, EngineSpec, Listing, Request, Response};
+use agentd_domain::launcher::{CallSpec, EngineSpec, HANDOVER_FDS, Listing, Request, Response};
 use agentd_domain::paths;
-use agentd_domain::plan::{CgroupLimits, DiskQuota, SandboxPlan};
+use agentd_domain::plan::{CgroupLimits, DiskQuota, EGRESS_FIXED_SOCKETS, NetworkPlan, SandboxPlan};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
@@ -77,6 +77,23 @@ pub struct RunSockets {
     pub stderr: OwnedFd,
     /// Readable when the run has ended.
     pub pidfd: OwnedFd,
+    /// Those of the egress, where the run has rules for the network.
+    pub egress: Option<EgressSockets>,
+}
+
+/// What the egress serves inside a run's network namespace. All are non-blocking.
+#[derive(Debug)]
+pub struct EgressSockets {
+    /// The plan's rules, each as [`agentd_domain::net::Rule`] is written.
+    pub rules: Vec<String>,
+    /// Listens on 127.0.0.1:7071.
+    pub proxy: OwnedFd,
+    /// Is bound to 127.0.0.1:53.
+    pub dns_udp: OwnedFd,
+    /// Listens on 127.0.0.1:53.
+    pub dns_tcp: OwnedFd,
+    /// Listens on the port, at every address of the namespace; synthetic addresses among them.
+    pub captured: Vec<(u16, OwnedFd)>,
 }
 
 /// A call that runs. Dropping `ended` kills it, and all that it has started.
@@ -113,7 +130,7 @@ impl Launcher {
     /// agent's program has replaced the jail's child.
     pub fn start(&self, run_id: RunId, plan: SandboxPlan) -> Result<RunHandles, LauncherError> {
         match self.call(&Request::Start { run_id, plan: Box::new(plan) })? {
-            (Response::Started { pid }, fds) => handles(pid, fds),
+            (Response::Started { pid, network }, fds) => handles(pid, network, fds),
             (other, _) => unexpected(&other),
         }
     }
@@ -132,7 +149,7 @@ impl Launcher {
     /// The sockets of a living run again, for an agentd that was restarted.
     pub fn handover(&self, run_id: RunId) -> Result<RunHandles, LauncherError> {
         match self.call(&Request::Handover { run_id })? {
-            (Response::HandedOver { pid }, fds) => handles(pid, fds),
+            (Response::HandedOver { pid, network }, fds) => handles(pid, network, fds),
             (other, _) => unexpected(&other),
         }
     }
@@ -223,9 +240,26 @@ impl Launcher {
     }
 }
 
-fn handles(pid: i32, fds: Vec<OwnedFd>) -> Result<RunHandles, LauncherError> {
-    let [api_tcp, api_unix, stdout, stderr, pidfd] = wire::exactly::<5>(fds)?;
-    Ok(RunHandles { pid, sockets: RunSockets { api_tcp, api_unix, stdout, stderr, pidfd } })
+fn handles(pid: i32, network: NetworkPlan, mut fds: Vec<OwnedFd>) -> Result<RunHandles, LauncherError> {
+    let of_egress = fds.split_off(HANDOVER_FDS.len().min(fds.len()));
+    let [api_tcp, api_unix, stdout, stderr, pidfd] = wire::exactly::<{ HANDOVER_FDS.len() }>(fds)?;
+    let egress = egress_sockets(network, of_egress)?;
+    Ok(RunHandles { pid, sockets: RunSockets { api_tcp, api_unix, stdout, stderr, pidfd, egress } })
+}
+
+fn egress_sockets(
+    network: NetworkPlan,
+    mut fds: Vec<OwnedFd>,
+) -> Result<Option<EgressSockets>, LauncherError> {
+    let count = fds.len();
+    if count != network.egress_sockets() {
+        return Err(WireError::TooManyFds { count }.into());
+    }
+    let NetworkPlan::Egress { rules, capture_tcp } = network else { return Ok(None) };
+    let listeners = fds.split_off(EGRESS_FIXED_SOCKETS.min(count));
+    let [proxy, dns_udp, dns_tcp] = wire::exactly::<EGRESS_FIXED_SOCKETS>(fds)?;
+    let captured = capture_tcp.into_iter().zip(listeners).collect();
+    Ok(Some(EgressSockets { rules, proxy, dns_udp, dns_tcp, captured }))
 }
 
 fn unexpected<T>(response: &Response) -> Result<T, LauncherError> {

@@ -29,6 +29,7 @@ pub fn narrowed(run: &SandboxPlan, call: &CallSpec) -> Result<SandboxPlan, Repor
     if call.sockets == SocketAccess::None {
         plan.landlock.connect_tcp.clear();
         plan.seccomp.socket_families.clear();
+        plan.seccomp.datagram_families.clear();
         plan.seccomp.allow.retain(|name| name != "socket");
     }
     check::check_within(&plan.cgroup, &run.cgroup)?;

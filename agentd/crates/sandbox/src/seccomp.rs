@@ -196,7 +196,11 @@ fn argument_limits(rules: ArgumentRules<'_>) -> Result<BTreeMap<i64, Vec<Seccomp
             let sockets = plan.socket_families.iter().map(|&family| {
                 SeccompRule::new(vec![equal(0, family.into())?, masked(1, SOCK_TYPE_MASK, stream)?])
             });
-            limits.insert(libc::SYS_socket, sockets.collect::<Result<_, _>>()?);
+            let datagram = libc::SOCK_DGRAM as u64;
+            let datagrams = plan.datagram_families.iter().map(|&family| {
+                SeccompRule::new(vec![equal(0, family.into())?, masked(1, SOCK_TYPE_MASK, datagram)?])
+            });
+            limits.insert(libc::SYS_socket, sockets.chain(datagrams).collect::<Result<_, _>>()?);
             limits.insert(libc::SYS_ioctl, one_of(1, &plan.ioctls)?);
             limits.insert(libc::SYS_prctl, one_of(0, &plan.prctls)?);
             // Its own limits only: 0 is the caller.

@@ -6,7 +6,8 @@
 //! Used by: agentd's client, the launcher, and the jail's channel to the launcher.
 //! Source: unix(7), cmsg(3).
 
-use agentd_domain::launcher::MAX_MESSAGE_BYTES;
+use agentd_domain::launcher::{HANDOVER_FDS, MAX_MESSAGE_BYTES};
+use agentd_domain::plan::{EGRESS_FIXED_SOCKETS, ceiling};
 use rustix::io::{Errno, IoSlice, IoSliceMut};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -17,8 +18,9 @@ use serde::de::DeserializeOwned;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// More than any message carries; the kernel's own limit is 253 (`SCM_MAX_FD`).
-pub const MAX_FDS: usize = 8;
+/// What a run's sockets are at most: five of every run, and the egress's. The kernel's own limit is 253
+/// (`SCM_MAX_FD`).
+pub const MAX_FDS: usize = HANDOVER_FDS.len() + EGRESS_FIXED_SOCKETS + ceiling::NET_PORTS_MAX;
 
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
@@ -154,7 +156,7 @@ mod tests {
         let (left, right) = pair();
         let (watched, other) = rustix::pipe::pipe().unwrap();
         let many = vec![other.as_fd(); MAX_FDS + 4];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS + 4))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(control.push(SendAncillaryMessage::ScmRights(&many)));
         sendmsg(&left, &[IoSlice::new(b"1")], &mut control, SendFlags::empty()).unwrap();

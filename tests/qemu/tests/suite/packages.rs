@@ -37,3 +37,16 @@ pub fn family(below: &Path) -> Result<PathBuf> {
     std::fs::write(folder.join("agent.toml"), manifest)?;
     Ok(folder)
 }
+
+/// A folder with an agent that tries every way out to the network, and its manifest's `[[net.allow]]`.
+pub fn caller(below: &Path, arguments: &[String], net: &str) -> Result<PathBuf> {
+    let folder = below.join("caller");
+    std::fs::create_dir_all(folder.join("bin"))?;
+    std::fs::copy(env!("CARGO_BIN_EXE_caller"), folder.join("bin/caller"))?;
+    let arguments: String = arguments.iter().map(|argument| format!(", \"{argument}\"")).collect();
+    let manifest = format!(
+        "[agent]\nname = \"caller\"\nexec = [\"/agent/bin/caller\"{arguments}]\n\n[restart]\npolicy = \"never\"\n\n{net}"
+    );
+    std::fs::write(folder.join("agent.toml"), manifest)?;
+    Ok(folder)
+}

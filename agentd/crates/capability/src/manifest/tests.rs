@@ -71,6 +71,7 @@ fn every_key_is_read() {
                 io_bytes_per_second: Some(20 << 20),
             },
             read: vec!["/usr/share/dict".to_owned()],
+            net: vec![],
             memory: vec![
                 (Tier::Working, MemoryAccess::ReadWrite),
                 (Tier::Spirit, MemoryAccess::ReadWrite),

@@ -22,6 +22,7 @@ const API: &str = "api";
 const READ: &str = "read";
 const CALLS: &str = "calls";
 const LIMIT: &str = "limit";
+const NET: &str = "net";
 
 /// The first fact of each block: its meaning as JSON in base64url (RFC 4648, 5), which needs no escapes.
 const MEANS: &str = "means";
@@ -33,7 +34,9 @@ pub fn authority(grant: &Grant) -> Result<BiscuitBuilder, Report> {
             .fact(fact(MEANS, &[string(&encoded(grant))]))?
             .fact(fact("holder", &[string(&grant.holder.to_string())]))?;
         let rights = &grant.rights;
-        for (kind, names) in [(API, &rights.api), (READ, &rights.read), (CALLS, &rights.calls)] {
+        for (kind, names) in
+            [(API, &rights.api), (READ, &rights.read), (CALLS, &rights.calls), (NET, &rights.net)]
+        {
             for name in names {
                 builder = builder.fact(fact("right", &[string(kind), string(name)]))?;
             }
@@ -63,7 +66,7 @@ pub fn later(block: &Later) -> Result<BlockBuilder, Report> {
             let check = "check if caller({to}) or handed_on({to})";
             builder = builder.code_with_params(check, params, HashMap::new())?;
         }
-        for (kind, names) in [(API, &by.api), (CALLS, &by.calls), (READ, &by.read)] {
+        for (kind, names) in [(API, &by.api), (CALLS, &by.calls), (READ, &by.read), (NET, &by.net)] {
             if let Some(names) = names {
                 builder = only(builder, kind, names)?;
             }
@@ -96,6 +99,7 @@ pub fn question(
         Request::Api(right) => (API, right.as_str(), 0),
         Request::Read(path) => (READ, path.as_str(), 0),
         Request::Calls(group) => (CALLS, group.as_str(), 0),
+        Request::Net(rule) => (NET, rule.as_str(), 0),
         Request::Limit(limit, value) => (LIMIT, limit.name(), number(*value)),
     };
     if let Some((last, earlier)) = holders.split_last() {

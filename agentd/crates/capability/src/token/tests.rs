@@ -1,8 +1,8 @@
 use super::*;
 use crate::asked;
 use crate::parse_manifest;
-use agentd_domain::plan::{Mount, SandboxPlan};
-use agentd_domain::rights::{Limit, Rights, UNLIMITED, is_beneath};
+use agentd_domain::plan::{DiskQuota, Mount, NetworkPlan, SandboxPlan};
+use agentd_domain::rights::{Limit, UNLIMITED, is_beneath};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use std::collections::{BTreeSet, HashSet};
@@ -135,10 +135,23 @@ fn a_limit_that_no_run_keeps_is_refused_and_not_raised() {
         limits(&[(Limit::MemoryMax, 8 << 20)]),
         limits(&[(Limit::MemoryMax, 8 << 20), (Limit::MemoryHigh, 9 << 20)]),
         Narrowing { read: names(&["usr"]), ..Narrowing::default() },
+        Narrowing { net: names(&["https://api.example.org"]), ..Narrowing::default() },
+        Narrowing { net: names(&["https://*.com:443"]), ..Narrowing::default() },
         Narrowing { read: names(&["/usr/../etc"]), ..Narrowing::default() },
     ] {
         assert_eq!(code(attenuate(&token, &bad, &Fresh([2; 32]))), "narrowing_refused", "{bad:?}");
     }
+}
+
+/// With the name's rule taken away the star would speak for it.
+#[test]
+fn rules_that_contradict_each_other_are_never_signed() {
+    let mut grant = grant();
+    grant.rights.net = names(&["https://*.example.org:443", "https://api.example.org:443 GET"]).unwrap();
+    assert_eq!(code(mint(&key(), &grant, &Fresh([1; 32]))), "rights_contradict");
+    let manifest = parse_manifest("[agent]\nname = \"a\"\nexec = [\"/agent/run\"]\n").unwrap();
+    let started = crate::compile_with(&manifest, &grant.rights, &crate::Subject::nobody());
+    assert_eq!(code(started), "rights_too_narrow");
 }
 
 #[test]
@@ -153,6 +166,14 @@ const FOLDERS: [&str; 7] =
     ["/usr/share", "/usr/share/dict", "/usr/share/dict/en", "/usr/sharedict", "/opt", "/opt/a", "/usr"];
 const CALLS: [&str; 3] = ["files", "processes", "time"];
 
+const NET: [&str; 5] = [
+    "https://api.example.org:443",
+    "https://api.example.org:8443 GET /v1/*",
+    "https://*.example.net:443 bytes/day=1000",
+    "https://mail.example.org:443 POST secret=mail authorization: Bearer {}",
+    "tcp://imap.example.org:993",
+];
+
 fn some(of: &'static [&'static str]) -> impl Strategy<Value = BTreeSet<String>> {
     proptest::sample::subsequence(of, 0..=of.len())
         .prop_map(|some| some.into_iter().map(str::to_owned).collect())
@@ -166,12 +187,14 @@ fn value(limit: Limit) -> impl Strategy<Value = u64> {
 
 fn any_rights() -> impl Strategy<Value = Rights> {
     let limits: Vec<_> = Limit::ALL.into_iter().map(value).collect();
-    (some(&API), some(&FOLDERS), some(&CALLS), limits).prop_map(|(api, read, calls, values)| {
-        let mut limits: std::collections::BTreeMap<_, _> = Limit::ALL.into_iter().zip(values).collect();
-        let max = limits[&Limit::MemoryMax];
-        limits.entry(Limit::MemoryHigh).and_modify(|high| *high = (*high).min(max));
-        Rights { api, read, calls, limits }
-    })
+    (some(&API), some(&FOLDERS), some(&CALLS), some(&NET), limits).prop_map(
+        |(api, read, calls, net, values)| {
+            let mut limits: std::collections::BTreeMap<_, _> = Limit::ALL.into_iter().zip(values).collect();
+            let max = limits[&Limit::MemoryMax];
+            limits.entry(Limit::MemoryHigh).and_modify(|high| *high = (*high).min(max));
+            Rights { api, read, calls, net, limits }
+        },
+    )
 }
 
 fn any_narrowing() -> impl Strategy<Value = Narrowing> {
@@ -180,9 +203,10 @@ fn any_narrowing() -> impl Strategy<Value = Narrowing> {
         proptest::option::of(some(&API)),
         proptest::option::of(some(&FOLDERS)),
         proptest::option::of(some(&CALLS)),
+        proptest::option::of(some(&NET)),
     );
     (sets, limits, proptest::option::of(NOW - 2..NOW + 3)).prop_map(
-        |((api, read, calls), values, expires_unix_s)| {
+        |((api, read, calls, net), values, expires_unix_s)| {
             let mut limits: std::collections::BTreeMap<_, _> = Limit::ALL
                 .into_iter()
                 .zip(values)
@@ -192,7 +216,7 @@ fn any_narrowing() -> impl Strategy<Value = Narrowing> {
                 let high = limits.get(&Limit::MemoryHigh).map_or(max, |high| *high.min(&max));
                 limits.insert(Limit::MemoryHigh, high);
             }
-            Narrowing { api, read, calls, limits, expires_unix_s }
+            Narrowing { api, read, calls, net, limits, expires_unix_s }
         },
     )
 }
@@ -203,6 +227,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         proptest::sample::select(&API[..]).prop_map(|right| Request::Api(right.to_owned())),
         proptest::sample::select(&FOLDERS[..]).prop_map(|path| Request::Read(path.to_owned())),
         proptest::sample::select(&CALLS[..]).prop_map(|group| Request::Calls(group.to_owned())),
+        proptest::sample::select(&NET[..]).prop_map(|rule| Request::Net(rule.to_owned())),
         limit.prop_flat_map(|limit| value(limit).prop_map(move |value| Request::Limit(limit, value))),
     ]
 }
@@ -256,6 +281,7 @@ proptest! {
                 Request::Read(path) => reads(&plan, path) && !reads(&bare, path),
                 Request::Calls(group) => plan.seccomp.groups.contains(group),
                 Request::Limit(limit, value) => limit_given(&plan, &rights, *limit, *value),
+                Request::Net(rule) => matches!(&plan.network, NetworkPlan::Egress { rules, .. } if rules.contains(rule)),
             };
             let in_runtime = matches!(request, Request::Read(path) if reads(&bare, path));
             let beyond_ceiling = matches!(request, Request::Limit(limit, value) if *value > limit.ceiling());

@@ -14,9 +14,11 @@ use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::{Clock, Health};
 use agentd_domain::launcher::{ExitCause, ExitRecord};
 use agentd_domain::manifest::Limits;
+use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::*;
 use agentd_domain::rights::Rights;
 use agentd_domain::token::*;
+use agentd_domain::secret::{SecretInfo, SecretOrder};
 use bytes::Bytes;
 use futures::StreamExt;
 use std::collections::{BTreeMap, HashMap};
@@ -38,6 +40,7 @@ struct Inner {
     calls: Vec<String>,
     /// As agentd keeps it: each record's line, and each head's behind it.
     audit: Vec<u8>,
+    secrets: Vec<SecretInfo>,
 }
 
 pub const NOW_UNIX_MS: i64 = 1_795_176_243_000;
@@ -55,7 +58,15 @@ impl Default for Fake {
         let log = first_log();
         let audit = AUDIT_EXAMPLE.to_vec();
         Self {
-            inner: Mutex::new(Inner { agents, models, log, keys: HashMap::new(), calls: Vec::new(), audit }),
+            inner: Mutex::new(Inner {
+                agents,
+                models,
+                log,
+                keys: HashMap::new(),
+                calls: Vec::new(),
+                audit,
+                secrets: Vec::new(),
+            }),
             log: tokio::sync::broadcast::channel(64).0,
         }
     }
@@ -277,6 +288,28 @@ impl Appliance for Fake {
                 "`agentctl model ls` shows the names",
             )
         }))
+    }
+
+    fn secrets(&self) -> Pending<'_, Vec<SecretInfo>> {
+        ready(Ok(self.inner.lock().expect("lock").secrets.clone()))
+    }
+
+    fn set_secret(&self, secret: SecretOrder) -> Pending<'_, ()> {
+        let info = SecretInfo { name: secret.name, agent_id: None, agent: None, hosts: secret.hosts };
+        self.inner.lock().expect("lock").secrets.push(info);
+        ready(Ok(()))
+    }
+
+    fn remove_secret(&self, name: SecretName, _agent: Option<AgentKey>) -> Pending<'_, ()> {
+        let mut inner = self.inner.lock().expect("lock");
+        let before = inner.secrets.len();
+        inner.secrets.retain(|secret| secret.name != name);
+        let removed = inner.secrets.len() < before;
+        ready(if removed {
+            Ok(())
+        } else {
+            Err(Report::caller("not_found", "no secret was removed", "there is none", "look at the list"))
+        })
     }
 
     fn audit(&self, query: AuditQuery) -> Pending<'_, Bytes> {
@@ -651,6 +684,7 @@ fn plan() -> SandboxPlan {
             kill: vec![],
             ioctls: vec![],
             socket_families: vec![2],
+            datagram_families: Vec::new(),
             prctls: vec![],
         },
         cgroup: CgroupLimits {

@@ -7,6 +7,7 @@ mod entry;
 mod models;
 mod plan;
 mod token;
+mod secrets;
 
 use crate::cli::{Cli, Command};
 use crate::client::{Client, Host};
@@ -56,6 +57,7 @@ async fn dispatch(cli: Cli) -> Outcome {
         Command::Chat { name, text } => chat::run(&session, &name, text).await?,
         Command::Model(command) => models::run(&session, command).await?,
         Command::Token(command) => token::run(&session, command).await?,
+        Command::Secret(command) => secrets::run(&session, command).await?,
         Command::Audit(command) => audit::run(&session, command).await?,
         Command::Reboot => session.client()?.order(Method::POST, "/api/v1/reboot").await?,
         Command::Poweroff => session.client()?.order(Method::POST, "/api/v1/poweroff").await?,

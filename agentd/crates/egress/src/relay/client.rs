@@ -2,6 +2,7 @@
 
 use super::meter::Stop;
 use crate::budget::CHUNK_BYTES;
+use crate::ending::Prefixed;
 use crate::http1::{HEAD_MAX_BYTES, HeadError};
 use crate::name::Destination;
 use crate::refusal::{Refusal, Waiting};
@@ -33,6 +34,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
     pub(super) fn new(stream: S) -> Self {
         let (read, write) = tokio::io::split(stream);
         Self { read, write, unread: Vec::new() }
+    }
+
+    /// The connection as it was, with the bytes that were read and not used.
+    pub(super) fn into_stream(self) -> Prefixed<S> {
+        Prefixed { unread: self.unread, stream: self.read.unsplit(self.write) }
     }
 
     /// The next byte, left where it is; nothing when the client is gone.

@@ -7,6 +7,8 @@ use super::meter::{Meter, Stop};
 use crate::budget::CHUNK_BYTES;
 use crate::http1::{self, Body, HeadError, Length, Piece, Request, Strictness, Version};
 use crate::refusal::Refusal;
+use crate::relay::Filled;
+use crate::secret::Scrubber;
 use std::future::Future;
 use std::pin::pin;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split};
@@ -21,7 +23,7 @@ pub(super) enum Next {
 pub(super) async fn exchange<S, H>(
     client: &mut Client<S>,
     host: H,
-    request: &Request,
+    filled: Filled<'_>,
     meter: &Meter,
     guard: impl Future<Output = Stop>,
 ) -> Result<Next, Stop>
@@ -30,9 +32,11 @@ where
     H: AsyncRead + AsyncWrite + Unpin,
 {
     let (host_read, mut host_write) = split(host);
+    let request = &*filled.request;
+    let scrubber = Scrubber::new(filled.secret);
     let (read, write, unread) = (&mut client.read, &mut client.write, &mut client.unread);
     let mut up = pin!(upload(read, unread, &mut host_write, request, meter));
-    let mut down = pin!(download(host_read, write, request, meter));
+    let mut down = pin!(download(host_read, write, request, scrubber, meter));
     let mut guard = pin!(guard);
     // Whether the whole request has left; nothing while it is on its way.
     let mut sent = None;
@@ -85,6 +89,7 @@ async fn download<H, W>(
     mut host: ReadHalf<H>,
     write: &mut W,
     request: &Request,
+    mut scrubber: Scrubber<'_>,
     meter: &Meter,
 ) -> Result<Next, Stop>
 where
@@ -95,7 +100,8 @@ where
     let broken = |error| Stop::Refused(Refusal::Answer(error));
     let response = loop {
         let head = read_head(&mut host, &mut unread, meter).await?;
-        let response = http1::parse_response(&head, &request.method).map_err(broken)?;
+        let mut response = http1::parse_response(&head, &request.method).map_err(broken)?;
+        scrubber.head(&mut response);
         if response.status >= 200 {
             break response;
         }
@@ -114,7 +120,7 @@ where
     loop {
         match body.next(&unread).map_err(broken)? {
             Piece::Content(count) => {
-                let content: Vec<u8> = unread.drain(..count).collect();
+                let content = scrubber.piece(unread.drain(..count).collect());
                 say(write, &frame(content, chunked), meter).await?;
             }
             Piece::Framing(count) => drop(unread.drain(..count)),
@@ -126,6 +132,8 @@ where
             },
         }
     }
+    let held = scrubber.rest();
+    say(write, &frame(held, chunked), meter).await?;
     if chunked {
         say(write, LAST_CHUNK, meter).await?;
     }
@@ -160,7 +168,8 @@ async fn read_head<H: AsyncRead + Unpin>(
 const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 
 fn frame(content: Vec<u8>, chunked: bool) -> Vec<u8> {
-    if !chunked {
+    // An empty chunk would be the last one.
+    if !chunked || content.is_empty() {
         return content;
     }
     let mut framed = format!("{:x}\r\n", content.len()).into_bytes();

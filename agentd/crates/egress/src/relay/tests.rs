@@ -47,7 +47,7 @@ impl Audit for Arc<World> {
     }
 }
 
-struct Scene {
+pub(super) struct Scene {
     world: Arc<World>,
     relay: Arc<Relay<Arc<World>, Arc<World>, Arc<World>>>,
     policy: watch::Sender<Arc<Policy>>,
@@ -59,12 +59,24 @@ fn policy(rules: &str, bytes: u64) -> Arc<Policy> {
         rules: serde_json::from_str(rules).unwrap(),
         budgets: Budgets { agent: ByteBudget::new(bytes), by_rule: HashMap::new() },
         own: vec!["198.41.0.4".parse().unwrap()],
+        secrets: HashMap::new(),
     })
 }
 
 fn scene_with(rules: &str, answers: &[(&str, &[&str])], bytes: u64) -> Scene {
+    scene_of(policy(rules, bytes), answers, None)
+}
+
+pub(super) fn scene_ending(rules: &str, ending: Ending, secrets: HashMap<usize, Secret>) -> Scene {
+    let answers: &[(&str, &[&str])] =
+        &[("api.example.org", &[PUBLIC]), ("plain.example.org", &[PUBLIC]), ("b.example.net", &[PUBLIC])];
+    let policy = Policy { secrets, ..Policy::clone(&policy(rules, 1 << 30)) };
+    scene_of(Arc::new(policy), answers, Some(ending))
+}
+
+fn scene_of(policy: Arc<Policy>, answers: &[(&str, &[&str])], ending: Option<Ending>) -> Scene {
     let (sender, hosts) = mpsc::unbounded_channel();
-    let (policy, watched) = watch::channel(policy(rules, bytes));
+    let (policy, watched) = watch::channel(policy);
     let parsed = |list: &[&str]| list.iter().map(|text| text.parse().unwrap()).collect();
     let world = Arc::new(World {
         answers: answers.iter().map(|(name, list)| ((*name).to_owned(), parsed(list))).collect(),
@@ -80,6 +92,7 @@ fn scene_with(rules: &str, answers: &[(&str, &[&str])], bytes: u64) -> Scene {
         resolve: Arc::clone(&world),
         dial: Arc::clone(&world),
         audit: Arc::clone(&world),
+        ending,
     };
     Scene { world, relay: Arc::new(relay), policy, hosts }
 }
@@ -91,6 +104,18 @@ fn scene(rules: &str) -> Scene {
 }
 
 impl Scene {
+    pub(super) async fn host(&mut self) -> DuplexStream {
+        timeout(DEADLINE, self.hosts.recv()).await.expect("in time").unwrap()
+    }
+
+    pub(super) fn policy(&self) -> Arc<Policy> {
+        self.relay.policy()
+    }
+
+    pub(super) fn set(&self, policy: Policy) {
+        self.policy.send_replace(Arc::new(policy));
+    }
+
     fn knock(&self) -> DuplexStream {
         let (client, server) = duplex(64 * 1024);
         let relay = Arc::clone(&self.relay);
@@ -107,7 +132,7 @@ impl Scene {
     }
 
     /// A CONNECT that was answered with 200.
-    async fn connected(&self, target: &str) -> DuplexStream {
+    pub(super) async fn connected(&self, target: &str) -> DuplexStream {
         let mut client = self.knock();
         let head = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
         client.write_all(head.as_bytes()).await.unwrap();
@@ -122,16 +147,16 @@ impl Scene {
         rest(&mut client).await
     }
 
-    fn dialled(&self) -> Vec<String> {
+    pub(super) fn dialled(&self) -> Vec<String> {
         self.world.dialled.lock().unwrap().iter().map(ToString::to_string).collect()
     }
 
-    fn resolved(&self) -> Vec<String> {
+    pub(super) fn resolved(&self) -> Vec<String> {
         self.world.resolved.lock().unwrap().iter().map(ToString::to_string).collect()
     }
 
     /// Waits for the next `count` events.
-    async fn events(&self, count: usize) -> Vec<Event> {
+    pub(super) async fn events(&self, count: usize) -> Vec<Event> {
         for _ in 0..10_000 {
             if self.world.events.lock().unwrap().len() >= count {
                 break;
@@ -144,13 +169,13 @@ impl Scene {
     }
 }
 
-async fn expect(stream: &mut DuplexStream, bytes: &[u8]) {
+pub(super) async fn expect(stream: &mut DuplexStream, bytes: &[u8]) {
     let mut found = vec![0; bytes.len()];
     timeout(DEADLINE, stream.read_exact(&mut found)).await.expect("in time").unwrap();
     assert_eq!(String::from_utf8_lossy(&found), String::from_utf8_lossy(bytes));
 }
 
-async fn rest(stream: &mut DuplexStream) -> String {
+pub(super) async fn rest(stream: &mut DuplexStream) -> String {
     let mut text = Vec::new();
     // A connection may be quiet for all of its time, and is then closed from our side.
     let end = Limits::default().total * 2;
@@ -158,14 +183,14 @@ async fn rest(stream: &mut DuplexStream) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-fn verdict(event: &Event) -> Result<usize, Refusal> {
+pub(super) fn verdict(event: &Event) -> Result<usize, Refusal> {
     match event {
         Event::Decided { verdict, .. } => verdict.clone(),
         closed => panic!("not a decision: {closed:?}"),
     }
 }
 
-fn end(event: &Event) -> (End, u64, u64) {
+pub(super) fn end(event: &Event) -> (End, u64, u64) {
     match event {
         Event::Closed { end, bytes_out, bytes_in, .. } => (end.clone(), *bytes_out, *bytes_in),
         decided => panic!("not an end: {decided:?}"),

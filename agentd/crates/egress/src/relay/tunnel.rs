@@ -46,7 +46,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
 }
 
 /// Reads until the ClientHello is complete. Its bytes stay unread: they go to the host as they came.
-async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
+pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
     client: &mut Client<S>,
     destination: &Destination,
 ) -> Result<(), Stop> {

@@ -161,3 +161,55 @@ fn programs_and_variables_are_sane() {
     }
     check_engine_set("host").unwrap();
 }
+
+fn with_network(plan: &mut SandboxPlan) {
+    plan.network =
+        NetworkPlan::Egress { rules: vec!["https://api.example.org:443".to_owned()], capture_tcp: vec![443] };
+    plan.landlock.connect_tcp = vec![53, 443, 7070, 7071];
+    plan.seccomp.datagram_families = vec![2];
+    let text = "nameserver 127.0.0.1\n".to_owned();
+    plan.mounts.push(Mount::Text { target: inside::RESOLV_CONF.to_owned(), text });
+}
+
+#[test]
+fn a_plan_with_rules_for_the_network_opens_the_egress_s_ports_and_no_other() {
+    let mut plan = good();
+    with_network(&mut plan);
+    check(&plan).unwrap();
+    let refused = |change: fn(&mut SandboxPlan)| {
+        refused(|plan| {
+            with_network(plan);
+            change(plan);
+        })
+    };
+    assert!(refused(|plan| plan.network = NetworkPlan::LoopbackOnly).contains("landlock"));
+    assert!(refused(|plan| plan.landlock.connect_tcp.push(8443)).contains("landlock"));
+    assert!(refused(|plan| plan.seccomp.datagram_families.push(10)).contains("datagrams"));
+    assert!(refused(|plan| plan.seccomp.datagram_families.push(1)).contains("datagrams"));
+    for ports in [vec![0], vec![443, 443], vec![53], vec![7070], vec![7071], (1..18).collect()] {
+        let why = super::check(&{
+            let mut plan = good();
+            with_network(&mut plan);
+            plan.network = NetworkPlan::Egress { rules: vec!["x".to_owned()], capture_tcp: ports };
+            plan
+        });
+        assert!(why.unwrap_err().why.contains("`network`"));
+    }
+    assert!(
+        refused(|plan| plan.network = NetworkPlan::Egress { rules: vec![], capture_tcp: vec![443] })
+            .contains("`network`")
+    );
+    assert!(
+        refused(|plan| {
+            plan.mounts
+                .push(Mount::Text { target: "/etc/ld.so.preload".to_owned(), text: "/work/x.so".to_owned() });
+        })
+        .contains("resolv.conf")
+    );
+}
+
+#[test]
+fn datagrams_are_for_plans_with_a_network_alone() {
+    assert!(refused(|plan| plan.seccomp.datagram_families.push(2)).contains("datagrams"));
+    assert!(refused(|plan| plan.landlock.connect_tcp.push(7071)).contains("landlock"));
+}

@@ -18,6 +18,7 @@
 
 mod call;
 mod child;
+mod listeners;
 mod mounts;
 mod parent;
 mod probe;

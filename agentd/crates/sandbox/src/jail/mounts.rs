@@ -91,6 +91,7 @@ impl NewRoot {
             }
             Mount::Proc { target } => attach(proc()?.as_fd(), self.folder(target)?.as_fd(), ""),
             Mount::Dev { target } => self.dev(target),
+            Mount::Text { target, text } => self.text(target, text),
         }
     }
 
@@ -139,6 +140,18 @@ impl NewRoot {
         mkdirat(&dev, "shm", Mode::from_raw_mode(0o755))?;
         let read_only = MountAttributes { set: RDONLY, ..MountAttributes::default() };
         mount_setattr(dev.as_fd(), c"", false, read_only)
+    }
+
+    /// A file of the new root's own file system, which becomes read-only as a whole.
+    fn text(&self, target: &str, text: &str) -> Result<(), Errno> {
+        let (parent, name) = self.parent(target)?;
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::WRONLY;
+        let file = openat(&parent, name, flags, Mode::from_raw_mode(0o444))?;
+        // A part of so small a file is written only where there is no room.
+        match rustix::io::write(&file, text.as_bytes())? {
+            written if written == text.len() => Ok(()),
+            _ => Err(Errno::NOSPC),
+        }
     }
 
     fn folder(&self, target: &str) -> Result<OwnedFd, Errno> {
@@ -235,6 +248,7 @@ fn describe(mount: &Mount) -> &str {
         | Mount::Work { target }
         | Mount::Tmpfs { target, .. }
         | Mount::Proc { target }
-        | Mount::Dev { target } => target,
+        | Mount::Dev { target }
+        | Mount::Text { target, .. } => target,
     }
 }

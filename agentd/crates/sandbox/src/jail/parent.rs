@@ -9,29 +9,22 @@
 
 use super::call::{self, DOORS};
 use super::child::{self, AgentChild};
-use super::mounts;
 use super::spec::{FromJail, JailSpec, ToJail};
 use super::{Failure, step};
+use super::{listeners, mounts};
 use crate::seccomp::{self, Ioctl};
 use crate::sys::{self, Forked, SignalFd};
 use crate::{landlock, wire};
-use agentd_domain::paths::inside;
 use agentd_domain::plan::SandboxPlan;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with, sockopt,
-};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
     DumpableBehavior, Pid, Signal, WaitOptions, set_dumpable_behavior, set_parent_process_death_signal, wait,
 };
-use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// Connections that wait while no agentd accepts: more than an agent opens at once.
-const BACKLOG: i32 = 64;
 /// A failure report of the child is one short JSON object.
 const FAILURE_MAX_BYTES: usize = 4_096;
 
@@ -115,16 +108,18 @@ fn raise(control: &OwnedFd, spec: &JailSpec) -> Result<Running, Failure> {
     let root = mounts::build(&spec.plan, &spec.data_dir, &spec.root_mountpoint)?;
     step("host name", rustix::system::sethostname(b"agent"))?;
     step("network: lo", sys::loopback_up())?;
-    let tcp = step("network: listen on 127.0.0.1:7070", listen_tcp())?;
-    let unix = step("network: listen on /run/agentd.sock", listen_unix())?;
+    let tcp = listeners::api_tcp()?;
+    let unix = listeners::api_unix()?;
+    let egress = listeners::egress(&spec.plan.network)?;
     root.seal()?;
     let doors = step("namespaces", open_doors())?;
     let Launched { agent, signals, stdin, stdout, stderr } = launch(&spec.plan, root.absent())?;
     // At once: the agent reads the end of a file.
     drop((stdin, root));
-    let fds = [tcp.as_fd(), unix.as_fd(), stdout.as_fd(), stderr.as_fd()];
-    step("tell the launcher", wire::send(control.as_fd(), &FromJail::Up, &fds))?;
-    Ok(Running { agent, signals, doors, _kept: vec![tcp, unix, stdout, stderr] })
+    let mut kept = vec![tcp, unix, stdout, stderr];
+    kept.extend(egress);
+    step("tell the launcher", wire::send(control.as_fd(), &FromJail::Up, &wire::borrowed(&kept)))?;
+    Ok(Running { agent, signals, doors, _kept: kept })
 }
 
 /// Nobody can open them later: this process will be undumpable, and the launcher may not trace (proc(5)).
@@ -165,25 +160,6 @@ pub(super) fn launch(plan: &SandboxPlan, absent: &[String]) -> Result<Launched, 
     drop(go);
     wait_for_exec(&report)?;
     Ok(Launched { agent, signals, stdin: Some(stdin), stdout, stderr })
-}
-
-fn listen_tcp() -> Result<OwnedFd, Errno> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 7070))?;
-    listen(&socket, BACKLOG)?;
-    Ok(socket)
-}
-
-/// Root's file in root's folder: the agent can connect, and can neither remove nor replace it.
-fn listen_unix() -> Result<OwnedFd, Errno> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    bind(&socket, &SocketAddrUnix::new(inside::API_SOCKET)?)?;
-    rustix::fs::chmod(inside::API_SOCKET, Mode::from_raw_mode(0o666))?;
-    listen(&socket, BACKLOG)?;
-    Ok(socket)
 }
 
 /// From here on this process can do nothing but wait for its child. It shares the agent's uid, so it is made

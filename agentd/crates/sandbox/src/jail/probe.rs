@@ -18,7 +18,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 pub(super) fn all_walls_hold(plan: &SandboxPlan) -> Result<(), Failure> {
     forbidden_calls()?;
     files_outside(plan)?;
-    network()?;
+    network(plan)?;
     processes()
 }
 
@@ -80,7 +80,10 @@ fn files_outside(plan: &SandboxPlan) -> Result<(), Failure> {
     expect("open(/)", open("/", OFlags::RDONLY | OFlags::DIRECTORY), &[Errno::ACCESS])
 }
 
-fn network() -> Result<(), Failure> {
+/// A port on which nothing of the appliance listens for agents, whatever the plan says: one of these.
+const PORTS_OUTSIDE: [u16; 2] = [8443, 8444];
+
+fn network(plan: &SandboxPlan) -> Result<(), Failure> {
     for (name, family) in [
         ("AF_NETLINK", AddressFamily::NETLINK),
         ("AF_PACKET", AddressFamily::PACKET),
@@ -90,13 +93,21 @@ fn network() -> Result<(), Failure> {
         let attempt = socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, None);
         expect(&format!("socket({name})"), attempt.map(drop), &[Errno::PERM])?;
     }
-    let datagram = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
-    expect("socket(AF_INET, SOCK_DGRAM)", datagram.map(drop), &[Errno::PERM])?;
+    let raw = socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, None);
+    expect("socket(AF_INET, SOCK_RAW)", raw.map(drop), &[Errno::PERM])?;
+    let datagrams = plan.seccomp.datagram_families.as_slice();
+    for (name, family) in [("AF_INET", AddressFamily::INET), ("AF_INET6", AddressFamily::INET6)] {
+        if !datagrams.contains(&u32::from(family.as_raw())) {
+            let datagram = socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+            expect(&format!("socket({name}, SOCK_DGRAM)"), datagram.map(drop), &[Errno::PERM])?;
+        }
+    }
     let stream = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None);
-    if let Ok(stream) = stream {
+    let outside = PORTS_OUTSIDE.into_iter().find(|port| !plan.landlock.connect_tcp.contains(port));
+    if let (Ok(stream), Some(port)) = (stream, outside) {
         // Landlock answers EACCES before the empty network could answer ECONNREFUSED.
-        let attempt = connect(&stream, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8443));
-        expect("connect(127.0.0.1:8443)", attempt, &[Errno::ACCESS])?;
+        let attempt = connect(&stream, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
+        expect(&format!("connect(127.0.0.1:{port})"), attempt, &[Errno::ACCESS])?;
     }
     Ok(())
 }

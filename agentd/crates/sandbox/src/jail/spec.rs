@@ -24,8 +24,8 @@ pub struct JailSpec {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum FromJail {
-    /// All walls are up and the program is running. Descriptors of a run: TCP listener, Unix listener, stdout, stderr;
-    /// of a call: stdin, stdout, stderr.
+    /// All walls are up and the program is running. Descriptors of a run: TCP listener, Unix listener, stdout, stderr,
+    /// and the egress's where the plan has one; of a call: stdin, stdout, stderr.
     Up,
     /// The run's namespaces, in the order in which a call enters them.
     Doors,

@@ -64,6 +64,7 @@ pub(super) fn confine() -> Result<(), ConfineError> {
 /// | CHOWN, DAC_OVERRIDE, FOWNER | agents' folders, also to remove them |
 /// | SETUID, SETGID, SETPCAP | the jail's change of user and its locked securebits |
 /// | NET_ADMIN | `lo` in a run's namespace |
+/// | NET_BIND_SERVICE | a run's name server on port 53, and caught ports such as 443, in the run's namespace |
 /// | MKNOD | six device nodes |
 /// | KILL | children of other uids |
 fn needed() -> CapabilitySet {
@@ -77,6 +78,7 @@ fn needed() -> CapabilitySet {
         | CapabilitySet::SETGID
         | CapabilitySet::SETPCAP
         | CapabilitySet::NET_ADMIN
+        | CapabilitySet::NET_BIND_SERVICE
         | CapabilitySet::MKNOD
         | CapabilitySet::KILL
 }

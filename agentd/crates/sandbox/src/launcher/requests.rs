@@ -107,10 +107,11 @@ impl Server {
     }
 
     fn hand_over(&mut self, token: u64, run_id: RunId) {
-        let Some((pid, fds)) = self.runs.get(&run_id).and_then(|run| Some((run.pid, run.handover()?))) else {
+        let Some((run, fds)) = self.runs.get(&run_id).and_then(|run| Some((run, run.handover()?))) else {
             return self.respond(token, &Response::Refused(unknown(run_id)));
         };
-        let response = Response::HandedOver { pid: pid.as_raw_nonzero().get() };
+        let (pid, network) = (run.pid.as_raw_nonzero().get(), run.plan.network.clone());
+        let response = Response::HandedOver { pid, network };
         let sent = self.clients.get(&token).map(|client| wire::send(client.socket.as_fd(), &response, &fds));
         self.answered(token, matches!(sent, Some(Ok(()))));
     }

@@ -30,7 +30,7 @@ use std::process::Command;
 pub(super) const RAISE_LIMIT_MS: u64 = 10_000;
 /// Higher than anything of the system, so that the machine's memory killer takes agents first.
 pub(super) const OOM_SCORE_ADJ: &str = "500";
-/// The descriptors that a jail sends with `Up`.
+/// The descriptors that every jail sends with `Up`; those of the egress follow.
 const JAIL_FDS: usize = 4;
 
 const NAMESPACES: i32 = libc::CLONE_NEWPID
@@ -67,9 +67,10 @@ pub(super) enum Phase {
     Raising {
         deadline_boot_ms: u64,
     },
-    /// In the order of `FromJail::Up`.
+    /// In the order of `FromJail::Up`: those of every run, then those of the egress.
     Up {
         sockets: [OwnedFd; JAIL_FDS],
+        egress: Vec<OwnedFd>,
     },
 }
 
@@ -165,12 +166,12 @@ impl Run {
     /// Takes what the jail has said. Call when its socket is readable and once more after its end.
     pub(super) fn listen(&mut self) -> Progress {
         match wire::receive::<FromJail>(self.control.as_fd()) {
-            Ok((FromJail::Up, fds)) => match fds.try_into() {
-                Ok(sockets) => {
-                    self.phase = Phase::Up { sockets };
+            Ok((FromJail::Up, fds)) => match self.sockets(fds) {
+                Some(phase) => {
+                    self.phase = phase;
                     Progress::Started
                 }
-                Err(_) => {
+                None => {
                     self.fail(
                         "take the run's sockets",
                         "the jail sent another number of descriptors".to_owned(),
@@ -194,6 +195,13 @@ impl Run {
                 Progress::Silent
             }
         }
+    }
+
+    /// Nothing unless there are as many as the plan says.
+    fn sockets(&self, mut fds: Vec<OwnedFd>) -> Option<Phase> {
+        let egress = fds.split_off(JAIL_FDS.min(fds.len()));
+        let sockets = fds.try_into().ok()?;
+        (egress.len() == self.plan.network.egress_sockets()).then_some(Phase::Up { sockets, egress })
     }
 
     fn fail(&mut self, step: &str, why: String) {
@@ -242,12 +250,13 @@ impl Run {
         }
     }
 
-    /// The descriptors of `HANDOVER_FDS`; `None` while the walls are not up.
-    pub(super) fn handover(&self) -> Option<[BorrowedFd<'_>; JAIL_FDS + 1]> {
+    /// The descriptors of `HANDOVER_FDS` and the egress's; `None` while the walls are not up.
+    pub(super) fn handover(&self) -> Option<Vec<BorrowedFd<'_>>> {
         match &self.phase {
             Phase::Raising { .. } => None,
-            Phase::Up { sockets: [tcp, unix, stdout, stderr] } => {
-                Some([tcp.as_fd(), unix.as_fd(), stdout.as_fd(), stderr.as_fd(), self.pidfd.as_fd()])
+            Phase::Up { sockets, egress } => {
+                let own = sockets.iter().chain([&self.pidfd]).chain(egress);
+                Some(own.map(AsFd::as_fd).collect())
             }
         }
     }

@@ -316,7 +316,8 @@ impl Server {
     fn answer_start(&mut self, run_id: RunId) {
         let Some(run) = self.runs.get(&run_id) else { return };
         let Some(fds) = run.handover() else { return };
-        let response = Response::Started { pid: run.pid.as_raw_nonzero().get() };
+        let response =
+            Response::Started { pid: run.pid.as_raw_nonzero().get(), network: run.plan.network.clone() };
         let sent: Vec<(u64, bool)> = waiting_for(&self.clients, Waits::ForRun(run_id))
             .into_iter()
             .filter_map(|token| {

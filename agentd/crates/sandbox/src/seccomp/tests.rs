@@ -82,6 +82,7 @@ fn filters() -> Filters {
         kill: names(&["open_by_handle_at", "reboot"]),
         ioctls: vec![0x5401, 0x541b],
         socket_families: vec![1, 2],
+        datagram_families: Vec::new(),
         prctls: vec![15],
     })
     .unwrap()
@@ -181,6 +182,7 @@ fn a_name_that_nobody_knows_is_an_error_and_not_a_gap() {
         kill: vec!["rebot".to_owned()],
         ioctls: Vec::new(),
         socket_families: Vec::new(),
+        datagram_families: Vec::new(),
         prctls: Vec::new(),
     };
     assert!(matches!(compile(&plan), Err(SeccompError::UnknownCall { .. })));

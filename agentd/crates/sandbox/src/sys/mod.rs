@@ -13,7 +13,7 @@ mod signal;
 pub use kernel::{
     DiskLimits, MountAttributes, landlock_abi, mount_setattr, seccomp_has_errno, set_user_quota,
 };
-pub use network::loopback_up;
+pub use network::{add_local_network, loopback_up};
 pub use process::{
     CloneRequest, Forked, await_byte, close_from, close_on_exec, drop_bounding_set, exit_now, fork, place_fd,
     send_sigkill, spawn, unshare_network, write_all,

@@ -21,6 +21,7 @@ pub(crate) fn run(words: &[String]) -> u8 {
             wait();
         }
         "talk" => talk(),
+        "network" => network(),
         "escape" => escape(&words[1..]),
         "forbidden-call" => forbidden_call(),
         "eat-memory" => eat_memory(),
@@ -88,6 +89,41 @@ fn talk() {
     later.write_all(b"to the next agentd\n").unwrap();
     say("waiting", "yes");
     say("later", read_line(&mut later));
+    wait();
+}
+
+/// Knocks at every door of the egress, and where there is none.
+fn network() {
+    let file = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_else(|error| error.to_string());
+    say("resolv.conf", file.trim_end());
+    let ask = |address: &str| -> std::io::Result<String> {
+        // Made without `bind`, which agents may not call: the kernel gives a port with the first datagram.
+        let socket =
+            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+        let to: std::net::SocketAddr = address.parse().unwrap();
+        rustix::net::sendto(&socket, b"a question", rustix::net::SendFlags::empty(), &to)?;
+        let mut answer = [0; 64];
+        let (length, _) = rustix::net::recv(&socket, &mut answer, rustix::net::RecvFlags::empty())?;
+        Ok(String::from_utf8_lossy(&answer[..length]).into_owned())
+    };
+    say("udp", ask("127.0.0.1:53").unwrap_or_else(|error| error.to_string()));
+    for address in [
+        "127.0.0.1:53",
+        "127.0.0.1:7071",
+        "198.18.7.9:443",
+        "198.19.255.254:8443",
+        "198.18.7.9:22",
+        "93.184.216.34:443",
+    ] {
+        let said = TcpStream::connect(address).and_then(|mut stream| {
+            stream.write_all(b"hello\n")?;
+            Ok(read_line(&mut stream))
+        });
+        say(&format!("tcp {address}"), said.unwrap_or_else(|error| error.to_string()));
+    }
+    say("udp to 93.184.216.34:53", ask("93.184.216.34:53").unwrap_or_else(|error| error.to_string()));
+    let listening = std::net::TcpListener::bind("127.0.0.1:9999").map(|_| "listens".to_owned());
+    say("listen", listening.unwrap_or_else(|error| error.to_string()));
     wait();
 }
 

@@ -3,7 +3,7 @@
 use crate::scene::{LIMIT, Scene, new_run, readable, until};
 use crate::{Case, Outcome, calls};
 use agentd_domain::launcher::{EngineSpec, ExitCause, Request, Response};
-use agentd_domain::plan::{CgroupLimits, DiskQuota};
+use agentd_domain::plan::{CgroupLimits, DiskQuota, FsAccess, LandlockRule, Mount, NetworkPlan};
 use agentd_sandbox::client::LauncherError;
 use agentd_sandbox::wire;
 use std::collections::BTreeMap;
@@ -28,6 +28,7 @@ pub(crate) const ALL: &[Case] = &[
     ("frozen_agents_stand_still_and_thaw", freeze),
     ("sigterm_first_and_sigkill_after_the_grace_time", kill),
     ("an_agent_talks_to_agentd_and_to_the_next_one", handover),
+    ("rules_for_the_network_open_the_egress_s_sockets_and_nothing_else", egress_sockets),
     ("the_launcher_s_death_ends_every_run", launcher_dies),
     ("the_launcher_stops_in_order", launcher_stops),
     ("only_agentd_s_uid_is_heard", wrong_uid),
@@ -418,6 +419,59 @@ fn handover() -> Outcome {
     let mut run = crate::scene::Running::adopted(run_id, handles);
     answer(accept_tcp(&run.handles.sockets.api_tcp), "second agentd heard");
     assert_eq!(run.says("later"), "second agentd heard to the next agentd");
+    Outcome::Passed
+}
+
+fn egress_sockets() -> Outcome {
+    let scene = scene!();
+    let mut plan = scene.agent(&["network"]);
+    assert!(scene.start(&plan).handles.sockets.egress.is_none(), "without rules there is none");
+    plan = scene.agent(&["network"]);
+    plan.network = NetworkPlan::Egress {
+        rules: vec!["https://api.example.org:443,8443".to_owned()],
+        capture_tcp: vec![443, 8443],
+    };
+    plan.landlock.connect_tcp = vec![53, 443, 7070, 7071, 8443];
+    plan.landlock.rules.push(LandlockRule { path: "/etc/resolv.conf".to_owned(), access: FsAccess::Read });
+    plan.seccomp.datagram_families = vec![2];
+    let text = "nameserver 127.0.0.1\n".to_owned();
+    plan.mounts.push(Mount::Text { target: "/etc/resolv.conf".to_owned(), text });
+    let mut run = scene.start(&plan);
+    let first = run.handles.sockets.egress.take().unwrap();
+    assert_eq!(first.rules, ["https://api.example.org:443,8443"]);
+    drop(first);
+    // They are the run's, and whoever adopts it gets them again.
+    let handles = scene.client().handover(run.run_id).unwrap();
+    let mut run = crate::scene::Running::adopted(run.run_id, handles);
+    let sockets = run.handles.sockets.egress.take().unwrap();
+    assert_eq!(run.says("resolv.conf"), "nameserver 127.0.0.1");
+    let mut question = [0; 64];
+    assert!(readable(&sockets.dns_udp, LIMIT), "no question came");
+    let socket = std::net::UdpSocket::from(sockets.dns_udp);
+    let (length, from) = socket.recv_from(&mut question).unwrap();
+    socket.send_to(&question[..length], from).unwrap();
+    assert_eq!(run.says("udp"), "a question");
+    answer(accept_tcp(&sockets.dns_tcp), "name server heard");
+    assert_eq!(run.says("tcp 127.0.0.1:53"), "name server heard hello");
+    answer(accept_tcp(&sockets.proxy), "proxy heard");
+    assert_eq!(run.says("tcp 127.0.0.1:7071"), "proxy heard hello");
+    for ((port, listener), address) in sockets.captured.iter().zip(["198.18.7.9:443", "198.19.255.254:8443"])
+    {
+        let stream = accept_tcp(listener);
+        // The address that the agent meant tells the name.
+        assert_eq!(
+            (stream.local_addr().unwrap().to_string(), *port),
+            (address.to_owned(), stream.local_addr().unwrap().port())
+        );
+        answer(stream, "caught");
+        assert_eq!(run.says(&format!("tcp {address}")), "caught hello");
+    }
+    // Landlock knows ports alone; that there is nothing but `lo` keeps the rest inside.
+    let denied = |errno: i32| std::io::Error::from_raw_os_error(errno).to_string();
+    assert_eq!(run.says("tcp 198.18.7.9:22"), denied(libc::EACCES));
+    assert_eq!(run.says("tcp 93.184.216.34:443"), denied(libc::ENETUNREACH));
+    assert_eq!(run.says("udp to 93.184.216.34:53"), denied(libc::ENETUNREACH));
+    assert_eq!(run.says("listen"), denied(libc::EPERM));
     Outcome::Passed
 }
 

@@ -6,7 +6,7 @@
 //! Source: RFC 1123, 2.1 and RFC 1035, 2.3.4 (names); RFC 3986, 3.2.2 (hosts); WHATWG URL, "ends in a number"
 //!         (what `inet_aton` and browsers take for an address although it looks like a name).
 
-use crate::address;
+use super::address;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -202,6 +202,13 @@ impl TryFrom<String> for Host {
     type Error = NameError;
     fn try_from(text: String) -> Result<Self, NameError> {
         Self::parse(&text)
+    }
+}
+
+impl FromStr for Host {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        Self::parse(text)
     }
 }
 

@@ -9,7 +9,7 @@
 //! Source: <https://publicsuffix.org/>, both of its sections, as the crate `psl` carries it; a top-level name
 //!         that the list does not know counts as a suffix (the list's own default rule `*`).
 
-use crate::name::{Host, Name, NameError};
+use super::name::{Host, Name, NameError};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;

@@ -1,7 +1,7 @@
 //! May this address be dialled?
 //!
 //! In:     the whole answer of one resolution, or the address that the agent wrote itself; what the owner granted.
-//! Out:    [`Vetted`] addresses, the only thing that [`crate::Dial`] takes, or the first address that spoils it.
+//! Out:    [`Vetted`] addresses, the only thing that a dialler takes, or the first address that spoils it.
 //! Always: one refused address refuses the whole answer. A name that is public and private at once is a rebinding
 //!         attempt or a mistake; dialling its public part would hide both, and which part is tried first would
 //!         be the answer's choice. Whoever means it grants that exact name.
@@ -10,7 +10,7 @@
 //!
 //! What cannot be known here: a network's own NAT64 prefix (RFC 6052, 2.2) looks like any public address.
 
-use crate::name::{Destination, Host};
+use super::name::{Destination, Host};
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
