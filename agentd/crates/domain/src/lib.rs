@@ -13,6 +13,7 @@ pub mod config;
 pub mod engine;
 pub mod fault;
 pub mod gguf;
+pub mod health;
 pub mod human;
 pub mod ids;
 pub mod initctl;
