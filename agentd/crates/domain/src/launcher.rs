@@ -182,6 +182,9 @@ pub struct RunInfo {
     pub frozen: bool,
     /// The API rights of the plan it was started with, so that an adopting agentd grants the same.
     pub api: Vec<String>,
+    /// The limits of that plan: what a throttle is lifted to.
+    #[serde(default)]
+    pub cgroup: Option<CgroupLimits>,
     /// Boot-clock milliseconds at the start.
     pub started_boot_ms: u64,
 }

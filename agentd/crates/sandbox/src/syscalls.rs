@@ -22,6 +22,11 @@ pub fn number(name: &str) -> Option<i64> {
     in_table(COMMON).or_else(|| in_table(LEGACY))
 }
 
+/// The name of a number, of those that plans may use.
+pub fn name(number: i64) -> Option<&'static str> {
+    COMMON.iter().chain(LEGACY).find(|(_, known)| *known == number).map(|(name, _)| *name)
+}
+
 /// Sorted by name: [`number`] searches by halves.
 const COMMON: &[(&str, i64)] = table! {
     "accept" = SYS_accept,
