@@ -119,6 +119,7 @@ impl Machine {
             bundled: view.row.bundled,
             messages: manifest.is_some_and(|manifest| manifest.messages),
             problem: view.problem.clone(),
+            health: view.health.clone(),
         }
     }
 
@@ -409,12 +410,16 @@ fn following(follow: broadcast::Receiver<LogLine>) -> impl futures::Stream<Item 
 fn away(view: &View) -> Option<Report> {
     let name = &view.row.name;
     match view.state {
-        AgentState::Starting | AgentState::Running | AgentState::BackingOff if view.row.wanted => None,
+        state if view.row.wanted && (state.is_running() || is_coming(state)) => None,
         AgentState::Quarantined | AgentState::Refused => {
             view.problem.clone().or_else(|| Some(stopped(name.as_str())))
         }
         _ => Some(stopped(name.as_str())),
     }
+}
+
+fn is_coming(state: AgentState) -> bool {
+    matches!(state, AgentState::Starting | AgentState::Crashed)
 }
 
 fn stopped(name: &str) -> Report {

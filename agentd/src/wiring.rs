@@ -4,7 +4,7 @@
 //! need it goes on. Without its own walls agentd starts no agents: fail closed.
 
 use crate::agent_api::{self, Services};
-use crate::agents::{self, Serve};
+use crate::agents::{self, Nerves, Serve};
 use crate::appliance::{Machine, Parts};
 use crate::audit::{self, Audit};
 use crate::bundled;
@@ -222,6 +222,7 @@ async fn start_agents(
         let _on_data = data.enter();
         Memories::start(places.agents(), db.owner(), engine.clone())
     };
+    let (nerves, felt) = Nerves::new();
     let services = Services {
         db: db.clone(),
         inbox: inbox.clone(),
@@ -229,6 +230,7 @@ async fn start_agents(
         engine: engine.clone(),
         audit: audit.clone(),
         launcher: launcher.clone(),
+        nerves: nerves.clone(),
     };
     let (to_data, lines) = (data.clone(), logs.clone());
     let serve = Box::new(move |run: Serve| {
@@ -243,6 +245,9 @@ async fn start_agents(
         memories,
         board: Arc::clone(board),
         launcher: launcher.clone(),
+        nerves,
+        felt,
+        cgroup_root: places.cgroup_root.clone(),
         serve,
     };
     let agents = agents::start(links).await?;

@@ -8,11 +8,13 @@
 //! Threads: tasks of the data plane.
 
 mod calls;
+mod felt;
 mod once;
 mod serve;
 
 pub use serve::serve;
 
+use crate::agents::Nerves;
 use crate::audit::Audit;
 use crate::engine::Engine;
 use crate::inbox::Inbox;
@@ -56,6 +58,7 @@ pub struct Services {
     pub engine: Engine,
     pub audit: Audit,
     pub launcher: Launcher,
+    pub nerves: Nerves,
 }
 
 /// One run, as its own requests see it.
@@ -81,13 +84,15 @@ pub fn router(caller: Caller) -> Router {
         .with_state(caller.clone());
     let own = Router::new()
         .route("/agent/v1/self", get(self_info))
+        .route("/agent/v1/self/pain", post(felt::pain))
+        .route("/agent/v1/self/progress", post(felt::progress))
         .route("/agent/v1/memory/remember", post(remember))
         .route("/agent/v1/memory/recall", post(recall))
         .route("/agent/v1/messages/next", get(next_message))
         .route("/agent/v1/calls", post(calls::call))
         .layer(DefaultBodyLimit::max(BODY_MOST_BYTES))
-        .with_state(caller);
-    models.merge(own).merge(replies).fallback(nowhere)
+        .with_state(caller.clone());
+    models.merge(own).merge(replies).fallback(nowhere).layer(from_fn_with_state(caller, felt::counted))
 }
 
 /// An error as an agent reads it.
@@ -114,6 +119,7 @@ async fn self_info(State(caller): State<Caller>) -> Json<SelfInfo> {
         rights: caller.rights.iter().cloned().collect(),
         model: caller.services.engine.view().default_chat.clone().unwrap_or_default(),
         appliance_version: crate::VERSION.to_owned(),
+        health: caller.services.nerves.seen(caller.agent),
     })
 }
 
@@ -155,7 +161,10 @@ async fn next_message(
     let wait = Duration::from_secs(query.wait_s.unwrap_or(0).min(WAIT_MOST_S));
     let message: Option<Message> = caller.services.inbox.next(caller.agent, caller.run, wait).await?;
     Ok(match message {
-        Some(message) => Json(message).into_response(),
+        Some(message) => {
+            caller.services.nerves.beat(caller.agent).progress();
+            Json(message).into_response()
+        }
         None => StatusCode::NO_CONTENT.into_response(),
     })
 }
@@ -245,7 +254,7 @@ async fn nowhere() -> Refused {
         "not_found",
         "nothing was done",
         "agentd has nothing at this path",
-        "see the agent API's table: /agent/v1/self, /agent/v1/memory/*, /agent/v1/messages/*, /agent/v1/calls, /v1/*",
+        "see the agent API's table: /agent/v1/self/*, /agent/v1/memory/*, /agent/v1/messages/*, /agent/v1/calls, /v1/*",
     ))
 }
 

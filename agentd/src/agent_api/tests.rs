@@ -14,6 +14,7 @@ struct Scene {
     folder: tempfile::TempDir,
     fake: FakeEngine,
     caller: Caller,
+    felt: tokio::sync::mpsc::Receiver<crate::agents::nerves::Felt>,
 }
 
 const ALL: [&str; 4] = ["memory.recall.spirit", "memory.remember.spirit", "messages", "models"];
@@ -40,6 +41,7 @@ impl Scene {
         let agent = AgentId(Uuid::from_u128(1));
         std::fs::create_dir(folder.path().join(agent.to_string())).expect("made");
         let memories = Memories::start(folder.path().to_owned(), db.owner(), engine.clone());
+        let (nerves, felt) = Nerves::new();
         let services = Services {
             inbox: Inbox::new(db.clone()),
             db,
@@ -47,6 +49,7 @@ impl Scene {
             engine,
             audit: Audit::default(),
             launcher: Launcher::at(folder.path().join("none")),
+            nerves,
         };
         let caller = Caller {
             agent,
@@ -55,7 +58,7 @@ impl Scene {
             rights: Arc::new(rights.iter().map(|right| (*right).to_owned()).collect()),
             services,
         };
-        Self { folder, fake, caller }
+        Self { folder, fake, caller, felt }
     }
 
     async fn ask(&self, method: Method, path: &str, key: Option<&str>, body: String) -> (u16, String) {
@@ -232,4 +235,48 @@ async fn a_message_is_got_and_answered() {
         .await;
     assert_eq!(said, ["ho"]);
     assert!(scene.folder.path().exists());
+}
+
+#[tokio::test]
+async fn a_pain_reaches_the_loop_and_the_eleventh_of_a_minute_does_not() {
+    let mut scene = Scene::new(&[]).await;
+    let pain = json!({ "kind": "tool.broken", "severity": "high", "message": "<b>no</b>" });
+    for _ in 0..10 {
+        assert_eq!(scene.post("/agent/v1/self/pain", None, &pain).await.0, 204);
+    }
+    let crate::agents::nerves::Felt::Hurt { agent, pain: felt } = scene.felt.try_recv().expect("felt");
+    assert_eq!((agent, felt.kind.as_str(), felt.message.as_str()), (scene.caller.agent, "tool.broken", "<b>no</b>"));
+    let (status, answer) = scene.post("/agent/v1/self/pain", None, &pain).await;
+    assert_eq!((status, &answer["code"]), (429, &json!("too_many_requests")), "{answer}");
+    for bad in [
+        json!({ "kind": "No Word", "severity": "high", "message": "" }),
+        json!({ "kind": "x", "severity": "worst", "message": "" }),
+        json!({ "kind": "x", "severity": "low", "message": "x".repeat(501) }),
+        json!({ "kind": "x", "severity": "low", "message": "", "agent": "another" }),
+    ] {
+        let (status, answer) = scene.post("/agent/v1/self/pain", None, &bad).await;
+        assert_eq!((status, &answer["code"]), (400, &json!("body_invalid")), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn requests_are_counted_and_an_open_one_is_not_the_agents_fault() {
+    let scene = Scene::new(&ALL).await;
+    let beat = scene.caller.services.nerves.beat(scene.caller.agent);
+    scene.ask(Method::GET, "/agent/v1/self", None, String::new()).await;
+    scene.ask(Method::GET, "/agent/v1/messages/next", None, String::new()).await;
+    assert_eq!((beat.pulse(0).calls, beat.pulse(0).progress_ms), (2, 0), "asking for work is no progress");
+    scene.ask(Method::GET, "/nowhere", None, String::new()).await;
+    assert_eq!((beat.pulse(0).errors, beat.pulse(0).open), (1, 0));
+    scene.post("/agent/v1/memory/remember", None, &fact("a plum")).await;
+    assert!(beat.pulse(0).progress_ms > 0);
+    let request = Request::builder().method(Method::POST).uri("/v1/chat/completions");
+    let body = json!({ "model": "default", "stream": true, "messages": [{ "role": "user", "content": "x" }] });
+    let request = request.header("content-type", "application/json").body(Body::from(body.to_string()));
+    let response = router(scene.caller.clone()).oneshot(request.expect("a request")).await.expect("answered");
+    assert_eq!(beat.pulse(0).open, 1, "the stream has not left yet");
+    response.into_body().collect().await.expect("a body");
+    assert_eq!(beat.pulse(0).open, 0);
+    let (status, _) = scene.ask(Method::POST, "/agent/v1/self/progress", None, String::new()).await;
+    assert_eq!(status, 204);
 }

@@ -7,7 +7,7 @@ use agentd_domain::paths;
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
-const AGENT: TableDefinition<u128, &[u8]> = TableDefinition::new("agent");
+pub(super) const AGENT: TableDefinition<u128, &[u8]> = TableDefinition::new("agent");
 /// `<owner>/<name>` to the agent: a name is unique per owner.
 const NAME: TableDefinition<&str, u128> = TableDefinition::new("agent_name");
 /// Agent and run to [`RunRow`]. Run ids are UUIDv7, so they sort by their start.
@@ -142,6 +142,7 @@ impl Store {
             txn.open_table(RUN)?.retain_in((agent, 0)..=(agent, u128::MAX), |_, _| false)?;
             super::messages::forget(txn, row.agent_id)?;
             super::once::forget(txn, row.agent_id)?;
+            super::health::forget(txn, row.agent_id)?;
             Ok(Ok(()))
         })
     }
@@ -171,15 +172,21 @@ impl Store {
         })
     }
 
-    /// How the agent's newest run ended.
-    pub fn last_exit(&self, agent: AgentId) -> Result<Option<ExitRecord>, StoreError> {
+    /// How the agent's newest runs ended, newest first.
+    pub fn last_exits(&self, agent: AgentId, most: usize) -> Result<Vec<ExitRecord>, StoreError> {
         let key = agent.0.as_u128();
         self.read(|txn| {
             let table = txn.open_table(RUN)?;
-            let newest = table.range((key, 0)..=(key, u128::MAX))?.next_back().transpose()?;
-            let Some((run, bytes)) = newest else { return Ok(Ok(None)) };
-            let row: Result<RunRow, _> = self.decode(&format!("run {:?}", run.value()), bytes.value());
-            Ok(row.map(|row| Some(row.exit)))
+            let mut exits = Vec::new();
+            for entry in table.range((key, 0)..=(key, u128::MAX))?.rev().take(most) {
+                let (run, bytes) = entry?;
+                let row: Result<RunRow, _> = self.decode(&format!("run {:?}", run.value()), bytes.value());
+                match row {
+                    Ok(row) => exits.push(row.exit),
+                    Err(error) => return Ok(Err(error)),
+                }
+            }
+            Ok(Ok(exits))
         })
     }
 }

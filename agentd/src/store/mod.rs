@@ -10,6 +10,7 @@
 
 mod agents;
 mod audit;
+mod health;
 mod messages;
 mod once;
 
@@ -169,6 +170,7 @@ impl Store {
             agents::create_tables(&txn)?;
             messages::create_tables(&txn)?;
             once::create_tables(&txn)?;
+            health::create_tables(&txn)?;
             audit::create_tables(&txn)?;
             if let Some(owner) = known
                 && txn.list_tables()?.count() == tables

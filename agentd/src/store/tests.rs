@@ -70,7 +70,7 @@ fn what_was_acknowledged_is_there_after_a_reopening() {
     let store = scene.open();
     assert_eq!(store.owner, owner);
     assert_eq!(store.agents().expect("read"), std::slice::from_ref(&row));
-    assert_eq!(store.last_exit(row.agent_id).expect("read"), Some(exit));
+    assert_eq!(store.last_exits(row.agent_id, 5).expect("read"), [exit]);
     assert_eq!(store.waiting_messages(row.agent_id).expect("read"), [(1, 0)]);
     assert_eq!(store.message(row.agent_id, 1).expect("read"), Some(message("hello", None)));
 }

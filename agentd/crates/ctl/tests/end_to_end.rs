@@ -255,7 +255,7 @@ async fn what_the_api_says_is_shown_or_passed_on() {
 
     let table = scene.good(&["agent", "ls"]).await;
     let column = table.lines().next().expect("a head").find("STATE").expect("a column");
-    for (name, state) in [("echo", "running"), ("indexer", "quarantined"), ("scout", "running")] {
+    for (name, state) in [("echo", "ready"), ("indexer", "quarantined"), ("scout", "throttled")] {
         let row = table.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{table}"));
         assert!(row[column..].starts_with(state), "{table}");
     }

@@ -171,6 +171,8 @@ pub enum Effect {
 pub struct Notice {
     pub about: About,
     pub text: String,
+    /// Without what the agent itself wrote.
+    pub brief: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -193,5 +193,6 @@ fn pause_ms(failures: usize, jitter: u16) -> u64 {
 }
 
 pub(super) fn tell(effects: &mut Vec<Effect>, about: About, text: String) {
-    effects.push(Effect::Tell(Notice { about, text }));
+    let brief = text.clone();
+    effects.push(Effect::Tell(Notice { about, text, brief }));
 }

@@ -1,7 +1,6 @@
 //! What hurts, and what became of it: the part of an agent's health that outlives its runs and agentd.
 
-use super::lifecycle::tell;
-use super::{About, Effect, Health, Now};
+use super::{About, Effect, Health, Notice, Now};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -215,8 +214,9 @@ impl Health {
         // One line, whatever the agent wrote.
         let line: String = pain.message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         let text = format!("pain, {}: {}: {line}", pain.severity, pain.kind);
+        let brief = format!("{}: {}", pain.severity, pain.kind);
         if self.pains.take(pain) {
-            tell(effects, About::Pain, text);
+            effects.push(Effect::Tell(Notice { about: About::Pain, text, brief }));
         }
     }
 

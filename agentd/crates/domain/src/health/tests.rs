@@ -294,7 +294,8 @@ fn pains_are_counted_bounded_and_one_line_each() {
     let pain = |kind: &str, n: i64| Pain::of_agent(kind, Severity::Critical, "no\nway", now + n).expect("a pain");
     let told = agent.step(Event::Hurt(pain("tool.broken", 0)));
     let text = "pain, critical: tool.broken: no way".to_owned();
-    assert_eq!(told, [Effect::Tell(Notice { about: About::Pain, text })]);
+    let brief = "critical: tool.broken".to_owned();
+    assert_eq!(told, [Effect::Tell(Notice { about: About::Pain, text, brief })]);
     assert_eq!(agent.step(Event::Hurt(pain("tool.broken", 1))), [], "a repetition is counted");
     assert_eq!(agent.health.pains().history().pains[0].count, 2);
     for n in 0..100 {

@@ -269,8 +269,11 @@ impl Server {
     pub(super) fn finish_call(&mut self, number: u64) {
         self.hear_the_last(number);
         let Some(call) = self.calls.remove(&number) else { return };
-        let end = call.end();
+        let mut end = call.end();
         if let Some(run) = self.runs.get_mut(&call.run_id) {
+            if let ExitCause::Seccomp { syscall } = &mut end.cause {
+                *syscall = self.kernel_log.call_of(run.plan.uid);
+            }
             run.killed_in_calls += call.group.counted().killed_for_memory;
         }
         self.sources

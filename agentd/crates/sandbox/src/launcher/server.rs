@@ -107,7 +107,7 @@ pub(super) struct Server {
     pub(super) buried_calls: Vec<CallGroup>,
     pub(super) buried_engines: Vec<PathBuf>,
     pub(super) stopping: bool,
-    kernel_log: KernelLog,
+    pub(super) kernel_log: KernelLog,
 }
 
 /// Serves until SIGTERM, which ends every run and engine first.
