@@ -15,22 +15,53 @@ use std::sync::mpsc;
 
 #[derive(Debug)]
 pub enum Order {
-    Start { agent: AgentId, run: RunId, plan: Box<SandboxPlan>, quota: DiskQuota },
-    Adopt { agent: AgentId, run: RunId },
-    Kill { run: RunId, grace_ms: u32, why: KillReason },
+    Start {
+        agent: AgentId,
+        run: RunId,
+        plan: Box<SandboxPlan>,
+        quota: DiskQuota,
+    },
+    Adopt {
+        agent: AgentId,
+        run: RunId,
+    },
+    Kill {
+        run: RunId,
+        grace_ms: u32,
+        why: KillReason,
+    },
     /// New limits for a run, within its plan.
-    Limit { agent: AgentId, run: RunId, limits: CgroupLimits },
-    RemoveAgent { agent: AgentId, uid: u32 },
-    Forget { run: RunId },
+    Limit {
+        agent: AgentId,
+        run: RunId,
+        limits: CgroupLimits,
+    },
+    RemoveAgent {
+        agent: AgentId,
+        uid: u32,
+    },
+    Forget {
+        run: RunId,
+    },
     List,
 }
 
 #[derive(Debug)]
 pub enum Answer {
-    Started { agent: AgentId, run: RunId, result: Result<RunHandles, Failure> },
-    Removed { agent: AgentId, result: Result<(), Report> },
+    Started {
+        agent: AgentId,
+        run: RunId,
+        result: Result<RunHandles, Failure>,
+    },
+    Removed {
+        agent: AgentId,
+        result: Result<(), Report>,
+    },
     /// Limits that were not set.
-    NotLimited { agent: AgentId, run: RunId },
+    NotLimited {
+        agent: AgentId,
+        run: RunId,
+    },
     Listed(Result<Listing, Report>),
 }
 

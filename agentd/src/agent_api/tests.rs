@@ -245,7 +245,10 @@ async fn a_pain_reaches_the_loop_and_the_eleventh_of_a_minute_does_not() {
         assert_eq!(scene.post("/agent/v1/self/pain", None, &pain).await.0, 204);
     }
     let crate::agents::nerves::Felt::Hurt { agent, pain: felt } = scene.felt.try_recv().expect("felt");
-    assert_eq!((agent, felt.kind.as_str(), felt.message.as_str()), (scene.caller.agent, "tool.broken", "<b>no</b>"));
+    assert_eq!(
+        (agent, felt.kind.as_str(), felt.message.as_str()),
+        (scene.caller.agent, "tool.broken", "<b>no</b>")
+    );
     let (status, answer) = scene.post("/agent/v1/self/pain", None, &pain).await;
     assert_eq!((status, &answer["code"]), (429, &json!("too_many_requests")), "{answer}");
     for bad in [
@@ -271,7 +274,8 @@ async fn requests_are_counted_and_an_open_one_is_not_the_agents_fault() {
     scene.post("/agent/v1/memory/remember", None, &fact("a plum")).await;
     assert!(beat.pulse(0).progress_ms > 0);
     let request = Request::builder().method(Method::POST).uri("/v1/chat/completions");
-    let body = json!({ "model": "default", "stream": true, "messages": [{ "role": "user", "content": "x" }] });
+    let body =
+        json!({ "model": "default", "stream": true, "messages": [{ "role": "user", "content": "x" }] });
     let request = request.header("content-type", "application/json").body(Body::from(body.to_string()));
     let response = router(scene.caller.clone()).oneshot(request.expect("a request")).await.expect("answered");
     assert_eq!(beat.pulse(0).open, 1, "the stream has not left yet");

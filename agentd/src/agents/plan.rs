@@ -169,7 +169,8 @@ fn start_what_is_due(state: &mut State, now: &mut Now<'_>, actions: &mut Vec<Act
     if state.launcher == Sight::Lost {
         return;
     }
-    let due = |entry: &Entry| !entry.removing && entry.health.due_ms().is_some_and(|due_ms| due_ms <= now.boot_ms);
+    let due =
+        |entry: &Entry| !entry.removing && entry.health.due_ms().is_some_and(|due_ms| due_ms <= now.boot_ms);
     let due: Vec<AgentId> =
         state.agents.iter().filter(|(_, entry)| due(entry)).map(|(agent, _)| *agent).collect();
     for agent in due {

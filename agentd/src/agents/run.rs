@@ -8,7 +8,8 @@ use super::nerves::{Felt, Nerves};
 use super::plan::{self, Action, Event, Now, State};
 use super::vitals::{self, Look, Seen};
 use super::words::{
-    hurting, is_about_walls, killed, noted, place_of, quarantined, self_health, shown_health, told, unknown_agent, wall_failed,
+    hurting, is_about_walls, killed, noted, place_of, quarantined, self_health, shown_health, told,
+    unknown_agent, wall_failed,
 };
 use super::{Agents, LivingRun, QUEUE, View, Views};
 use crate::audit::Audit;
@@ -575,7 +576,8 @@ impl Loop {
         self.looking = false;
         for (agent, run, mut reading) in seen {
             reading.pulse = self.links.nerves.beat(agent).pulse(self.links.inbox.work(agent));
-            let (pids, most) = (u64::from(reading.pids), self.limits.get(&run).map_or(0, |l| u64::from(l.pids_max)));
+            let (pids, most) =
+                (u64::from(reading.pids), self.limits.get(&run).map_or(0, |l| u64::from(l.pids_max)));
             self.step(of(agent, health::Event::Read { run, reading: Box::new(reading) })).await;
             // Of a few processes one is much; what has room for a crowd is told when it is nearly there.
             if most >= CROWD_PIDS {
@@ -584,7 +586,8 @@ impl Loop {
             }
             self.keep_history(agent).await;
             if let (Some(entry), Some(known)) = (self.state.agents.get(&agent), self.known.get(&agent)) {
-                let limits = known.manifest.as_ref().map(|manifest| manifest.limits.clone()).unwrap_or_default();
+                let limits =
+                    known.manifest.as_ref().map(|manifest| manifest.limits.clone()).unwrap_or_default();
                 self.links.nerves.show(agent, self_health(&entry.health, limits, clock::boot_ms()));
             }
         }
@@ -658,7 +661,12 @@ impl Loop {
                 state,
                 run,
                 restarts: entry.map_or(known.row.restarts, |entry| entry.health.restarts()),
-                health: shown_health(entry.map(|entry| &entry.health), &known.exits, clock::boot_ms(), clock::unix_ms()),
+                health: shown_health(
+                    entry.map(|entry| &entry.health),
+                    &known.exits,
+                    clock::boot_ms(),
+                    clock::unix_ms(),
+                ),
                 last_exit: known.exits.first().cloned(),
                 problem: known.problem.clone(),
             };

@@ -34,7 +34,12 @@ pub fn start(
     let (looks, queue) = mpsc::sync_channel::<Look>(1);
     let cpus = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
     std::thread::Builder::new().name("vitals".to_owned()).stack_size(256 * 1024).spawn(move || {
-        let mut reader = Reader { root: cgroup_root, pressure: PathBuf::from("/proc/pressure/cpu"), cpus, ..Reader::default() };
+        let mut reader = Reader {
+            root: cgroup_root,
+            pressure: PathBuf::from("/proc/pressure/cpu"),
+            cpus,
+            ..Reader::default()
+        };
         while let Ok(look) = queue.recv() {
             if !tell(reader.look(&look)) {
                 return;

@@ -33,7 +33,10 @@ pub fn told(exit: &ExitRecord) -> String {
         ExitCause::Seccomp { syscall: Some(call) } => format!("the system call {call}, which is forbidden"),
         ExitCause::Seccomp { syscall: None } => "a system call that is forbidden".to_owned(),
         ExitCause::Pressure => {
-            format!("killed under memory pressure, with {} MiB at its peak", exit.memory_peak_bytes / (1024 * 1024))
+            format!(
+                "killed under memory pressure, with {} MiB at its peak",
+                exit.memory_peak_bytes / (1024 * 1024)
+            )
         }
         ExitCause::Stuck => "killed because it was stuck".to_owned(),
         ExitCause::WallFailed { why } => format!("a wall could not be raised: {why}"),
@@ -77,7 +80,9 @@ pub(super) fn hurting(row: &AgentRow, health: &Health, now_unix_ms: i64) -> Opti
             "agent_hurts",
             format!("the agent {name} is not well"),
             format!("{says}: {} ({}, {})", pain.message, pain.kind, pain.severity),
-            format!("`agentctl agent show {name}` shows its health; `agentctl agent logs {name}` what it wrote"),
+            format!(
+                "`agentctl agent show {name}` shows its health; `agentctl agent logs {name}` what it wrote"
+            ),
         )
     })
 }

@@ -218,3 +218,23 @@ fn a_newer_format_is_refused_by_name() {
     }
     assert!(matches!(Store::open(&scene.path), Err(StoreError::Format { found: 99, .. })));
 }
+
+#[test]
+fn an_agents_health_is_kept_with_its_agent() {
+    use agentd_domain::health::{History, Note, Pain, Severity};
+    let scene = Scene::new();
+    let store = scene.open();
+    let row = agent_row(&store, 1, "echo");
+    let pain = Pain::of_agent("tool.broken", Severity::High, "no", 7).expect("a pain");
+    let history =
+        History { pains: vec![pain], notes: vec![Note { unix_ms: 8, text: "restarted".to_owned() }] };
+    store.set_health(row.agent_id, history.clone()).expect("nothing of nobody");
+    assert_eq!(store.health(row.agent_id).expect("read"), History::default());
+    store.add_agent(&row).expect("added");
+    store.set_health(row.agent_id, history.clone()).expect("kept");
+    drop(store);
+    let store = scene.open();
+    assert_eq!(store.health(row.agent_id).expect("read"), history);
+    store.remove_agent(&row).expect("removed");
+    assert_eq!(store.health(row.agent_id).expect("read"), History::default());
+}

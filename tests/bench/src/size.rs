@@ -6,7 +6,7 @@
 
 use crate::report::result;
 use agentd_domain::agent_api::ReplyPart;
-use agentd_domain::api::{Agent, AgentState, ApplianceStatus, EngineState};
+use agentd_domain::api::{Agent, ApplianceStatus, EngineState};
 use anyhow::{Context, Result, ensure};
 use image::build;
 use std::path::{Path, PathBuf};

@@ -596,7 +596,10 @@ async fn the_pages_work_as_plain_forms() {
                 "/audit?agent=scout",
             ],
         ),
-        ("/audit", &["audit.begin", "everybody", "allowed", "agentctl audit verify"]),
+        (
+            "/audit",
+            &["plané &quot;x&quot;", "memory.recall.spirit", "everybody", "allowed", "agentctl audit verify"],
+        ),
         ("/audit?agent=echo", &["Nothing yet", "selected"]),
         ("/models", &["half-model", "The model was not loaded", "default"]),
     ] {
@@ -806,7 +809,9 @@ async fn who_tries_to_come_in_is_told_to_the_witness() {
         ask("/api/v1/login", json!({ "password": password })).await.expect("answered");
     }
     // Without a session, and with one that is made up; opening a page without any is no attempt.
-    for (path, header) in [("/api/v1/status", ("x", "y")), ("/", ("authorization", "Bearer x")), ("/", ("x", "y"))] {
+    for (path, header) in
+        [("/api/v1/status", ("x", "y")), ("/", ("authorization", "Bearer x")), ("/", ("x", "y"))]
+    {
         let request = Request::get(path).header(header.0, header.1).body(Body::empty()).expect("a request");
         router.clone().oneshot(request).await.expect("answered");
     }

@@ -98,11 +98,14 @@ pub fn agents(agents: &[Agent]) -> String {
 
 pub fn agent(agent: &Agent) -> String {
     let mut text = agents(std::slice::from_ref(agent));
-    text.push_str(&health(agent));
     if let Some(problem) = &agent.problem {
         let _ = writeln!(text, "\nproblem: {}\n  why: {}\n  fix: {}", problem.what, problem.why, problem.fix);
     }
     text
+}
+
+pub fn agent_with_health(one: &Agent) -> String {
+    format!("{}{}", agent(one), health(one))
 }
 
 /// How it is, what hurts it, what was done about it, and how its last runs ended.
@@ -158,7 +161,9 @@ fn cause(cause: &ExitCause) -> String {
         ExitCause::Exited { code } => format!("by itself with code {code}"),
         ExitCause::Signalled { signal } => format!("signal {signal}"),
         ExitCause::OutOfMemory => "over its memory limit".to_owned(),
-        ExitCause::Seccomp { syscall: Some(call) } => format!("seccomp: the forbidden system call {}", harmless(call)),
+        ExitCause::Seccomp { syscall: Some(call) } => {
+            format!("seccomp: the forbidden system call {}", harmless(call))
+        }
         ExitCause::Seccomp { syscall: None } => "seccomp: a forbidden system call".to_owned(),
         ExitCause::Pressure => "pressure: it only waited for memory".to_owned(),
         ExitCause::Stuck => "stuck: nothing came of the work in its hand".to_owned(),

@@ -125,21 +125,42 @@ pub enum After {
 pub enum Event {
     Want(bool),
     /// The launcher is asked now. Only for an agent that is due ([`Health::due_ms`]).
-    Start { run: RunId },
+    Start {
+        run: RunId,
+    },
     /// A start or an adoption succeeded.
-    Started { run: RunId },
-    NotStarted { run: RunId, why: NotStarted },
-    Ended { run: RunId, cause: ExitCause },
+    Started {
+        run: RunId,
+    },
+    NotStarted {
+        run: RunId,
+        why: NotStarted,
+    },
+    Ended {
+        run: RunId,
+        cause: ExitCause,
+    },
     /// The launcher's list does not have the run that we believe in.
     Missing,
     /// The launcher's list has this run.
-    Lives { run: RunId },
+    Lives {
+        run: RunId,
+    },
     /// The limits that were ordered last were not set.
-    NotThrottled { run: RunId },
-    Read { run: RunId, reading: Box<Reading> },
+    NotThrottled {
+        run: RunId,
+    },
+    Read {
+        run: RunId,
+        reading: Box<Reading>,
+    },
     Hurt(Pain),
     /// How much of something bounded is used: bytes sent, tokens, processes.
-    Budget { name: String, used: u64, most: u64 },
+    Budget {
+        name: String,
+        used: u64,
+        most: u64,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,12 +175,23 @@ pub enum NotStarted {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
-    Start { run: RunId },
+    Start {
+        run: RunId,
+    },
     /// Ask for the sockets of a living run.
-    Adopt { run: RunId },
-    Kill { run: RunId, grace_ms: u32, why: KillReason },
+    Adopt {
+        run: RunId,
+    },
+    Kill {
+        run: RunId,
+        grace_ms: u32,
+        why: KillReason,
+    },
     /// Set the run's limits to its plan's, as far as this lets it.
-    Limit { run: RunId, throttle: Throttle },
+    Limit {
+        run: RunId,
+        throttle: Throttle,
+    },
     /// Ask the launcher what lives.
     List,
     /// Tell the owner.
@@ -291,7 +323,9 @@ impl Health {
     pub fn reason(&self, now_ms: u64) -> String {
         let seconds = |until_ms: u64| until_ms.saturating_sub(now_ms).div_ceil(1000);
         match self.phase {
-            Phase::Stopped => "nobody wants it to run, or it has ended and is not to be started again".to_owned(),
+            Phase::Stopped => {
+                "nobody wants it to run, or it has ended and is not to be started again".to_owned()
+            }
             Phase::Starting { .. } => "its walls are being raised".to_owned(),
             Phase::Waiting { after: After::Wish, .. } => "its start is due".to_owned(),
             Phase::Running { .. } => self.vitals.reason(now_ms),

@@ -60,8 +60,7 @@ impl Driver {
             *runs += 1;
             RunId(Uuid::from_u128(1000 + *runs))
         };
-        let mut now =
-            Now { boot_ms: self.now_ms, unix_ms: 0, fresh_run: &mut fresh_run, jitter: &mut || 0 };
+        let mut now = Now { boot_ms: self.now_ms, unix_ms: 0, fresh_run: &mut fresh_run, jitter: &mut || 0 };
         let mut actions = step(&mut self.state, event, &mut now);
         actions.retain(|action| !matches!(action, Action::For { effect: Effect::Tell(_), .. }));
         actions
@@ -131,10 +130,7 @@ fn runs_that_nobody_wants_are_killed() {
     let mut driver = Driver::with_agent(false);
     let (ours, foreign) = (RunId(Uuid::from_u128(7)), RunId(Uuid::from_u128(8)));
     let effects = driver.step(Event::Listed { runs: vec![(ours, id(1)), (foreign, id(2))] });
-    assert_eq!(
-        effects,
-        [kill(ours), Action::Kill { run: foreign, grace_ms: 0 }]
-    );
+    assert_eq!(effects, [kill(ours), Action::Kill { run: foreign, grace_ms: 0 }]);
 }
 
 #[test]
@@ -142,7 +138,10 @@ fn an_agent_that_exits_at_once_over_and_over_is_quarantined_and_tried_again() {
     let (mut driver, mut run) = Driver::running();
     for pause_ms in [1_000, 2_000, 4_000, 8_000] {
         driver.fail(run);
-        assert_eq!(driver.phase(), Phase::Waiting { until_ms: driver.now_ms + pause_ms, after: health::After::End });
+        assert_eq!(
+            driver.phase(),
+            Phase::Waiting { until_ms: driver.now_ms + pause_ms, after: health::After::End }
+        );
         run = driver.start_again();
     }
     driver.fail(run);
@@ -248,11 +247,7 @@ fn an_agent_that_is_not_to_be_restarted_rests() {
 fn removal_waits_for_the_end_of_the_run() {
     let (mut driver, run) = Driver::running();
     assert_eq!(driver.step(Event::Remove { agent: id(1) }), [kill(run)]);
-    assert_eq!(
-        driver.step(want(true)),
-        [],
-        "what is being removed stays away"
-    );
+    assert_eq!(driver.step(want(true)), [], "what is being removed stays away");
     let effects = driver.step(ended(run, ExitCause::Stopped));
     assert_eq!(effects, [Action::Remove { agent: id(1) }]);
     assert!(driver.state.agents.is_empty());
@@ -344,16 +339,26 @@ impl World {
                     self.tell(not_started(run, NotStarted::Unsure));
                 }
             }
-            Action::For { effect: Effect::Kill { run, .. }, .. } | Action::Kill { run, .. } => {
-                if self.living.contains(&run) {
-                    self.living.retain(|&living| living != run);
-                    self.told.push((run, ExitCause::Stopped));
-                }
-            }
+            Action::For { effect: Effect::Kill { run, why, .. }, .. } => self.kill(run, why),
+            Action::Kill { run, .. } => self.kill(run, KillReason::Order),
             Action::List => self.list(),
             // Of those that are told of here none changes which runs live.
             Action::For { .. } => {}
             Action::Remove { .. } => panic!("nothing is removed in this model"),
+        }
+    }
+
+    fn kill(&mut self, run: RunId, why: KillReason) {
+        if self.living.contains(&run) {
+            self.living.retain(|&living| living != run);
+            self.told.push((
+                run,
+                match why {
+                    KillReason::Order => ExitCause::Stopped,
+                    KillReason::Pressure => ExitCause::Pressure,
+                    KillReason::Stuck => ExitCause::Stuck,
+                },
+            ));
         }
     }
 
@@ -424,8 +429,8 @@ proptest! {
             prop_assert!(world.living.len() <= 1, "{:?}", world.living);
         }
         prop_assert_eq!(world.living.len(), usize::from(wish));
-        let expected = if wish { AgentState::Ready } else { AgentState::Stopped };
-        prop_assert_eq!(world.driver.shown(), expected);
+        let state = world.driver.shown();
+        prop_assert!(state.is_running() == wish && (wish || state == AgentState::Stopped), "{:?}", state);
     }
 
     /// A pause is never shorter than the first and never longer than a quarantine.

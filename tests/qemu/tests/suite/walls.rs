@@ -1,6 +1,6 @@
 //! A kernel that cannot raise a wall: the machine says so, and no agent starts.
 
-use agentd_domain::api::{Agent, AgentState, ApplianceStatus};
+use agentd_domain::api::{Agent, ApplianceStatus};
 use agentd_domain::initctl::Health;
 use anyhow::{Result, ensure};
 use tests_qemu::{Appliance, BOOT, Start};

@@ -198,7 +198,9 @@ pub fn cause(cause: &ExitCause) -> String {
         ExitCause::Exited { code } => format!("ended by itself with code {code}"),
         ExitCause::Signalled { signal } => format!("killed by signal {signal}"),
         ExitCause::OutOfMemory => "killed for going over its memory limit".to_owned(),
-        ExitCause::Seccomp { syscall: Some(call) } => format!("killed by seccomp for the forbidden system call {call}"),
+        ExitCause::Seccomp { syscall: Some(call) } => {
+            format!("killed by seccomp for the forbidden system call {call}")
+        }
         ExitCause::Seccomp { syscall: None } => "killed by seccomp for a forbidden system call".to_owned(),
         ExitCause::Pressure => "killed by the pressure watchdog: it only waited for memory".to_owned(),
         ExitCause::Stuck => "killed because it was stuck with work in hand".to_owned(),

@@ -153,7 +153,8 @@ pub async fn audit(
     let agent = name.as_deref().map(key).transpose()?;
     let shown = agent.as_ref().map(ToString::to_string);
     let query = AuditQuery { after: asked.after, most: audit::PAGE_RECORDS, agent };
-    let (lines, agents) = tokio::join!(within(SHORT, appliance.audit(query)), within(SHORT, appliance.agents()));
+    let (lines, agents) =
+        tokio::join!(within(SHORT, appliance.audit(query)), within(SHORT, appliance.agents()));
     let trail = audit::Trail::read(&lines?);
     let filter = audit::Filter { agent: shown.as_deref(), after: asked.after };
     Ok(audit::log(&trail, &filter, &agents.unwrap_or_default(), appliance.health()))
@@ -279,7 +280,8 @@ async fn agent_page(appliance: &dyn Appliance, agent: AgentKey, exchange: Option
     let found = within(SHORT, appliance.agent(agent.clone())).await?;
     let log = recent_log(appliance, agent).await.map_err(|failure| failure.report);
     let next_key = random_key().map_err(no_randomness)?;
-    let own = AuditQuery { after: None, most: audit::TRAIL_RECORDS, agent: Some(AgentKey::Id(found.agent_id)) };
+    let own =
+        AuditQuery { after: None, most: audit::TRAIL_RECORDS, agent: Some(AgentKey::Id(found.agent_id)) };
     let trail = within(SHORT, appliance.audit(own)).await;
     let trail = trail.map(|lines| audit::Trail::read(&lines)).map_err(|failure| failure.report);
     let shown = agents::Shown { log: &log, trail: &trail, exchange: exchange.as_ref(), next_key: &next_key };

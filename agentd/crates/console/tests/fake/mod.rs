@@ -438,11 +438,11 @@ fn hurt() -> AgentHealth {
         throttle: Throttle::Half,
         pain: Some(pain.clone()),
         pains: vec![pain],
-        notes: vec![Note { unix_ms: 1_795_176_243_000, text: "throttled to half of its processor time".into() }],
-        exits: vec![
-            exit(ExitCause::Seccomp { syscall: Some("ptrace".into()) }),
-            exit(ExitCause::Pressure),
-        ],
+        notes: vec![Note {
+            unix_ms: 1_795_176_243_000,
+            text: "throttled to half of its processor time".into(),
+        }],
+        exits: vec![exit(ExitCause::Seccomp { syscall: Some("ptrace".into()) }), exit(ExitCause::Pressure)],
     }
 }
 

@@ -1,8 +1,8 @@
 //! Starts, ends, and the pauses between them.
 
 use super::{
-    About, After, Answer, BACKOFF_FIRST_MS, BACKOFF_MOST_MS, Effect, FAILURE_WINDOW_MS, FAILURES_MOST, GRACE_MS,
-    HEALTHY_MS, Health, JITTER_MOST_PERMILLE, Notice, NotStarted, Now, Pain, Phase, QUARANTINE_MS,
+    About, After, Answer, BACKOFF_FIRST_MS, BACKOFF_MOST_MS, Effect, FAILURE_WINDOW_MS, FAILURES_MOST,
+    GRACE_MS, HEALTHY_MS, Health, JITTER_MOST_PERMILLE, NotStarted, Notice, Now, Pain, Phase, QUARANTINE_MS,
     REFUSED_FIRST_MS, Severity, Vitals,
 };
 use crate::ids::RunId;

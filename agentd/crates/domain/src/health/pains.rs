@@ -87,7 +87,9 @@ impl Pain {
     /// What an agent says of itself. The kind is a word of its own; the error says what a word is.
     pub fn of_agent(kind: &str, severity: Severity, message: &str, at_unix_ms: i64) -> Result<Self, String> {
         let good = (1..=Self::KIND_MOST_BYTES).contains(&kind.len())
-            && kind.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-.".contains(&byte));
+            && kind
+                .bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-.".contains(&byte));
         if !good {
             return Err(format!(
                 "`{}` is no kind of pain: use 1 to {} of a-z, 0-9, `_`, `-` and `.`",
@@ -96,7 +98,11 @@ impl Pain {
             ));
         }
         if message.len() > Self::MESSAGE_MOST_BYTES {
-            return Err(format!("the message has {} bytes of at most {}", message.len(), Self::MESSAGE_MOST_BYTES));
+            return Err(format!(
+                "the message has {} bytes of at most {}",
+                message.len(),
+                Self::MESSAGE_MOST_BYTES
+            ));
         }
         let (kind, message) = (kind.to_owned(), message.to_owned());
         Ok(Self { kind, severity, message, from: PainFrom::Agent, at_unix_ms, count: 1, over: false })
@@ -221,7 +227,14 @@ impl Health {
     }
 
     /// The same on the agent's behalf, and not each second.
-    pub(super) fn ache_for(&mut self, kind: &str, severity: Severity, message: &str, now: Now, out: &mut Vec<Effect>) {
+    pub(super) fn ache_for(
+        &mut self,
+        kind: &str,
+        severity: Severity,
+        message: &str,
+        now: Now,
+        out: &mut Vec<Effect>,
+    ) {
         if !self.pains.said_just_now(kind, now) {
             self.ache(Pain::of_appliance(kind, severity, message, now.unix_ms), out);
         }

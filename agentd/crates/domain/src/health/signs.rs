@@ -273,7 +273,9 @@ impl Vitals {
             (AgentState::Throttled, _) => {
                 format!("it has {} of its processor time: {heat}", self.throttle.told())
             }
-            (AgentState::Busy, Some(pulse)) if pulse.open > 0 => "a request of it is being answered".to_owned(),
+            (AgentState::Busy, Some(pulse)) if pulse.open > 0 => {
+                "a request of it is being answered".to_owned()
+            }
             (AgentState::Busy, Some(pulse)) if pulse.work > 0 => {
                 format!("it has {} messages to answer", pulse.work)
             }
@@ -365,7 +367,8 @@ impl Health {
             vitals.starved_since_ms = before.at_ms;
         }
         vitals.starved_ms += passed.ms;
-        vitals.choked_ms = if passed.memory_full_permille >= CHOKED_PERMILLE { vitals.choked_ms + passed.ms } else { 0 };
+        vitals.choked_ms =
+            if passed.memory_full_permille >= CHOKED_PERMILLE { vitals.choked_ms + passed.ms } else { 0 };
         // A single wait lasts up to two seconds, in which nothing is counted: since the beginning, not since the last.
         let over_high = reading.memory_high_events > vitals.high_before;
         let progress = reading.pulse.progress_ms >= vitals.starved_since_ms && reading.pulse.progress_ms > 0;
@@ -376,7 +379,14 @@ impl Health {
         over_high && (hopeless || slow || lasting)
     }
 
-    fn cool_or_heat(&mut self, run: RunId, reading: &Reading, passed: &Passed, now: Now, out: &mut Vec<Effect>) {
+    fn cool_or_heat(
+        &mut self,
+        run: RunId,
+        reading: &Reading,
+        passed: &Passed,
+        now: Now,
+        out: &mut Vec<Effect>,
+    ) {
         let vitals = &mut self.vitals;
         let cpus = u64::from(reading.machine.cpus.max(1));
         let hogs = passed.crowded_permille >= CROWDED_PERMILLE && passed.cpu_permille * 2 >= 1000 * cpus;
@@ -402,7 +412,9 @@ impl Health {
                     self.ache_for(heat.kind(), severity, heat.told(), now, out);
                 }
             }
-            None if vitals.throttle != Throttle::None && now.boot_ms.saturating_sub(vitals.hot_ms) >= CALM_MS => {
+            None if vitals.throttle != Throttle::None
+                && now.boot_ms.saturating_sub(vitals.hot_ms) >= CALM_MS =>
+            {
                 vitals.throttle = Throttle::None;
                 let was = vitals.heat.take();
                 tell(out, About::Restored, "it has calmed down and has all of its limits back".to_owned());
@@ -452,7 +464,11 @@ impl Health {
         }
         if vitals.mood != Mood::Stuck {
             vitals.feel(Mood::Stuck, at_ms);
-            let text = format!("{} messages wait for it and nothing has come of them for {} s", pulse.work, quiet_ms / 1000);
+            let text = format!(
+                "{} messages wait for it and nothing has come of them for {} s",
+                pulse.work,
+                quiet_ms / 1000
+            );
             tell(effects, About::Stuck, format!("stuck: {text}"));
             self.ache_for("missed_progress", Severity::High, &text, now, effects);
         } else if at_ms.saturating_sub(vitals.mood_since_ms) >= STUCK_GRACE_MS {

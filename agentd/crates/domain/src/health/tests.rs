@@ -243,10 +243,14 @@ fn five_ends_are_a_quarantine_whose_trial_start_may_end_it() {
     for _ in 0..=HEALTHY_MS / 1_000 {
         agent.read(|_| {});
     }
-    let told: Vec<About> = agent.done.iter().filter_map(|effect| match effect {
-        Effect::Tell(notice) => Some(notice.about),
-        _ => None,
-    }).collect();
+    let told: Vec<About> = agent
+        .done
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Tell(notice) => Some(notice.about),
+            _ => None,
+        })
+        .collect();
     assert!(told.ends_with(&[About::Probe, About::Recovered]), "{told:?}");
     agent.fail();
     assert_eq!(agent.state(), AgentState::Crashed, "it is as good as any other again");
@@ -291,7 +295,8 @@ fn every_state_is_reached_and_left() {
 fn pains_are_counted_bounded_and_one_line_each() {
     let mut agent = Agent::running();
     let now = agent.now.unix_ms;
-    let pain = |kind: &str, n: i64| Pain::of_agent(kind, Severity::Critical, "no\nway", now + n).expect("a pain");
+    let pain =
+        |kind: &str, n: i64| Pain::of_agent(kind, Severity::Critical, "no\nway", now + n).expect("a pain");
     let told = agent.step(Event::Hurt(pain("tool.broken", 0)));
     let text = "pain, critical: tool.broken: no way".to_owned();
     let brief = "critical: tool.broken".to_owned();
@@ -318,8 +323,16 @@ fn a_budget_is_told_when_it_is_near_its_end_and_again_when_it_is_very_near() {
         told.push(pain.map(|pain| (pain.count, pain.severity)));
     }
     use Severity::{High, Medium};
-    let expected =
-        [None, None, Some((1, Medium)), Some((1, Medium)), Some((2, High)), Some((2, High)), Some((2, High)), Some((3, Medium))];
+    let expected = [
+        None,
+        None,
+        Some((1, Medium)),
+        Some((1, Medium)),
+        Some((2, High)),
+        Some((2, High)),
+        Some((2, High)),
+        Some((3, Medium)),
+    ];
     assert_eq!(told, expected);
 }
 
@@ -360,7 +373,8 @@ fn readings() -> impl Strategy<Value = Reading> {
     let step = prop_oneof![4 => Just(0u64), 1 => 0..2_000_000u64];
     (step.clone(), step.clone(), step.clone(), step, 0..3u32, 0..2u32).prop_map(
         |(stalled, cpu_us, forks, errors, work, open)| {
-            let mut reading = Reading { cpu_us, pids_refused: forks, memory_high_events: forks, ..Reading::default() };
+            let mut reading =
+                Reading { cpu_us, pids_refused: forks, memory_high_events: forks, ..Reading::default() };
             reading.memory.full_total_us = stalled;
             reading.pulse = Pulse { errors, calls: errors, work, open, ..Pulse::default() };
             reading

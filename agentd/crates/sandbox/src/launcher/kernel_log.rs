@@ -118,7 +118,8 @@ mod tests {
         let only_logged = LINE.replace("sig=31", "sig=0");
         let other = LINE.replace("type=1326", "type=1400");
         let hidden = LINE.replacen("audit: type", "x audit: type", 1);
-        for record in [written_by_a_program, only_logged, other, hidden, String::new(), "5,1,2,-;".to_owned()] {
+        for record in [written_by_a_program, only_logged, other, hidden, String::new(), "5,1,2,-;".to_owned()]
+        {
             assert_eq!(killed(&record), None, "{record}");
         }
         // A name with a space or a quote is written in hexadecimal digits, so it cannot look like a field.
