@@ -1,4 +1,5 @@
-//! The router over the fake appliance, without a network: who may do what, limits, headers, sessions.
+//! Long because all that concerns routes is here, and each is listed once. The router over the fake appliance, without
+//! a network: who may do what, limits, headers, sessions.
 
 mod fake;
 
