@@ -30,10 +30,10 @@ use agentd_domain::initctl::Health;
 use agentd_domain::manifest::{Limits, Manifest};
 use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::SandboxPlan;
+use agentd_domain::secret::{SecretInfo, SecretOrder};
 use agentd_domain::token::{
     Attenuate, Inspect, Key, Mint, Revocation, Revoke, Revoked, Shown, Verified, Verify,
 };
-use agentd_domain::secret::{SecretInfo, SecretOrder};
 use agentd_sandbox::client::Launcher;
 use bytes::Bytes;
 use futures::{StreamExt, stream};
@@ -129,6 +129,7 @@ impl Machine {
             bundled: view.row.bundled,
             messages: manifest.is_some_and(|manifest| manifest.messages),
             problem: view.problem.clone(),
+            health: view.health.clone(),
         }
     }
 
@@ -468,12 +469,16 @@ fn following(follow: broadcast::Receiver<LogLine>) -> impl futures::Stream<Item 
 fn away(view: &View) -> Option<Report> {
     let name = &view.row.name;
     match view.state {
-        AgentState::Starting | AgentState::Running | AgentState::BackingOff if view.row.wanted => None,
+        state if view.row.wanted && (state.is_running() || is_coming(state)) => None,
         AgentState::Quarantined | AgentState::Refused => {
             view.problem.clone().or_else(|| Some(stopped(name.as_str())))
         }
         _ => Some(stopped(name.as_str())),
     }
+}
+
+fn is_coming(state: AgentState) -> bool {
+    matches!(state, AgentState::Starting | AgentState::Crashed)
 }
 
 fn stopped(name: &str) -> Report {

@@ -7,26 +7,61 @@
 
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, RunId};
-use agentd_domain::launcher::Listing;
-use agentd_domain::plan::{DiskQuota, SandboxPlan};
+use agentd_domain::launcher::{KillReason, Listing};
+use agentd_domain::plan::{CgroupLimits, DiskQuota, SandboxPlan};
 use agentd_sandbox::client::{Launcher, LauncherError, RunHandles};
 use std::io;
 use std::sync::mpsc;
 
 #[derive(Debug)]
 pub enum Order {
-    Start { agent: AgentId, run: RunId, plan: Box<SandboxPlan>, quota: DiskQuota },
-    Adopt { agent: AgentId, run: RunId },
-    Kill { run: RunId, grace_ms: u32 },
-    RemoveAgent { agent: AgentId, uid: u32 },
-    Forget { run: RunId },
+    Start {
+        agent: AgentId,
+        run: RunId,
+        plan: Box<SandboxPlan>,
+        quota: DiskQuota,
+    },
+    Adopt {
+        agent: AgentId,
+        run: RunId,
+    },
+    Kill {
+        run: RunId,
+        grace_ms: u32,
+        why: KillReason,
+    },
+    /// New limits for a run, within its plan.
+    Limit {
+        agent: AgentId,
+        run: RunId,
+        limits: CgroupLimits,
+    },
+    RemoveAgent {
+        agent: AgentId,
+        uid: u32,
+    },
+    Forget {
+        run: RunId,
+    },
     List,
 }
 
 #[derive(Debug)]
 pub enum Answer {
-    Started { agent: AgentId, run: RunId, result: Result<RunHandles, Failure> },
-    Removed { agent: AgentId, result: Result<(), Report> },
+    Started {
+        agent: AgentId,
+        run: RunId,
+        result: Result<RunHandles, Failure>,
+    },
+    Removed {
+        agent: AgentId,
+        result: Result<(), Report>,
+    },
+    /// Limits that were not set.
+    NotLimited {
+        agent: AgentId,
+        run: RunId,
+    },
     Listed(Result<Listing, Report>),
 }
 
@@ -85,12 +120,20 @@ fn obey(launcher: &Launcher, order: Order) -> Option<Answer> {
         }
         Order::List => Some(Answer::Listed(launcher.list().map_err(Report::from))),
         // Lost orders to kill or to forget are given again after the next list.
-        Order::Kill { run, grace_ms } => {
-            if let Err(error) = launcher.kill(run, grace_ms) {
+        Order::Kill { run, grace_ms, why } => {
+            if let Err(error) = launcher.kill_for(run, grace_ms, why) {
                 tracing::warn!(run_id = %run, %error, "a run was not killed yet");
             }
             None
         }
+        Order::Limit { agent, run, limits } => match launcher.change_limits(run, limits) {
+            Ok(()) => None,
+            // It may have ended this moment; otherwise the next reading orders them again.
+            Err(error) => {
+                tracing::warn!(run_id = %run, %error, "a run's limits were not changed yet");
+                Some(Answer::NotLimited { agent, run })
+            }
+        },
         Order::Forget { run } => {
             if let Err(error) = launcher.forget_exit(run) {
                 tracing::warn!(run_id = %run, %error, "an exit record was not dropped yet");

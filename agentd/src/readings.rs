@@ -72,7 +72,7 @@ pub fn engines_private_bytes(cgroup_root: &Path) -> u64 {
 }
 
 /// The number after a key at the beginning of a line.
-fn value_of(text: &str, key: &str) -> Option<u64> {
+pub fn value_of(text: &str, key: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         let mut words = line.split_whitespace();
         (words.next() == Some(key)).then(|| words.next()?.parse().ok()).flatten()

@@ -4,7 +4,7 @@
 //! need it goes on. Without its own walls agentd starts no agents: fail closed.
 
 use crate::agent_api::{self, Services};
-use crate::agents::{self, Serve};
+use crate::agents::{self, Nerves, Serve};
 use crate::appliance::{Machine, Parts, thread_lost};
 use crate::audit::{self, Audit};
 use crate::bundled;
@@ -237,6 +237,7 @@ async fn start_agents(
         launcher: launcher.clone(),
         folder: places.agents(),
     });
+    let (nerves, felt) = Nerves::new();
     let services = Services {
         db: db.clone(),
         inbox: inbox.clone(),
@@ -246,6 +247,7 @@ async fn start_agents(
         launcher: launcher.clone(),
         tokens: tokens.clone(),
         children: children.clone(),
+        nerves: nerves.clone(),
     };
     let egress = {
         let (places, audit, db, board) = (places.clone(), audit.clone(), db.clone(), Arc::clone(board));
@@ -275,6 +277,9 @@ async fn start_agents(
         board: Arc::clone(board),
         launcher: launcher.clone(),
         tokens: tokens.clone(),
+        nerves,
+        felt,
+        cgroup_root: places.cgroup_root.clone(),
         serve,
     };
     let agents = agents::start(links).await?;

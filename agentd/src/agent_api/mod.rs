@@ -9,12 +9,14 @@
 //! Threads: tasks of the data plane.
 
 mod calls;
+mod felt;
 mod once;
 mod own;
 mod serve;
 
 pub use serve::serve;
 
+use crate::agents::Nerves;
 use crate::audit::Audit;
 use crate::children::Children;
 use crate::engine::Engine;
@@ -63,6 +65,7 @@ pub struct Services {
     pub launcher: Launcher,
     pub tokens: Tokens,
     pub children: Children,
+    pub nerves: Nerves,
 }
 
 /// One run, as its own requests see it.
@@ -93,13 +96,18 @@ pub fn router(caller: Caller) -> Router {
         .route("/agent/v1/token", get(own::token))
         .route("/agent/v1/agents", get(own::children).post(own::start_child))
         .route("/agent/v1/agents/{id}", get(own::child).delete(own::remove_child))
+        .route("/agent/v1/self/pain", post(felt::pain))
+        .route("/agent/v1/self/progress", post(felt::progress))
         .route("/agent/v1/memory/remember", post(remember))
         .route("/agent/v1/memory/recall", post(recall))
         .route("/agent/v1/messages/next", get(next_message))
         .route("/agent/v1/calls", post(calls::call))
         .layer(DefaultBodyLimit::max(BODY_MOST_BYTES))
         .with_state(caller.clone());
-    models.merge(own).merge(replies).fallback(nowhere).layer(from_fn_with_state(caller, own::decided))
+    let own_layer = from_fn_with_state(caller.clone(), own::decided);
+    let all = models.merge(own).merge(replies).fallback(nowhere).layer(own_layer);
+    // Outermost: what was refused counts too.
+    all.layer(from_fn_with_state(caller, felt::counted))
 }
 
 /// An error as an agent reads it.
@@ -126,6 +134,7 @@ async fn self_info(State(caller): State<Caller>) -> Json<SelfInfo> {
         rights: caller.held.rights.api.iter().cloned().collect(),
         model: caller.services.engine.view().default_chat.clone().unwrap_or_default(),
         appliance_version: crate::VERSION.to_owned(),
+        health: caller.services.nerves.seen(caller.agent),
     })
 }
 
@@ -167,7 +176,10 @@ async fn next_message(
     let wait = Duration::from_secs(query.wait_s.unwrap_or(0).min(WAIT_MOST_S));
     let message: Option<Message> = caller.services.inbox.next(caller.agent, caller.run, wait).await?;
     Ok(match message {
-        Some(message) => Json(message).into_response(),
+        Some(message) => {
+            caller.services.nerves.beat(caller.agent).progress();
+            Json(message).into_response()
+        }
         None => StatusCode::NO_CONTENT.into_response(),
     })
 }

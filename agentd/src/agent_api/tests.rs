@@ -30,6 +30,7 @@ struct Scene {
     folder: tempfile::TempDir,
     fake: FakeEngine,
     caller: Caller,
+    felt: tokio::sync::mpsc::Receiver<crate::agents::nerves::Felt>,
 }
 
 const ALL: [&str; 4] = ["memory.recall.spirit", "memory.remember.spirit", "messages", "models"];
@@ -68,6 +69,7 @@ impl Scene {
             folder: folder.path().to_owned(),
         });
         let inbox = Inbox::new(db.clone());
+        let (nerves, felt) = Nerves::new();
         let services = Services {
             inbox,
             db,
@@ -77,6 +79,7 @@ impl Scene {
             launcher: Launcher::at(folder.path().join("none")),
             tokens,
             children,
+            nerves,
         };
         let held = Verified { rights: rights_of(rights), expires_unix_s: None, ..nothing(agent) };
         let caller = Caller {
@@ -87,7 +90,7 @@ impl Scene {
             shown: None,
             services,
         };
-        Self { folder, fake, caller }
+        Self { folder, fake, caller, felt }
     }
 
     async fn ask(&self, method: Method, path: &str, key: Option<&str>, body: String) -> (u16, String) {
@@ -342,6 +345,54 @@ async fn a_message_is_got_and_answered() {
         .await;
     assert_eq!(said, ["ho"]);
     assert!(scene.folder.path().exists());
+}
+
+#[tokio::test]
+async fn a_pain_reaches_the_loop_and_the_eleventh_of_a_minute_does_not() {
+    let mut scene = Scene::new(&[]).await;
+    let pain = json!({ "kind": "tool.broken", "severity": "high", "message": "<b>no</b>" });
+    for _ in 0..10 {
+        assert_eq!(scene.post("/agent/v1/self/pain", None, &pain).await.0, 204);
+    }
+    let crate::agents::nerves::Felt::Hurt { agent, pain: felt } = scene.felt.try_recv().expect("felt");
+    assert_eq!(
+        (agent, felt.kind.as_str(), felt.message.as_str()),
+        (scene.caller.agent, "tool.broken", "<b>no</b>")
+    );
+    let (status, answer) = scene.post("/agent/v1/self/pain", None, &pain).await;
+    assert_eq!((status, &answer["code"]), (429, &json!("too_many_requests")), "{answer}");
+    for bad in [
+        json!({ "kind": "No Word", "severity": "high", "message": "" }),
+        json!({ "kind": "x", "severity": "worst", "message": "" }),
+        json!({ "kind": "x", "severity": "low", "message": "x".repeat(501) }),
+        json!({ "kind": "x", "severity": "low", "message": "", "agent": "another" }),
+    ] {
+        let (status, answer) = scene.post("/agent/v1/self/pain", None, &bad).await;
+        assert_eq!((status, &answer["code"]), (400, &json!("body_invalid")), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn requests_are_counted_and_an_open_one_is_not_the_agents_fault() {
+    let scene = Scene::new(&ALL).await;
+    let beat = scene.caller.services.nerves.beat(scene.caller.agent);
+    scene.ask(Method::GET, "/agent/v1/self", None, String::new()).await;
+    scene.ask(Method::GET, "/agent/v1/messages/next", None, String::new()).await;
+    assert_eq!((beat.pulse(0).calls, beat.pulse(0).progress_ms), (2, 0), "asking for work is no progress");
+    scene.ask(Method::GET, "/nowhere", None, String::new()).await;
+    assert_eq!((beat.pulse(0).errors, beat.pulse(0).open), (1, 0));
+    scene.post("/agent/v1/memory/remember", None, &fact("a plum")).await;
+    assert!(beat.pulse(0).progress_ms > 0);
+    let request = Request::builder().method(Method::POST).uri("/v1/chat/completions");
+    let body =
+        json!({ "model": "default", "stream": true, "messages": [{ "role": "user", "content": "x" }] });
+    let request = request.header("content-type", "application/json").body(Body::from(body.to_string()));
+    let response = router(scene.caller.clone()).oneshot(request.expect("a request")).await.expect("answered");
+    assert_eq!(beat.pulse(0).open, 1, "the stream has not left yet");
+    response.into_body().collect().await.expect("a body");
+    assert_eq!(beat.pulse(0).open, 0);
+    let (status, _) = scene.ask(Method::POST, "/agent/v1/self/progress", None, String::new()).await;
+    assert_eq!(status, 204);
 }
 
 // --- tokens ----------------------------------------------------------------------------------------------

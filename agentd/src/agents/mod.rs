@@ -1,20 +1,25 @@
 //! Which agents are there, and what do they do?
 //!
-//! Owns:  every agent's state, in one loop (`run.rs`) over decisions without I/O (`plan.rs`).
+//! Owns:  every agent's state, in one loop (`run.rs`) over decisions without I/O (`plan.rs` for all of them,
+//!        `agentd_domain::health` for each); the thread that reads the kernel's counters (`vitals.rs`); what is noticed
+//!        of an agent's own requests (`nerves.rs`).
 //! In:    wishes of the owner through [`Agents`]; what the launcher says.
 //! Out:   [`Views`] for everybody who watches; orders to the launcher; a served API per living run.
 //! Always: one run per agent at most (`plan.rs` and its tests).
 
 mod archive;
+pub mod nerves;
 pub mod package;
 pub mod plan;
 mod run;
+mod vitals;
 mod words;
 
+pub use nerves::Nerves;
 pub use run::{Links, Serve, start};
 
 use crate::store::AgentRow;
-use agentd_domain::api::AgentState;
+use agentd_domain::api::{AgentHealth, AgentState};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, RunId};
 use agentd_domain::launcher::ExitRecord;
@@ -35,6 +40,7 @@ pub struct View {
     pub state: AgentState,
     pub run: Option<LivingRun>,
     pub restarts: u32,
+    pub health: AgentHealth,
     pub last_exit: Option<ExitRecord>,
     pub problem: Option<Report>,
 }

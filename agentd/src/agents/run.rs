@@ -6,8 +6,13 @@
 
 mod tokens;
 
-use super::plan::{self, Effect, Event, NotStarted, Now, Phase, State};
-use super::words::{is_about_walls, killed, place_of, quarantined, told, unknown_agent, wall_failed};
+use super::nerves::{Felt, Nerves};
+use super::plan::{self, Action, Event, Now, State};
+use super::vitals::{self, Look, Seen};
+use super::words::{
+    hurting, is_about_walls, killed, noted, place_of, quarantined, self_health, shown_health, told,
+    unknown_agent, wall_failed,
+};
 use super::{Agents, LivingRun, QUEUE, View, Views};
 use crate::audit::Audit;
 use crate::clock;
@@ -16,18 +21,21 @@ use crate::inbox::Inbox;
 use crate::launcher::{self, Answer, FailureKind, Order};
 use crate::logs::Logs;
 use crate::memory::Memories;
-use crate::store::{AgentRow, Db};
+use crate::store::{AgentRow, Db, StoreError};
 use crate::tokens::Tokens;
 use agentd_capability::Package;
 use agentd_domain::api::AgentState;
 use agentd_domain::fault::Report;
+use agentd_domain::health::{self, Effect, Health, History, NotStarted, Phase};
 use agentd_domain::ids::{AgentId, RunId};
-use agentd_domain::launcher::{ExitCause, ExitRecord, Listing, RunInfo};
+use agentd_domain::launcher::{ExitCause, ExitRecord, KillReason, Listing, RunInfo};
 use agentd_domain::manifest::Manifest;
+use agentd_domain::plan::CgroupLimits;
 use agentd_domain::token::Verified;
 use agentd_sandbox::client::{Launcher, RunHandles};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -37,6 +45,14 @@ use tokio_util::sync::CancellationToken;
 const LIST_EVERY: Duration = Duration::from_secs(30);
 /// While the launcher is away, or a run has ended and its record is not written yet.
 const LIST_SOON: Duration = Duration::from_millis(200);
+
+/// How often the runs that live are looked at. Twice this is how soon a livelock ends (`agentd_domain::health`).
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Newest ends that are shown.
+const EXITS_SHOWN: usize = 5;
+
+/// Below it one process more or less says nothing.
+const CROWD_PIDS: u64 = 16;
 
 /// A living run, given to the data plane.
 pub struct Serve {
@@ -61,6 +77,9 @@ pub struct Links {
     pub board: Arc<Board>,
     pub launcher: Launcher,
     pub tokens: Tokens,
+    pub nerves: Nerves,
+    pub felt: mpsc::Receiver<Felt>,
+    pub cgroup_root: PathBuf,
     /// Serves a run's API and watches its process, on the data plane.
     pub serve: Box<dyn Fn(Serve) + Send>,
 }
@@ -92,6 +111,7 @@ pub(super) enum Input {
     ProcessEnded {
         run: RunId,
     },
+    Seen(Seen),
 }
 
 type Done = oneshot::Sender<Result<(), Report>>;
@@ -101,8 +121,15 @@ pub async fn start(links: Links) -> Result<Agents, Report> {
     let what = "the agents were not loaded";
     let rows = links.db.call(|store| {
         let rows = store.agents()?;
-        let exits = rows.iter().map(|row| store.last_exit(row.agent_id)).collect::<Result<Vec<_>, _>>()?;
-        Ok(rows.into_iter().zip(exits).collect::<Vec<_>>())
+        let past = |row: &AgentRow| {
+            Ok(Past {
+                exits: store.last_exits(row.agent_id, EXITS_SHOWN)?,
+                history: store.health(row.agent_id)?,
+                waiting: store.waiting_messages(row.agent_id)?.into_iter().map(|(seq, _)| seq).collect(),
+            })
+        };
+        let pasts = rows.iter().map(past).collect::<Result<Vec<_>, StoreError>>()?;
+        Ok(rows.into_iter().zip(pasts).collect::<Vec<_>>())
     });
     let rows = rows.await.map_err(|error| error.report(what))?;
     let (wishes, inputs) = mpsc::channel(QUEUE);
@@ -110,9 +137,15 @@ pub async fn start(links: Links) -> Result<Agents, Report> {
     let orders = launcher::start(links.launcher.clone(), move |answer| {
         to_loop.blocking_send(Input::Answer(answer)).is_ok()
     });
-    let orders = orders.map_err(|error: io::Error| {
+    let threads_spent = |error: io::Error| {
         Report::environment("threads_spent", what, error.to_string(), "reboot the appliance")
-    })?;
+    };
+    let orders = orders.map_err(threads_spent)?;
+    let to_loop = wishes.downgrade();
+    let looks = vitals::start(links.cgroup_root.clone(), move |seen| {
+        to_loop.upgrade().is_some_and(|to_loop| to_loop.blocking_send(Input::Seen(seen)).is_ok())
+    });
+    let looks = looks.map_err(threads_spent)?;
     let (shown, views) = watch::channel(Views::default());
     let mut agents = Loop {
         links,
@@ -120,6 +153,9 @@ pub async fn start(links: Links) -> Result<Agents, Report> {
         known: BTreeMap::new(),
         runs: HashMap::new(),
         unserved: HashMap::new(),
+        limits: HashMap::new(),
+        looks,
+        looking: false,
         orders,
         to_self: wishes.downgrade(),
         shown,
@@ -127,9 +163,9 @@ pub async fn start(links: Links) -> Result<Agents, Report> {
         ending: BTreeSet::new(),
         held: HashMap::new(),
     };
-    for (row, last_exit) in rows {
+    for (row, past) in rows {
         // Nothing is due before the launcher's list was seen.
-        let _ = agents.learn(row, last_exit);
+        let _ = agents.learn(row, past);
     }
     agents.order(Order::List);
     agents.show();
@@ -144,6 +180,11 @@ struct Loop {
     runs: HashMap<RunId, Attached>,
     /// Runs that live and are not served yet, from the launcher's last list.
     unserved: HashMap<RunId, RunInfo>,
+    /// What the plan of a run that lives allows, which a throttle is lifted to.
+    limits: HashMap<RunId, CgroupLimits>,
+    looks: std::sync::mpsc::SyncSender<Look>,
+    /// The answer to a look is awaited.
+    looking: bool,
     orders: std::sync::mpsc::Sender<Order>,
     to_self: mpsc::WeakSender<Input>,
     shown: watch::Sender<Views>,
@@ -159,12 +200,24 @@ struct Known {
     row: AgentRow,
     manifest: Option<Arc<Manifest>>,
     package: Package,
-    last_exit: Option<ExitRecord>,
+    /// Newest first.
+    exits: Vec<ExitRecord>,
     problem: Option<Report>,
     /// Its token gave no run when one was to be started.
     refused: bool,
     /// Of a child that is removed with its parent: not tried again before.
     remove_after_boot_ms: u64,
+    /// Of the history that is on the disk.
+    kept: u64,
+}
+
+/// What the store knows of an agent besides its row.
+#[derive(Default)]
+struct Past {
+    exits: Vec<ExitRecord>,
+    history: History,
+    /// Messages that were not answered.
+    waiting: Vec<u64>,
 }
 
 /// A run whose API is served.
@@ -181,6 +234,7 @@ struct Attached {
 impl Loop {
     async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
         let mut next_list = tokio::time::Instant::now() + LIST_EVERY;
+        let mut next_look = tokio::time::Instant::now() + LOOK_EVERY;
         loop {
             let tick = plan::next_tick_ms(&self.state)
                 .map(|at_ms| Duration::from_millis(at_ms.saturating_sub(clock::boot_ms())));
@@ -196,6 +250,12 @@ impl Loop {
                         }
                     }
                 },
+                Some(felt) = self.links.felt.recv() => self.feel(felt).await,
+                () = tokio::time::sleep_until(next_look), if !self.looking && !self.runs.is_empty() => {
+                    self.look();
+                    next_look = tokio::time::Instant::now() + LOOK_EVERY;
+                    continue;
+                }
                 () = tokio::time::sleep(tick) => self.step(Event::Tick).await,
                 () = tokio::time::sleep_until(next_list) => {
                     self.order(Order::List);
@@ -217,8 +277,8 @@ impl Loop {
                 let _ = answer.send(result);
             }
             Input::Installed { row, answer } => {
-                let effects = self.learn(*row, None);
-                self.act(effects).await;
+                let actions = self.learn(*row, Past::default());
+                self.act(actions).await;
                 self.show();
                 let _ = answer.send(Ok(()));
             }
@@ -234,6 +294,10 @@ impl Loop {
             }
             Input::Answer(Answer::Started { agent, run, result }) => {
                 return self.started(agent, run, result).await;
+            }
+            Input::Seen(seen) => self.see(seen).await,
+            Input::Answer(Answer::NotLimited { agent, run }) => {
+                self.step(of(agent, health::Event::NotThrottled { run })).await;
             }
             Input::Answer(Answer::Removed { agent, result }) => self.removed(agent, result).await,
             Input::Answer(Answer::Listed(Ok(listing))) => {
@@ -252,8 +316,8 @@ impl Loop {
         false
     }
 
-    fn learn(&mut self, row: AgentRow, last_exit: Option<ExitRecord>) -> Vec<Effect> {
-        let mut effects = Vec::new();
+    fn learn(&mut self, row: AgentRow, past: Past) -> Vec<Action> {
+        let mut actions = Vec::new();
         let agent = row.agent_id;
         let (manifest, package, problem) = match tokens::manifest_of(&row) {
             Ok((manifest, package)) => (Some(Arc::new(manifest)), package, None),
@@ -262,12 +326,14 @@ impl Loop {
         };
         if let Some(manifest) = &manifest {
             let (wanted, restart, restarts) = (row.wanted, manifest.restart, row.restarts);
-            effects = self.decide(Event::Known { agent, wanted, restart, restarts });
+            actions = self.decide(Event::Known { agent, wanted, restart, restarts, history: past.history });
         }
+        self.links.inbox.know(agent, &past.waiting);
         let (refused, remove_after_boot_ms) = (false, 0);
-        let known = Known { row, manifest, package, last_exit, problem, refused, remove_after_boot_ms };
+        let exits = past.exits;
+        let known = Known { row, manifest, package, exits, problem, refused, remove_after_boot_ms, kept: 0 };
         self.known.insert(agent, known);
-        effects
+        actions
     }
 
     async fn want(&mut self, agent: AgentId, wanted: bool) -> Result<(), Report> {
@@ -281,7 +347,7 @@ impl Loop {
             }
             known.problem = None;
         }
-        self.step(Event::Want { agent, wanted }).await;
+        self.step(of(agent, health::Event::Want(wanted))).await;
         Ok(())
     }
 
@@ -317,7 +383,8 @@ impl Loop {
                     known.problem = Some(report.clone());
                     if let Some(manifest) = &known.manifest {
                         let (restart, restarts) = (manifest.restart, known.row.restarts);
-                        self.decide(Event::Known { agent, wanted: false, restart, restarts });
+                        let history = History::default();
+                        self.decide(Event::Known { agent, wanted: false, restart, restarts, history });
                     }
                 }
                 Err(report)
@@ -333,6 +400,7 @@ impl Loop {
         let Some(known) = self.known.remove(&agent) else { return Ok(()) };
         self.links.board.clear(&place_of(agent));
         self.links.inbox.forget(agent);
+        self.links.nerves.forget(agent);
         self.links.logs.forget(agent).await;
         let row = known.row;
         let forgotten = self.links.db.call(move |store| store.remove_agent(&row)).await;
@@ -354,7 +422,7 @@ impl Loop {
                 if let Some(known) = self.known.get_mut(&agent) {
                     known.problem = None;
                 }
-                self.step(Event::Started { agent, run }).await;
+                self.step(of(agent, health::Event::Started { run })).await;
             }
             Err(failure) => {
                 self.held.remove(&run);
@@ -368,7 +436,8 @@ impl Loop {
                     FailureKind::Unsure => NotStarted::Unsure,
                     FailureKind::Refused => NotStarted::Refused,
                 };
-                self.step(Event::NotStarted { agent, run, why }).await;
+                self.limits.remove(&run);
+                self.step(of(agent, health::Event::NotStarted { run, why })).await;
                 if why == NotStarted::NotAsked {
                     self.links.board.set("launcher", Weight::Broken, failure.report);
                     self.step(Event::LauncherLost).await;
@@ -385,6 +454,9 @@ impl Loop {
         let over = CancellationToken::new();
         let listed = self.unserved.remove(&run);
         let started_boot_ms = listed.as_ref().map_or_else(clock::boot_ms, |info| info.started_boot_ms);
+        if let Some(limits) = listed.as_ref().and_then(|info| info.cgroup.clone()) {
+            self.limits.insert(run, limits);
+        }
         let (pid, over_of_run) = (handles.pid, over.clone());
         let attached = Attached {
             agent,
@@ -456,9 +528,11 @@ impl Loop {
             if let (ExitCause::WallFailed { why }, None) = (&exit.cause, &known.problem) {
                 known.problem = Some(wall_failed(&known.row, why));
             }
-            known.last_exit = Some(exit.clone());
+            known.exits.insert(0, exit.clone());
+            known.exits.truncate(EXITS_SHOWN);
         }
-        self.step(Event::Ended { agent, run, cause: exit.cause }).await;
+        self.limits.remove(&run);
+        self.step(of(agent, health::Event::Ended { run, cause: exit.cause })).await;
         self.after_child_s_end(agent).await;
         self.after_end(agent).await;
     }
@@ -466,13 +540,15 @@ impl Loop {
     /// Says so when the end led into quarantine, and keeps the count of restarts.
     async fn after_end(&mut self, agent: AgentId) {
         let Some(entry) = self.state.agents.get(&agent) else { return };
-        let (restarts, phase) = (entry.restarts, entry.phase);
+        let (restarts, phase) = (entry.health.restarts(), entry.health.phase());
         let Some(known) = self.known.get_mut(&agent) else { return };
         if matches!(phase, Phase::Quarantined { .. }) {
-            let report = quarantined(&known.row, known.last_exit.as_ref());
+            let report = quarantined(&known.row, known.exits.first());
             self.links.logs.say(agent, report.to_string());
             known.problem = Some(report);
         }
+        self.keep_history(agent).await;
+        let Some(known) = self.known.get_mut(&agent) else { return };
         if known.row.restarts != restarts {
             known.row.restarts = restarts;
             let counted =
@@ -491,32 +567,112 @@ impl Loop {
         }
     }
 
-    fn decide(&mut self, event: Event) -> Vec<Effect> {
+    fn decide(&mut self, event: Event) -> Vec<Action> {
         let mut fresh_run = || RunId(clock::fresh_id());
-        plan::step(&mut self.state, event, &mut Now { boot_ms: clock::boot_ms(), fresh_run: &mut fresh_run })
+        // The last bits of a UUIDv7 are random.
+        let mut jitter = || (clock::fresh_id().as_u128() & 0xffff) as u16;
+        let (boot_ms, unix_ms) = (clock::boot_ms(), clock::unix_ms());
+        let mut now = Now { boot_ms, unix_ms, fresh_run: &mut fresh_run, jitter: &mut jitter };
+        plan::step(&mut self.state, event, &mut now)
     }
 
     async fn step(&mut self, event: Event) {
-        let effects = self.decide(event);
-        self.act(effects).await;
+        let actions = self.decide(event);
+        self.act(actions).await;
     }
 
-    async fn act(&mut self, effects: Vec<Effect>) {
-        let mut effects = VecDeque::from(effects);
-        while let Some(effect) = effects.pop_front() {
-            match effect {
-                Effect::Start { agent, run } => match self.planned(agent, run).await {
-                    Ok((plan, quota)) => self.order(Order::Start { agent, run, plan: Box::new(plan), quota }),
-                    Err(report) => {
-                        let refused = self.refused(agent, run, report);
-                        effects.extend(self.decide(refused));
+    async fn act(&mut self, actions: Vec<Action>) {
+        let mut actions = VecDeque::from(actions);
+        while let Some(action) = actions.pop_front() {
+            match action {
+                Action::For { agent, effect: Effect::Start { run } } => {
+                    match self.planned(agent, run).await {
+                        Ok((plan, quota)) => {
+                            self.limits.insert(run, plan.cgroup.clone());
+                            self.order(Order::Start { agent, run, plan: Box::new(plan), quota });
+                        }
+                        Err(report) => {
+                            let refused = self.refused(agent, run, report);
+                            actions.extend(self.decide(refused));
+                        }
                     }
-                },
-                Effect::Adopt { agent, run } => self.order(Order::Adopt { agent, run }),
-                Effect::Kill { run, grace_ms } => self.order(Order::Kill { run, grace_ms }),
-                Effect::List => self.order(Order::List),
-                Effect::Remove { agent } => self.remove_files(agent).await,
+                }
+                Action::For { agent, effect } => self.effect(agent, effect),
+                Action::Kill { run, grace_ms } => {
+                    self.order(Order::Kill { run, grace_ms, why: KillReason::Order });
+                }
+                Action::List => self.order(Order::List),
+                Action::Remove { agent } => self.remove_files(agent).await,
             }
+        }
+    }
+
+    fn effect(&self, agent: AgentId, effect: Effect) {
+        match effect {
+            Effect::Adopt { run } => self.order(Order::Adopt { agent, run }),
+            Effect::Kill { run, grace_ms, why } => self.order(Order::Kill { run, grace_ms, why }),
+            Effect::Limit { run, throttle } => {
+                if let Some(limits) = self.limits.get(&run) {
+                    self.order(Order::Limit { agent, run, limits: throttle.within(limits) });
+                }
+            }
+            Effect::Tell(notice) => {
+                tracing::info!(agent_id = %agent, about = notice.about.name(), told = %notice.brief, "an agent's health");
+                self.links.logs.say(agent, notice.text.clone());
+                let run = self.state.agents.get(&agent).and_then(|entry| entry.health.phase().run());
+                self.links.audit.report(noted(agent, run, &notice));
+            }
+            // Done by `act`, and an action of its own.
+            Effect::Start { .. } | Effect::List => {}
+        }
+    }
+
+    /// Asks for readings of all runs that are served.
+    fn look(&mut self) {
+        let look = self.runs.iter().map(|(run, attached)| (attached.agent, *run)).collect();
+        self.looking = self.looks.try_send(look).is_ok();
+    }
+
+    async fn see(&mut self, seen: Seen) {
+        self.looking = false;
+        for (agent, run, mut reading) in seen {
+            reading.pulse = self.links.nerves.beat(agent).pulse(self.links.inbox.work(agent));
+            let (pids, most) =
+                (u64::from(reading.pids), self.limits.get(&run).map_or(0, |l| u64::from(l.pids_max)));
+            self.step(of(agent, health::Event::Read { run, reading: Box::new(reading) })).await;
+            // Of a few processes one is much; what has room for a crowd is told when it is nearly there.
+            if most >= CROWD_PIDS {
+                let name = "processes".to_owned();
+                self.step(of(agent, health::Event::Budget { name, used: pids, most })).await;
+            }
+            self.keep_history(agent).await;
+            if let (Some(entry), Some(known)) = (self.state.agents.get(&agent), self.known.get(&agent)) {
+                let limits =
+                    known.manifest.as_ref().map(|manifest| manifest.limits.clone()).unwrap_or_default();
+                self.links.nerves.show(agent, self_health(&entry.health, limits, clock::boot_ms()));
+            }
+        }
+    }
+
+    async fn feel(&mut self, felt: Felt) {
+        match felt {
+            Felt::Hurt { agent, pain } => {
+                self.step(of(agent, health::Event::Hurt(pain))).await;
+                self.keep_history(agent).await;
+            }
+        }
+    }
+
+    /// Stores what is new of an agent's history.
+    async fn keep_history(&mut self, agent: AgentId) {
+        let Some(entry) = self.state.agents.get(&agent) else { return };
+        let (version, history) = (entry.health.pains().version(), entry.health.pains().history());
+        let Some(known) = self.known.get_mut(&agent).filter(|known| known.kept != version) else { return };
+        known.kept = version;
+        let history = history.clone();
+        let kept = self.links.db.call(move |store| store.set_health(agent, history)).await;
+        if let Err(error) = kept {
+            self.links.board.set("store", Weight::Broken, error.report("an agent's health was not kept"));
         }
     }
 
@@ -525,13 +681,20 @@ impl Loop {
         let _ = self.orders.send(order);
     }
 
-    /// An agent that does not do what its owner wants is a problem; one that has no walls makes the health red.
+    /// An agent that does not do what its owner wants, or that hurts, is a problem; one that has no walls makes the
+    /// health red.
     fn show_problem(&self, agent: AgentId, known: &Known) {
-        let phase = self.state.agents.get(&agent).map(|entry| entry.phase);
-        let weight = match (phase, &known.problem) {
+        let health = self.state.agents.get(&agent).map(|entry| &entry.health);
+        let weight = match (health.map(Health::phase), &known.problem) {
             (Some(Phase::Refused { .. }), Some(report)) if is_about_walls(report) => Weight::Broken,
             (Some(Phase::Refused { .. } | Phase::Quarantined { .. }) | None, Some(_)) => Weight::Degraded,
-            _ => return self.links.board.clear(&place_of(agent)),
+            _ => {
+                let hurt = health.and_then(|health| hurting(&known.row, health, clock::unix_ms()));
+                return match hurt {
+                    Some(report) => self.links.board.set(&place_of(agent), Weight::Degraded, report),
+                    None => self.links.board.clear(&place_of(agent)),
+                };
+            }
         };
         if let Some(report) = &known.problem {
             self.links.board.set(&place_of(agent), weight, report.clone());
@@ -544,12 +707,12 @@ impl Loop {
         }
         let view = |(agent, known): (&AgentId, &Known)| {
             let entry = self.state.agents.get(agent);
-            let run = entry.and_then(|entry| entry.phase.run()).and_then(|run_id| {
+            let run = entry.and_then(|entry| entry.health.phase().run()).and_then(|run_id| {
                 let attached = self.runs.get(&run_id)?;
                 Some(LivingRun { run_id, pid: attached.pid, started_boot_ms: attached.started_boot_ms })
             });
             let state = match (entry, &known.manifest) {
-                (Some(entry), _) => entry.phase.shown(),
+                (Some(entry), _) => entry.health.state(),
                 (None, None) => AgentState::Refused,
                 (None, Some(_)) => AgentState::Stopped,
             };
@@ -558,14 +721,24 @@ impl Loop {
                 manifest: known.manifest.clone(),
                 state,
                 run,
-                restarts: entry.map_or(known.row.restarts, |entry| entry.restarts),
-                last_exit: known.last_exit.clone(),
+                restarts: entry.map_or(known.row.restarts, |entry| entry.health.restarts()),
+                health: shown_health(
+                    entry.map(|entry| &entry.health),
+                    &known.exits,
+                    clock::boot_ms(),
+                    clock::unix_ms(),
+                ),
+                last_exit: known.exits.first().cloned(),
                 problem: known.problem.clone(),
             };
             (*agent, view)
         };
         self.shown.send_replace(Arc::new(self.known.iter().map(view).collect()));
     }
+}
+
+fn of(agent: AgentId, event: health::Event) -> Event {
+    Event::Of { agent, event }
 }
 
 #[cfg(test)]

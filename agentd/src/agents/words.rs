@@ -2,12 +2,15 @@
 //!
 //! Pure: rows and exit records in, words out.
 
-use super::plan;
 use crate::store::AgentRow;
+use agentd_domain::agent_api::SelfHealth;
+use agentd_domain::api::AgentHealth;
 use agentd_domain::audit::{Actor, Entry, Verdict};
 use agentd_domain::fault::{Fault, Report};
-use agentd_domain::ids::AgentId;
+use agentd_domain::health::{About, Health, Notice, PainFrom, QUARANTINE_MS, Severity};
+use agentd_domain::ids::{AgentId, RunId};
 use agentd_domain::launcher::{ExitCause, ExitRecord};
+use agentd_domain::manifest::Limits;
 
 /// On the board.
 pub(super) fn place_of(agent: AgentId) -> String {
@@ -27,7 +30,15 @@ pub fn told(exit: &ExitRecord) -> String {
         ExitCause::OutOfMemory => {
             format!("over its memory limit, with {} MiB at its peak", exit.memory_peak_bytes / (1024 * 1024))
         }
-        ExitCause::Seccomp => "a system call that is forbidden".to_owned(),
+        ExitCause::Seccomp { syscall: Some(call) } => format!("the system call {call}, which is forbidden"),
+        ExitCause::Seccomp { syscall: None } => "a system call that is forbidden".to_owned(),
+        ExitCause::Pressure => {
+            format!(
+                "killed under memory pressure, with {} MiB at its peak",
+                exit.memory_peak_bytes / (1024 * 1024)
+            )
+        }
+        ExitCause::Stuck => "killed because it was stuck".to_owned(),
         ExitCause::WallFailed { why } => format!("a wall could not be raised: {why}"),
         ExitCause::Stopped => "stopped".to_owned(),
     }
@@ -35,10 +46,79 @@ pub fn told(exit: &ExitRecord) -> String {
 
 /// What the audit log holds of an end by seccomp: a wall held against the agent. Other ends are the ledger's.
 pub(super) fn killed(exit: &ExitRecord) -> Option<Entry> {
-    (exit.cause == ExitCause::Seccomp).then(|| {
+    matches!(exit.cause, ExitCause::Seccomp { .. }).then(|| {
         let entry = Entry::new(Actor::Appliance, "run.end", Verdict::Killed);
         entry.of_run(exit.agent_id, exit.run_id).detail(&format!("SIGSYS: {}", told(exit)))
     })
+}
+
+/// What the audit log holds of what was done about an agent. What an agent wrote itself is not in it.
+pub(super) fn noted(agent: AgentId, run: Option<RunId>, notice: &Notice) -> Entry {
+    let (actor, verdict) = match notice.about {
+        // Whatever an agent can cause at will is counted when it repeats (`audit/plan.rs`).
+        About::Pain | About::Throttled | About::Restored | About::Stuck => (Actor::Agent, Verdict::Allowed),
+        About::Killed => (Actor::Appliance, Verdict::Killed),
+        About::Quarantined | About::Probe | About::Recovered => (Actor::Appliance, Verdict::Allowed),
+    };
+    let entry = Entry::new(actor, &format!("health.{}", notice.about.name()), verdict).detail(&notice.brief);
+    match run {
+        Some(run) => entry.of_run(agent, run),
+        None => entry.of_agent(agent),
+    }
+}
+
+/// What hurts an agent so that its owner should know.
+pub(super) fn hurting(row: &AgentRow, health: &Health, now_unix_ms: i64) -> Option<Report> {
+    let pain = health.pains().worst(now_unix_ms).filter(|pain| pain.severity >= Severity::High)?;
+    let name = &row.name;
+    health.wanted().then(|| {
+        let says = match pain.from {
+            PainFrom::Agent => "it says",
+            PainFrom::Appliance => "agentd saw",
+        };
+        Report::environment(
+            "agent_hurts",
+            format!("the agent {name} is not well"),
+            format!("{says}: {} ({}, {})", pain.message, pain.kind, pain.severity),
+            format!(
+                "`agentctl agent show {name}` shows its health; `agentctl agent logs {name}` what it wrote"
+            ),
+        )
+    })
+}
+
+pub(super) fn shown_health(
+    health: Option<&Health>,
+    exits: &[ExitRecord],
+    now_ms: u64,
+    now_unix_ms: i64,
+) -> AgentHealth {
+    let Some(health) = health else { return AgentHealth { exits: exits.to_vec(), ..AgentHealth::default() } };
+    let runs = health.state().is_running();
+    AgentHealth {
+        reason: health.reason(now_ms),
+        pressure: health.vitals().pressure().filter(|_| runs),
+        throttle: health.vitals().throttle(),
+        pain: health.pains().worst(now_unix_ms).cloned(),
+        pains: health.pains().history().pains.clone(),
+        notes: health.pains().history().notes.clone(),
+        exits: exits.to_vec(),
+    }
+}
+
+/// The same for the agent itself.
+pub(super) fn self_health(health: &Health, limits: Limits, now_ms: u64) -> SelfHealth {
+    let last = health.vitals().last();
+    SelfHealth {
+        state: health.state(),
+        reason: health.reason(now_ms),
+        restarts: health.restarts(),
+        limits,
+        throttle: health.vitals().throttle(),
+        pressure: health.vitals().pressure(),
+        memory_bytes: last.map_or(0, |reading| reading.memory_bytes),
+        pids: last.map_or(0, |reading| reading.pids),
+    }
 }
 
 pub(super) fn unknown_agent(what: &str) -> Report {
@@ -67,7 +147,7 @@ pub(super) fn quarantined(row: &AgentRow, last_exit: Option<&ExitRecord>) -> Rep
         ),
         format!(
             "`agentctl agent logs {name}` shows why; `agentctl agent start {name}` tries at once, a timer in {} minutes",
-            plan::QUARANTINE_MS / 60_000,
+            QUARANTINE_MS / 60_000,
             name = row.name
         ),
     )
@@ -90,12 +170,13 @@ mod tests {
             ended_boot_ms: 2,
             memory_peak_bytes: 3,
         };
-        let entry = killed(&exit(ExitCause::Seccomp)).expect("a kill");
+        let ptrace = ExitCause::Seccomp { syscall: Some("ptrace".to_owned()) };
+        let entry = killed(&exit(ptrace)).expect("a kill");
         assert_eq!(
             (entry.verdict, entry.agent_id, entry.run_id),
             (Verdict::Killed, Some(agent_id), Some(run_id))
         );
-        assert!(entry.detail.contains("SIGSYS"), "{}", entry.detail);
+        assert!(entry.detail.contains("SIGSYS") && entry.detail.contains("ptrace"), "{}", entry.detail);
         for cause in [ExitCause::Stopped, ExitCause::OutOfMemory, ExitCause::Signalled { signal: 31 }] {
             assert_eq!(killed(&exit(cause)), None);
         }

@@ -72,6 +72,7 @@ pub fn entrance(attempt: &Attempt<'_>) -> Entry {
     let action = match attempt.entrance {
         Entrance::Claim => "claim",
         Entrance::SignIn => "sign_in",
+        Entrance::Session => "session",
     };
     match attempt.denied {
         None => Entry::new(Actor::Owner, action, Verdict::Allowed).detail(&format!("from {peer}")),

@@ -223,6 +223,27 @@ impl Inbox {
         self.settle(agent, seq, outcome).await.map_err(|error| error.report(what))
     }
 
+    /// Messages from before this agentd that are not answered.
+    pub fn know(&self, agent: AgentId, waiting: &[u64]) {
+        if !waiting.is_empty() {
+            self.with_box(agent, |agent_box| {
+                for seq in waiting {
+                    agent_box.talks.entry(*seq).or_default();
+                }
+            });
+        }
+    }
+
+    /// How many messages wait for an agent, or were given to it and are not answered.
+    pub fn work(&self, agent: AgentId) -> u32 {
+        let boxes = self.boxes();
+        let count = boxes.get(&agent).map_or(0, |agent_box| {
+            let only_leased = agent_box.leases.keys().filter(|seq| !agent_box.talks.contains_key(seq));
+            agent_box.talks.len() + only_leased.count()
+        });
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+
     /// An agent that is removed: whoever waits for its answers is told by `gone` of [`Inbox::send`].
     pub fn forget(&self, agent: AgentId) {
         self.boxes().remove(&agent);

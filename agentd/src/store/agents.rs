@@ -151,6 +151,7 @@ impl Store {
             super::requests::forget(txn, row.agent_id)?;
             super::tokens::forget(txn, row.agent_id)?;
             super::egress::forget(txn, row.agent_id)?;
+            super::health::forget(txn, row.agent_id)?;
             Ok(Ok(()))
         })
     }
@@ -180,15 +181,22 @@ impl Store {
         })
     }
 
-    /// How the agent's newest run ended.
-    pub fn last_exit(&self, agent: AgentId) -> Result<Option<ExitRecord>, StoreError> {
+    /// How the agent's newest runs ended, newest first. A row of a newer version, after a way back, may not be readable:
+    /// it is left out, as nothing rests on it.
+    pub fn last_exits(&self, agent: AgentId, most: usize) -> Result<Vec<ExitRecord>, StoreError> {
         let key = agent.0.as_u128();
         self.read(|txn| {
             let table = txn.open_table(RUN)?;
-            let newest = table.range((key, 0)..=(key, u128::MAX))?.next_back().transpose()?;
-            let Some((run, bytes)) = newest else { return Ok(Ok(None)) };
-            let row: Result<RunRow, _> = self.decode(&format!("run {:?}", run.value()), bytes.value());
-            Ok(row.map(|row| Some(row.exit)))
+            let mut exits = Vec::new();
+            for entry in table.range((key, 0)..=(key, u128::MAX))?.rev().take(most) {
+                let (run, bytes) = entry?;
+                let row: Result<RunRow, _> = self.decode(&format!("run {:?}", run.value()), bytes.value());
+                match row {
+                    Ok(row) => exits.push(row.exit),
+                    Err(error) => tracing::warn!(%agent, %error, "how a run ended cannot be read"),
+                }
+            }
+            Ok(Ok(exits))
         })
     }
 }

@@ -11,6 +11,7 @@
 mod agents;
 mod audit;
 mod egress;
+mod health;
 mod messages;
 mod once;
 mod requests;
@@ -181,6 +182,7 @@ impl Store {
             messages::create_tables(&txn)?;
             once::create_tables(&txn)?;
             requests::create_tables(&txn)?;
+            health::create_tables(&txn)?;
             audit::create_tables(&txn)?;
             tokens::create_tables(&txn)?;
             egress::create_tables(&txn)?;

@@ -84,7 +84,7 @@ fn what_was_acknowledged_is_there_after_a_reopening() {
     let store = scene.open();
     assert_eq!(store.owner, owner);
     assert_eq!(store.agents().expect("read"), std::slice::from_ref(&row));
-    assert_eq!(store.last_exit(row.agent_id).expect("read"), Some(exit));
+    assert_eq!(store.last_exits(row.agent_id, 5).expect("read"), [exit]);
     assert_eq!(store.waiting_messages(row.agent_id).expect("read"), [(1, 0)]);
     assert_eq!(store.message(row.agent_id, 1).expect("read"), Some(message("hello", None)));
 }
@@ -234,4 +234,24 @@ fn a_newer_format_is_refused_by_name() {
             .expect("written");
     }
     assert!(matches!(Store::open(&scene.path), Err(StoreError::Format { found: 99, .. })));
+}
+
+#[test]
+fn an_agents_health_is_kept_with_its_agent() {
+    use agentd_domain::health::{History, Note, Pain, Severity};
+    let scene = Scene::new();
+    let store = scene.open();
+    let row = agent_row(&store, 1, "echo");
+    let pain = Pain::of_agent("tool.broken", Severity::High, "no", 7).expect("a pain");
+    let history =
+        History { pains: vec![pain], notes: vec![Note { unix_ms: 8, text: "restarted".to_owned() }] };
+    store.set_health(row.agent_id, history.clone()).expect("nothing of nobody");
+    assert_eq!(store.health(row.agent_id).expect("read"), History::default());
+    store.add_agent(&row).expect("added");
+    store.set_health(row.agent_id, history.clone()).expect("kept");
+    drop(store);
+    let store = scene.open();
+    assert_eq!(store.health(row.agent_id).expect("read"), history);
+    store.remove_agent(&row).expect("removed");
+    assert_eq!(store.health(row.agent_id).expect("read"), History::default());
 }

@@ -172,6 +172,7 @@ pub fn nothing(agent: AgentId) -> Verified {
         api: Default::default(),
         read: Default::default(),
         calls: Default::default(),
+        net: Default::default(),
         limits: Default::default(),
     };
     Verified { holder: agent, rights, expires_unix_s: Some(0), revocation_ids: Vec::new() }

@@ -6,7 +6,7 @@
 
 use crate::report::result;
 use agentd_domain::agent_api::ReplyPart;
-use agentd_domain::api::{Agent, AgentState, ApplianceStatus, EngineState};
+use agentd_domain::api::{Agent, ApplianceStatus, EngineState};
 use anyhow::{Context, Result, ensure};
 use image::build;
 use std::path::{Path, PathBuf};
@@ -128,7 +128,7 @@ fn smallest() -> Result<u32> {
 fn both_run(appliance: &mut Appliance) -> Result<()> {
     appliance.until("two agents run and the engine is ready", BOOT, |ctl| {
         let agents: Vec<Agent> = ctl.json(&["agent", "ls"])?;
-        let running = agents.iter().filter(|agent| agent.state == AgentState::Running).count();
+        let running = agents.iter().filter(|agent| agent.state.is_running()).count();
         Ok((running == 2 && engine_is_ready(ctl)?.is_some()).then_some(()))
     })
 }
@@ -154,7 +154,7 @@ fn ready(memory_mib: u32) -> Result<(Appliance, ApplianceStatus)> {
     appliance.claim()?;
     let status = appliance.until("engine ready and the first agent running", BOOT, |ctl| {
         let agents: Vec<Agent> = ctl.json(&["agent", "ls"])?;
-        let runs = agents.iter().any(|agent| agent.state == AgentState::Running);
+        let runs = agents.iter().any(|agent| agent.state.is_running());
         Ok(engine_is_ready(ctl)?.filter(|_| runs))
     })?;
     Ok((appliance, status))

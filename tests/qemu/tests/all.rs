@@ -12,6 +12,8 @@ mod bad_machines;
 mod companion;
 #[path = "suite/first_day.rs"]
 mod first_day;
+#[path = "suite/health.rs"]
+mod health;
 #[path = "suite/network.rs"]
 mod network;
 #[path = "suite/packages.rs"]

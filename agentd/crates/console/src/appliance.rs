@@ -15,10 +15,10 @@ use agentd_domain::fault::Report;
 use agentd_domain::initctl::Health;
 use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::SandboxPlan;
+use agentd_domain::secret::{SecretInfo, SecretOrder};
 use agentd_domain::token::{
     Attenuate, Inspect, Key, Mint, Revocation, Revoke, Revoked, Shown, Verified, Verify,
 };
-use agentd_domain::secret::{SecretInfo, SecretOrder};
 use bytes::Bytes;
 use futures::Stream;
 use std::future::Future;

@@ -9,13 +9,15 @@
 
 use crate::answer::Failure;
 use crate::auth::{Auth, Grant, Use};
+use crate::serve::Peer;
 use agentd_domain::fault::Report;
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::{Extension, Request, State};
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Redirect, Response};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 /// `__Host-`: only over HTTPS, only for this host, for all of it.
@@ -45,7 +47,10 @@ pub async fn api(State(auth): State<Arc<Auth>>, mut request: Request, next: Next
             request.extensions_mut().insert(session);
             next.run(request).await
         }
-        None => Failure::from(not_signed_in()).into_response(),
+        None => {
+            auth.turned_away(peer_of(&request));
+            Failure::from(not_signed_in()).into_response()
+        }
     }
 }
 
@@ -57,9 +62,25 @@ pub async fn web(State(auth): State<Arc<Auth>>, mut request: Request, next: Next
             next.run(request).await
         }
         // A page that refreshes itself must notice, rather than show the sign-in page inside itself.
-        None if background(request.headers()) == Use::Background => StatusCode::UNAUTHORIZED.into_response(),
-        None => Redirect::to(if auth.is_claimed() { "/sign-in" } else { "/claim" }).into_response(),
+        None if background(request.headers()) == Use::Background => {
+            auth.turned_away(peer_of(&request));
+            StatusCode::UNAUTHORIZED.into_response()
+        }
+        // Whoever shows no session at all only opens the page; one that is none was made up, or has ended.
+        None if !matches!(shown(request.headers()), Shown::Nothing) => {
+            auth.turned_away(peer_of(&request));
+            Redirect::to(entrance(&auth)).into_response()
+        }
+        None => Redirect::to(entrance(&auth)).into_response(),
     }
+}
+
+fn entrance(auth: &Auth) -> &'static str {
+    if auth.is_claimed() { "/sign-in" } else { "/claim" }
+}
+
+fn peer_of(request: &Request) -> IpAddr {
+    crate::api::address(request.extensions().get::<Peer>().copied().map(Extension))
 }
 
 /// Refuses what another site's page made the browser send.

@@ -106,6 +106,7 @@ fn web_routes() -> Router<Shared> {
         .route("/agents/{name}/chat", get(web::to_agent).post(web::chat))
         .route("/models", get(web::models))
         .route("/models/{name}/remove", post(web::remove_model))
+        .route("/audit", get(web::audit))
         .route("/reboot", post(web::reboot))
         .route("/poweroff", post(web::poweroff))
         .route("/sign-out", post(web::sign_out))

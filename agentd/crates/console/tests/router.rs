@@ -1,4 +1,5 @@
-//! The router over the fake appliance, without a network: who may do what, limits, headers, sessions.
+//! Long because all that concerns routes is here, and each is listed once. The router over the fake appliance, without
+//! a network: who may do what, limits, headers, sessions.
 
 mod fake;
 
@@ -139,6 +140,7 @@ const GATED_WEB: &[(&str, &str)] = &[
     ("POST", "/agents/echo/chat"),
     ("GET", "/models"),
     ("POST", "/models/tiny/remove"),
+    ("GET", "/audit"),
     ("POST", "/reboot"),
     ("POST", "/poweroff"),
     ("POST", "/sign-out"),
@@ -590,6 +592,27 @@ async fn the_pages_work_as_plain_forms() {
                 "Start again",
             ],
         ),
+        (
+            "/agents/scout",
+            &[
+                "Throttled",
+                "it starts processes against its limit",
+                "71.5 %",
+                "Held back over its soft memory limit 42 times",
+                "sensor.lost",
+                "3 times",
+                "&lt;b&gt;the boiler&lt;/b&gt; does not answer",
+                "forbidden system call ptrace",
+                "killed by the pressure watchdog",
+                "Audit trail",
+                "/audit?agent=scout",
+            ],
+        ),
+        (
+            "/audit",
+            &["plané &quot;x&quot;", "memory.recall.spirit", "everybody", "allowed", "agentctl audit verify"],
+        ),
+        ("/audit?agent=echo", &["Nothing yet", "selected"]),
         ("/models", &["half-model", "The model was not loaded", "default"]),
     ] {
         let page = browse(Method::GET, path, cookie.clone(), String::new()).await;
@@ -797,6 +820,13 @@ async fn who_tries_to_come_in_is_told_to_the_witness() {
     for password in ["wrong", PASSWORD] {
         ask("/api/v1/login", json!({ "password": password })).await.expect("answered");
     }
+    // Without a session, and with one that is made up; opening a page without any is no attempt.
+    for (path, header) in
+        [("/api/v1/status", ("x", "y")), ("/", ("authorization", "Bearer x")), ("/", ("x", "y"))]
+    {
+        let request = Request::get(path).header(header.0, header.1).body(Body::empty()).expect("a request");
+        router.clone().oneshot(request).await.expect("answered");
+    }
     let expected = [
         (Entrance::Claim, Some("claim_code_wrong")),
         (Entrance::Claim, Some("password_weak")),
@@ -804,6 +834,8 @@ async fn who_tries_to_come_in_is_told_to_the_witness() {
         (Entrance::Claim, Some("conflict")),
         (Entrance::SignIn, Some("unauthorized")),
         (Entrance::SignIn, None),
+        (Entrance::Session, Some("unauthorized")),
+        (Entrance::Session, Some("unauthorized")),
     ];
     let expected = expected.map(|(entrance, why)| (entrance, why.map(str::to_owned)));
     assert_eq!(*told.lock().expect("lock"), expected);

@@ -93,6 +93,10 @@ pub enum Agent {
     /// List them
     #[command(alias = "list")]
     Ls,
+    /// How one is: state and reason, pressure, pain, what was done, its last ends and its audit trail
+    Show {
+        name: AgentKey,
+    },
     /// Install a package: a directory with agent.toml and the agent's files, or what `pack` has made of it
     Install {
         package: PathBuf,

@@ -3,12 +3,14 @@
 //! Tables are aligned, without lines, so that `grep` and `awk` work on them; `--json` is for programs.
 
 use crate::commands::{KeyFrom, Verified};
-use agentd_domain::api::{Agent, AgentState, ApplianceStatus, EngineState, LogLine, Model};
+use agentd_domain::api::{Agent, ApplianceStatus, EngineState, LogLine, Model};
 use agentd_domain::audit::{Actor, Linked, Verdict};
 use agentd_domain::engine::ModelKind;
 use agentd_domain::fault::Report;
+use agentd_domain::health::{PainFrom, Throttle};
 use agentd_domain::human;
 use agentd_domain::initctl::{Clock, Health};
+use agentd_domain::launcher::ExitCause;
 use agentd_domain::secret::SecretInfo;
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -47,7 +49,7 @@ pub fn status(status: &ApplianceStatus) -> String {
     let mut text = pairs(&[
         ("version", status.version.clone()),
         ("slot", status.slot.clone()),
-        ("health", health(status.health).to_owned()),
+        ("health", colour(status.health).to_owned()),
         ("up for", human::span_ms(status.uptime_ms)),
         ("clock", format!("{} UTC, {}", moment(status.now_unix_ms), clock(status.clock))),
         ("memory", used(status.memory_total_bytes, status.memory_available_bytes)),
@@ -84,7 +86,7 @@ pub fn agents(agents: &[Agent]) -> String {
         };
         vec![
             agent.name.to_string(),
-            state(agent.state).to_owned(),
+            agent.state.name().to_owned(),
             of(run.map(|r| human::bytes(r.memory_bytes)), human::bytes(agent.limits.memory_max_bytes)),
             of(run.map(|r| r.pids.to_string()), agent.limits.pids.to_string()),
             run.map_or_else(|| "-".to_owned(), |r| human::span_ms(r.cpu_ms)),
@@ -101,6 +103,74 @@ pub fn agent(agent: &Agent) -> String {
         let _ = writeln!(text, "\nproblem: {}\n  why: {}\n  fix: {}", problem.what, problem.why, problem.fix);
     }
     text
+}
+
+pub fn agent_with_health(one: &Agent) -> String {
+    format!("{}{}", agent(one), health(one))
+}
+
+/// How it is, what hurts it, what was done about it, and how its last runs ended.
+fn health(agent: &Agent) -> String {
+    let health = &agent.health;
+    let mut lines = vec![("reason", harmless(&health.reason))];
+    if let Some(pressure) = &health.pressure {
+        let percent = |permille: u32| format!("{}.{} %", permille / 10, permille % 10);
+        lines.push((
+            "pressure",
+            format!(
+                "memory {} (all of it {}), processor {}, disk {}; over its soft memory limit {} times",
+                percent(pressure.memory_some_permille),
+                percent(pressure.memory_full_permille),
+                percent(pressure.cpu_some_permille),
+                percent(pressure.io_some_permille),
+                pressure.memory_high_events,
+            ),
+        ));
+    }
+    match health.throttle {
+        Throttle::None => {}
+        Throttle::Half => lines.push(("throttled", "to half of its processor time".to_owned())),
+        Throttle::Quarter => lines.push(("throttled", "to a quarter of its processor time".to_owned())),
+    }
+    lines.push(("restarts", agent.restarts.to_string()));
+    let mut text = format!("\n{}", pairs(&lines));
+    for pain in health.pains.iter().rev() {
+        let from = if pain.from == PainFrom::Agent { "it says" } else { "seen" };
+        let over = if pain.over { ", over" } else { "" };
+        let message = harmless(&pain.message).replace(['\n', '\t'], " ");
+        let _ = writeln!(
+            text,
+            "pain       {} {} {} ({} times{over}), {from}: {message}",
+            moment(pain.at_unix_ms),
+            pain.severity,
+            harmless(&pain.kind),
+            pain.count,
+        );
+    }
+    for note in health.notes.iter().rev() {
+        let _ = writeln!(text, "note       {} {}", moment(note.unix_ms), harmless(&note.text));
+    }
+    for exit in &health.exits {
+        let life = human::span_ms(exit.ended_boot_ms.saturating_sub(exit.started_boot_ms));
+        let _ = writeln!(text, "end        {}, after {life}", cause(&exit.cause));
+    }
+    text
+}
+
+fn cause(cause: &ExitCause) -> String {
+    match cause {
+        ExitCause::Exited { code } => format!("by itself with code {code}"),
+        ExitCause::Signalled { signal } => format!("signal {signal}"),
+        ExitCause::OutOfMemory => "over its memory limit".to_owned(),
+        ExitCause::Seccomp { syscall: Some(call) } => {
+            format!("seccomp: the forbidden system call {}", harmless(call))
+        }
+        ExitCause::Seccomp { syscall: None } => "seccomp: a forbidden system call".to_owned(),
+        ExitCause::Pressure => "pressure: it only waited for memory".to_owned(),
+        ExitCause::Stuck => "stuck: nothing came of the work in its hand".to_owned(),
+        ExitCause::WallFailed { why } => format!("never started: {}", harmless(why)),
+        ExitCause::Stopped => "stopped".to_owned(),
+    }
 }
 
 pub fn models(models: &[Model]) -> String {
@@ -233,7 +303,7 @@ pub fn moment(unix_ms: i64) -> String {
     }
 }
 
-fn health(health: Health) -> &'static str {
+fn colour(health: Health) -> &'static str {
     match health {
         Health::Green => "green",
         Health::Yellow => "yellow",
@@ -270,18 +340,6 @@ fn kind(kind: ModelKind) -> &'static str {
     match kind {
         ModelKind::Chat => "chat",
         ModelKind::Embedding => "embedding",
-    }
-}
-
-/// As in the API, so that what is read here can be searched for there.
-fn state(state: AgentState) -> &'static str {
-    match state {
-        AgentState::Stopped => "stopped",
-        AgentState::Starting => "starting",
-        AgentState::Running => "running",
-        AgentState::BackingOff => "backing_off",
-        AgentState::Quarantined => "quarantined",
-        AgentState::Refused => "refused",
     }
 }
 

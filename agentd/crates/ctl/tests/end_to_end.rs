@@ -259,12 +259,27 @@ async fn what_the_api_says_is_shown_or_passed_on() {
 
     let table = scene.good(&["agent", "ls"]).await;
     let column = table.lines().next().expect("a head").find("STATE").expect("a column");
-    for (name, state) in [("echo", "running"), ("indexer", "quarantined"), ("scout", "running")] {
+    for (name, state) in [("echo", "ready"), ("indexer", "quarantined"), ("scout", "throttled")] {
         let row = table.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{table}"));
         assert!(row[column..].starts_with(state), "{table}");
     }
     let agents: Vec<Agent> = scene.json(&["agent", "ls"]).await;
     assert_eq!(agents.len(), 3);
+    let scout = scene.good(&["agent", "show", "scout"]).await;
+    for words in [
+        "it starts processes against its limit",
+        "memory 71.5 %",
+        "over its soft memory limit 42 times",
+        "high sensor.lost (3 times), it says: <b>the boiler</b>",
+        "note       2026-11-20",
+        "seccomp: the forbidden system call ptrace",
+        "pressure: it only waited for memory",
+        "audit trail",
+    ] {
+        assert!(scout.contains(words), "no {words:?} in\n{scout}");
+    }
+    let shown: Agent = scene.json(&["agent", "show", "scout"]).await;
+    assert_eq!(shown.health.exits.len(), 2);
 
     scene.good(&["agent", "stop", "echo"]).await;
     let started: Agent = scene.json(&["agent", "start", "echo"]).await;

@@ -10,6 +10,8 @@
 //! | `GET /agent/v1/agents` | `agents.start` | | `[`[`Child`]`]`: its own |
 //! | `GET /agent/v1/agents/{id}` | `agents.start` | | [`Child`] |
 //! | `DELETE /agent/v1/agents/{id}` | `agents.start` | | 204, when nothing of it is left |
+//! | `POST /agent/v1/self/pain` | - | [`ReportPain`] | 204 |
+//! | `POST /agent/v1/self/progress` | - | | 204: a long piece of work goes on |
 //! | `POST /agent/v1/memory/remember` | `memory.remember` | [`Remember`] | [`Remembered`] |
 //! | `POST /agent/v1/memory/recall` | `memory.recall` | [`Recall`] | [`Recalled`] |
 //! | `GET /agent/v1/messages/next?wait_s=25` | `messages` | | [`Message`] or 204 |
@@ -73,6 +75,33 @@ pub struct SelfInfo {
     /// The model that `/v1/chat/completions` uses when a request names `default`.
     pub model: String,
     pub appliance_version: String,
+    /// How agentd sees it; absent in the moment of its start.
+    #[serde(default)]
+    pub health: Option<SelfHealth>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SelfHealth {
+    pub state: crate::api::AgentState,
+    pub reason: String,
+    pub restarts: u32,
+    /// Those of its plan; a throttle leaves it less.
+    pub limits: crate::manifest::Limits,
+    pub throttle: crate::health::Throttle,
+    pub pressure: Option<crate::health::Pressure>,
+    pub memory_bytes: u64,
+    pub pids: u32,
+}
+
+/// Something hurts. Its owner sees it; nothing else follows from it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReportPain {
+    /// A word of the agent's own: 1 to 32 of a-z, 0-9, `_`, `-` and `.`.
+    pub kind: String,
+    pub severity: crate::health::Severity,
+    /// At most 500 bytes.
+    pub message: String,
 }
 
 /// The five tiers; names and meanings are fixed.

@@ -220,20 +220,85 @@ pub struct Agent {
     /// What keeps it from doing what its owner wants, when something does.
     #[serde(default)]
     pub problem: Option<Report>,
+    #[serde(default)]
+    pub health: AgentHealth,
 }
 
+/// Drawn in [`crate::health`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AgentState {
     Stopped,
     Starting,
-    Running,
-    /// Ended by itself; started again when its back-off is over.
-    BackingOff,
-    /// Kept failing; waits for a person or a timer.
+    /// It lives and waits for work.
+    Ready,
+    Busy,
+    /// Nothing to do for a while, which is well.
+    Idle,
+    /// Work waits for it and nothing comes of it.
+    Stuck,
+    /// It lives with less processor time than its plan gives it.
+    Throttled,
+    /// Ended by itself, or was killed for cause; started again when its back-off is over.
+    Crashed,
+    /// Kept failing; waits for a person or its trial start.
     Quarantined,
     /// The walls could not be raised.
     Refused,
+}
+
+impl AgentState {
+    pub const ALL: [Self; 10] = [
+        Self::Stopped,
+        Self::Starting,
+        Self::Ready,
+        Self::Busy,
+        Self::Idle,
+        Self::Stuck,
+        Self::Throttled,
+        Self::Crashed,
+        Self::Quarantined,
+        Self::Refused,
+    ];
+
+    /// As in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stopped => "stopped",
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Busy => "busy",
+            Self::Idle => "idle",
+            Self::Stuck => "stuck",
+            Self::Throttled => "throttled",
+            Self::Crashed => "crashed",
+            Self::Quarantined => "quarantined",
+            Self::Refused => "refused",
+        }
+    }
+
+    /// Whether it has a run that lives.
+    pub fn is_running(self) -> bool {
+        matches!(self, Self::Ready | Self::Busy | Self::Idle | Self::Stuck | Self::Throttled)
+    }
+}
+
+/// How an agent is beside its state, and what happened to it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentHealth {
+    /// Why it is in its state, in one clause.
+    pub reason: String,
+    /// While it runs.
+    pub pressure: Option<crate::health::Pressure>,
+    pub throttle: crate::health::Throttle,
+    /// The worst pain that is taken for present.
+    pub pain: Option<crate::health::Pain>,
+    /// Oldest first. Kept over restarts of the appliance, within bounds.
+    pub pains: Vec<crate::health::Pain>,
+    /// What was done about it, oldest first.
+    pub notes: Vec<crate::health::Note>,
+    /// Newest first.
+    pub exits: Vec<ExitRecord>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -15,7 +15,10 @@
 //! | `claim`, `sign_in` | owner or stranger | | the peer's address, the code of the refusal |
 //! | `secret.set`, `secret.remove` | owner | | the secret's name and whom it is for |
 //! | `net.connect`, `.request`, `.resolve`, `.end` | agent | `net` and the rule | door and destination; why not |
-//! | `run.end` | appliance | | how seccomp ended the run |
+//! | `session` | stranger | | the same, of a request that had no session or one that is none |
+//! | `run.end` | appliance | | how seccomp ended the run, and for which system call |
+//! | `health.pain`, `.stuck`, `.throttled`, `.restored` | agent | | what was seen; of a pain its severity and kind alone |
+//! | `health.killed`, `.quarantined`, `.probe`, `.recovered` | appliance | | what was done |
 //! | `audit.begin`, `audit.key`, `audit.damaged` | appliance | | what happened to the log itself |
 //! | `audit.overflow` | whose they were | | `count` records of this verdict are not kept one by one |
 
@@ -50,7 +53,7 @@ pub enum Actor {
 pub enum Verdict {
     Allowed,
     Denied,
-    /// A wall of the kernel ended the run.
+    /// A wall of the kernel ended the run, or agentd did for what the kernel counted.
     Killed,
 }
 

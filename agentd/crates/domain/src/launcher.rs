@@ -46,6 +46,9 @@ pub enum Request {
     Kill {
         run_id: RunId,
         grace_ms: u32,
+        /// What its exit record will say.
+        #[serde(default)]
+        why: KillReason,
     },
     /// Make `/data/agents/<id>` with its `work` folder and user quota. Doing it twice changes nothing.
     PrepareAgent {
@@ -183,6 +186,9 @@ pub struct RunInfo {
     pub frozen: bool,
     /// The API rights of the plan it was started with, so that an adopting agentd grants the same.
     pub api: Vec<String>,
+    /// The limits of that plan: what a throttle is lifted to.
+    #[serde(default)]
+    pub cgroup: Option<CgroupLimits>,
     /// Boot-clock milliseconds at the start.
     pub started_boot_ms: u64,
 }
@@ -210,6 +216,27 @@ pub struct ExitRecord {
     pub memory_peak_bytes: u64,
 }
 
+/// Why agentd ends a run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KillReason {
+    /// Its owner, or nobody wants it any more.
+    #[default]
+    Order,
+    Pressure,
+    Stuck,
+}
+
+impl KillReason {
+    pub fn told(self) -> &'static str {
+        match self {
+            Self::Order => "on request",
+            Self::Pressure => "memory pressure",
+            Self::Stuck => "no progress",
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum ExitCause {
@@ -222,7 +249,15 @@ pub enum ExitCause {
     /// The kernel killed it for going over `memory.max`.
     OutOfMemory,
     /// A forbidden system call that the filter answers with SIGSYS.
-    Seccomp,
+    /// The call, when the kernel has said which (`syscall` is its name, or its number where it has none here).
+    Seccomp {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        syscall: Option<String>,
+    },
+    /// Killed by the pressure watchdog: it only waited for memory.
+    Pressure,
+    /// Killed because work waited for it and nothing came of it.
+    Stuck,
     /// A wall could not be raised, or the self-probe broke through one: nothing of the agent ran.
     WallFailed {
         why: String,

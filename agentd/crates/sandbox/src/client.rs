@@ -9,7 +9,7 @@
 use crate::wire::{self, WireError};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, RunId};
-use agentd_domain::launcher::{CallSpec, EngineSpec, HANDOVER_FDS, Listing, Request, Response};
+use agentd_domain::launcher::{CallSpec, EngineSpec, HANDOVER_FDS, KillReason, Listing, Request, Response};
 use agentd_domain::paths;
 use agentd_domain::plan::{CgroupLimits, DiskQuota, EGRESS_FIXED_SOCKETS, NetworkPlan, SandboxPlan};
 use rustix::io::Errno;
@@ -199,7 +199,12 @@ impl Launcher {
 
     /// Returns when the launcher has taken the order; the end shows at [`RunSockets::pidfd`] and as an exit record.
     pub fn kill(&self, run_id: RunId, grace_ms: u32) -> Result<(), LauncherError> {
-        self.done(&Request::Kill { run_id, grace_ms })
+        self.kill_for(run_id, grace_ms, KillReason::Order)
+    }
+
+    /// The same with a reason, which its exit record will give.
+    pub fn kill_for(&self, run_id: RunId, grace_ms: u32, why: KillReason) -> Result<(), LauncherError> {
+        self.done(&Request::Kill { run_id, grace_ms, why })
     }
 
     pub fn prepare_agent(&self, agent_id: AgentId, uid: u32, quota: DiskQuota) -> Result<(), LauncherError> {

@@ -4,14 +4,15 @@
 //!         its time, is killed without grace, and a child ends with its parent. The walls know no clock, so this
 //!         loop ends what they would let live.
 
-use super::{Done, Loop};
-use crate::agents::plan::{Event, NotStarted, Phase};
+use super::{Done, Loop, of};
+use crate::agents::plan::Event;
 use crate::clock;
 use crate::store::AgentRow;
 use crate::tokens::nothing;
 use agentd_capability::{Package, Subject, compile_with, parse_manifest, quota_with};
 use agentd_domain::audit::{Actor, Entry, Verdict};
 use agentd_domain::fault::Report;
+use agentd_domain::health::{self, NotStarted, Phase};
 use agentd_domain::ids::{AgentId, RunId};
 use agentd_domain::manifest::{Manifest, Restart};
 use agentd_domain::plan::{DiskQuota, SandboxPlan};
@@ -67,7 +68,7 @@ impl Loop {
             known.refused = true;
             known.problem = Some(Report { what: "the agent was not started".to_owned(), ..report });
         }
-        Event::NotStarted { agent, run, why: NotStarted::Refused }
+        of(agent, health::Event::NotStarted { run, why: NotStarted::Refused })
     }
 
     /// The standing of a run that lives: what its token gave at its start, and for one that outlived an agentd what
@@ -148,8 +149,10 @@ impl Loop {
             known.refused = false;
         }
         let entry = self.state.agents.get(&agent);
-        if entry.is_some_and(|entry| entry.wanted && matches!(entry.phase, Phase::Refused { .. })) {
-            self.step(Event::Want { agent, wanted: true }).await;
+        if entry.is_some_and(|entry| {
+            entry.health.wanted() && matches!(entry.health.phase(), Phase::Refused { .. })
+        }) {
+            self.step(of(agent, health::Event::Want(true))).await;
         }
     }
 
@@ -184,7 +187,7 @@ impl Loop {
     }
 
     fn is_over(&self, parent: AgentId) -> bool {
-        let phase = self.state.agents.get(&parent).map(|entry| entry.phase);
+        let phase = self.state.agents.get(&parent).map(|entry| entry.health.phase());
         self.removals.contains_key(&parent)
             || matches!(
                 phase,
@@ -194,7 +197,8 @@ impl Loop {
 
     /// A child that has done its work is not started again when agentd is.
     pub(super) async fn after_child_s_end(&mut self, agent: AgentId) {
-        let stopped = self.state.agents.get(&agent).is_some_and(|entry| entry.phase == Phase::Stopped);
+        let stopped =
+            self.state.agents.get(&agent).is_some_and(|entry| entry.health.phase() == Phase::Stopped);
         let Some(known) = self.known.get_mut(&agent) else { return };
         if !stopped || !known.row.wanted || known.row.parent.is_none() {
             return;

@@ -27,6 +27,7 @@ fn parent(children: u64, depth: u64) -> Rights {
         api: names(&[START_AGENTS, "models", "messages"]),
         read: names(&["/usr/share/dict"]),
         calls: names(&["files", "time"]),
+        net: BTreeSet::new(),
         limits: BTreeMap::from(limits),
     }
 }

@@ -82,7 +82,7 @@ fn everything_is_there(appliance: &mut Appliance) -> Result<()> {
 
 fn running(ctl: &Ctl, name: &str) -> Result<Option<Agent>> {
     let agents: Vec<Agent> = ctl.json(&["agent", "ls"])?;
-    Ok(agents.into_iter().find(|agent| agent.name.as_str() == name && agent.state == AgentState::Running))
+    Ok(agents.into_iter().find(|agent| agent.name.as_str() == name && agent.state.is_running()))
 }
 
 /// The local console kills agentd (signal 9) as its owner would when the web console hangs. The new agentd adopts the

@@ -2,7 +2,7 @@
 //! let out by which rule.
 
 use crate::packages;
-use agentd_domain::api::{Agent, AgentState};
+use agentd_domain::api::Agent;
 use agentd_domain::audit::{Linked, Verdict};
 use agentd_domain::plan::{NetworkPlan, SandboxPlan};
 use anyhow::{Context, Result, ensure};
@@ -239,10 +239,7 @@ fn the_next_agentd_goes_on(appliance: &mut Appliance, hosts: &Hosts) -> Result<(
     let living = |ctl: &Ctl| -> Result<Option<i32>> {
         let agents: Vec<Agent> = ctl.json(&["agent", "ls"])?;
         let caller = agents.into_iter().find(|agent| agent.name.as_str() == "caller");
-        Ok(caller
-            .filter(|agent| agent.state == AgentState::Running)
-            .and_then(|agent| agent.run)
-            .map(|run| run.pid))
+        Ok(caller.and_then(|agent| agent.run).map(|run| run.pid))
     };
     let before = living(&appliance.ctl())?.context("the agent does not run")?;
     appliance.type_and_hear("a", "restart agentd now?")?;

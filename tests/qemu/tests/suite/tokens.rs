@@ -47,7 +47,7 @@ fn the_child(appliance: &mut Appliance) -> Result<Agent> {
         let parent = family(ctl)?.agent_id;
         let children = agents(ctl)?.into_iter().filter(|agent| agent.parent == Some(parent));
         let child = children.into_iter().find(|child| line.contains(&child.agent_id.to_string()));
-        Ok(child.filter(|child| child.state == AgentState::Running))
+        Ok(child.filter(|child| child.run.is_some()))
     })
 }
 

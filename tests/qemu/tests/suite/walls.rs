@@ -1,6 +1,6 @@
 //! A kernel that cannot raise a wall: the machine says so, and no agent starts.
 
-use agentd_domain::api::{Agent, AgentState, ApplianceStatus};
+use agentd_domain::api::{Agent, ApplianceStatus};
 use agentd_domain::initctl::Health;
 use anyhow::{Result, ensure};
 use tests_qemu::{Appliance, BOOT, Start};
@@ -49,7 +49,7 @@ fn nothing_starts(word: &str, start: &Start) -> Result<()> {
     if listed.code == Some(0) {
         let agents: Vec<Agent> = serde_json::from_str(&listed.stdout)?;
         for agent in &agents {
-            ensure!(agent.run.is_none() && agent.state != AgentState::Running, "{agent:?} ({refused:?})");
+            ensure!(agent.run.is_none() && !agent.state.is_running(), "{agent:?} ({refused:?})");
         }
     } else {
         // agentd itself could not be shut in: it keeps no agents at all, and says so.

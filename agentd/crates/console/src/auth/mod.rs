@@ -104,6 +104,8 @@ pub struct Attempt<'a> {
 pub enum Entrance {
     Claim,
     SignIn,
+    /// A request with a session that is none, or without any where one is needed.
+    Session,
 }
 
 /// Is told of each attempt. Must not wait.
@@ -116,6 +118,8 @@ pub enum Denied {
     CodeWrong,
     #[error("the password is wrong")]
     PasswordWrong,
+    #[error("there is no such session")]
+    NoSession,
     #[error("the password cannot be used: {0}")]
     PasswordWeak(#[from] password::Weak),
     #[error("the appliance has an owner already")]
@@ -295,6 +299,11 @@ impl Auth {
         Ok(password_hash)
     }
 
+    /// A request was turned away for want of a session.
+    pub(crate) fn turned_away(&self, peer: IpAddr) {
+        self.tell(Entrance::Session, peer, Some(&Denied::NoSession));
+    }
+
     fn tell(&self, entrance: Entrance, peer: IpAddr, denied: Option<&Denied>) {
         (self.witness)(Attempt { entrance, peer, denied });
     }
@@ -335,6 +344,7 @@ impl Denied {
                 "read the current code on the appliance's screen or serial line and type it again",
             ),
             Self::PasswordWrong => Report::caller("unauthorized", not_in, why, "type the password again"),
+            Self::NoSession => Report::caller("unauthorized", not_in, why, "sign in"),
             Self::PasswordWeak(_) => Report::caller(
                 "password_weak",
                 not_owner,

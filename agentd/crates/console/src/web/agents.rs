@@ -1,7 +1,8 @@
 //! What are the agents doing, and what do they say?
 
+use super::audit::{self, Trail};
 use super::layout::{Section, bar, fact, page, pill, problem};
-use super::units;
+use super::{health, units};
 use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::{Agent, AgentState, LogLine, Run};
 use agentd_domain::fault::Report;
@@ -20,6 +21,7 @@ pub struct Exchange {
 /// What an agent's page shows beside the agent.
 pub struct Shown<'a> {
     pub log: &'a Result<Vec<LogLine>, Report>,
+    pub trail: &'a Result<Trail, Report>,
     pub exchange: Option<&'a Exchange>,
     /// A new key for the next message: sent twice, by a second click or a reload, it is delivered once.
     pub next_key: &'a str,
@@ -53,7 +55,10 @@ fn row(agent: &Agent) -> Markup {
     html! {
         tr {
             td { a href={ "/agents/" (agent.name) } { strong { (agent.name) } } div.dim { (agent.description) } }
-            td { (state_pill(agent.state)) @if agent.restarts > 0 { div.dim { (agent.restarts) " restarts" } } }
+            td {
+                (state_pill(agent.state)) (health::brief(agent))
+                @if agent.restarts > 0 { div.dim { (agent.restarts) " restarts" } }
+            }
             td.wide { (share(
                 run.map(|run| (run.memory_bytes, agent.limits.memory_max_bytes)),
                 &units::bytes(agent.limits.memory_max_bytes),
@@ -89,9 +94,12 @@ pub fn agent(agent: &Agent, shown: &Shown<'_>, health: Health) -> Markup {
             div #agent-problem data-live { @if let Some(report) = &agent.problem { (problem(report)) } }
             div.grid {
                 (usage(agent))
+                (health::card(agent))
                 (about(agent))
             }
+            (health::past(agent))
             @if agent.messages { (chat(agent, shown)) }
+            (audit::trail(agent, shown.trail))
             (log_view(agent, shown.log))
         },
     )
@@ -100,7 +108,7 @@ pub fn agent(agent: &Agent, shown: &Shown<'_>, health: Health) -> Markup {
 fn controls(agent: &Agent) -> Markup {
     let base = format!("/agents/{}", agent.name);
     // An agent that is wanted and does not run can be tried again at once, or given up.
-    let waits = matches!(agent.state, AgentState::BackingOff | AgentState::Quarantined | AgentState::Refused);
+    let waits = matches!(agent.state, AgentState::Crashed | AgentState::Quarantined | AgentState::Refused);
     html! {
         @if !agent.wanted || waits {
             form method="post" action={ (base) "/start" } {
@@ -160,7 +168,6 @@ fn about(agent: &Agent) -> Markup {
                     Some(run) => (running(run)),
                     None => (fact("Now", html! { span.dim { "no process" } })),
                 }
-                (fact("Restarts", html! { (agent.restarts) }))
                 (fact("Last end", agent.last_exit.as_ref().map_or_else(dash, last_exit)))
                 (fact("Version", html! { (agent.version) @if agent.bundled { " " (pill("calm", "bundled")) } }))
                 (fact("Id", html! { code { (agent.agent_id) } }))
@@ -177,7 +184,7 @@ fn running(run: &Run) -> Markup {
     }
 }
 
-fn last_exit(exit: &ExitRecord) -> Markup {
+pub fn last_exit(exit: &ExitRecord) -> Markup {
     let life = exit.ended_boot_ms.saturating_sub(exit.started_boot_ms);
     html! {
         (cause(&exit.cause)) ", after " (units::span_ms(life))
@@ -191,7 +198,12 @@ pub fn cause(cause: &ExitCause) -> String {
         ExitCause::Exited { code } => format!("ended by itself with code {code}"),
         ExitCause::Signalled { signal } => format!("killed by signal {signal}"),
         ExitCause::OutOfMemory => "killed for going over its memory limit".to_owned(),
-        ExitCause::Seccomp => "killed for a forbidden system call".to_owned(),
+        ExitCause::Seccomp { syscall: Some(call) } => {
+            format!("killed by seccomp for the forbidden system call {call}")
+        }
+        ExitCause::Seccomp { syscall: None } => "killed by seccomp for a forbidden system call".to_owned(),
+        ExitCause::Pressure => "killed by the pressure watchdog: it only waited for memory".to_owned(),
+        ExitCause::Stuck => "killed because it was stuck with work in hand".to_owned(),
         ExitCause::WallFailed { why } => format!("never started: {why}"),
         ExitCause::Stopped => "stopped on request".to_owned(),
     }
@@ -273,8 +285,12 @@ pub fn state_pill(state: AgentState) -> Markup {
     match state {
         AgentState::Stopped => pill("quiet", "Stopped"),
         AgentState::Starting => pill("calm", "Starting"),
-        AgentState::Running => pill("good", "Running"),
-        AgentState::BackingOff => pill("warn", "Waiting to restart"),
+        AgentState::Ready => pill("good", "Ready"),
+        AgentState::Busy => pill("good", "Busy"),
+        AgentState::Idle => pill("good", "Idle"),
+        AgentState::Stuck => pill("bad", "Stuck"),
+        AgentState::Throttled => pill("warn", "Throttled"),
+        AgentState::Crashed => pill("warn", "Crashed"),
         AgentState::Quarantined => pill("bad", "Quarantined"),
         AgentState::Refused => pill("bad", "Refused"),
     }

@@ -11,6 +11,7 @@ pub enum Section {
     Overview,
     Agents,
     Models,
+    Audit,
 }
 
 /// A page for somebody who is signed in.
@@ -19,6 +20,7 @@ pub fn page(title: &str, section: Section, health: Health, main: &Markup) -> Mar
         (Section::Overview, "/", "Overview"),
         (Section::Agents, "/agents", "Agents"),
         (Section::Models, "/models", "Models"),
+        (Section::Audit, "/audit", "Audit"),
     ];
     let header = html! {
         header.top {

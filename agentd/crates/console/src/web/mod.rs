@@ -6,6 +6,8 @@
 
 mod agents;
 pub mod assets;
+mod audit;
+mod health;
 mod layout;
 mod models;
 mod overview;
@@ -14,7 +16,7 @@ mod units;
 
 use crate::answer::{Answer, Failure, LONG, SHORT, within};
 use crate::api::{Machine, address, check_message, key, model_name};
-use crate::appliance::{Appliance, Flow, Follow, LogQuery};
+use crate::appliance::{Appliance, AuditQuery, Flow, Follow, LogQuery};
 use crate::auth::Auth;
 use crate::gate::{self, SignedIn};
 use crate::input::{Fields, Name};
@@ -23,7 +25,7 @@ use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::{AgentKey, ChatRequest, Claim, LogLine, Session};
 use agentd_domain::fault::Report;
 use agents::Exchange;
-use axum::extract::{Extension, State};
+use axum::extract::{Extension, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Redirect, Response};
 use futures::StreamExt;
@@ -128,6 +130,34 @@ pub async fn models(State(appliance): Machine) -> Shown {
 pub async fn remove_model(State(appliance): Machine, Name(name): Name) -> Done {
     within(LONG, appliance.remove_model(model_name(&name)?)).await?;
     Ok(Redirect::to("/models"))
+}
+
+#[derive(Deserialize)]
+pub struct AuditPage {
+    #[serde(default)]
+    after: Option<u64>,
+    #[serde(default)]
+    agent: Option<String>,
+}
+
+/// The log of all, or of one agent. The form sends an empty name for everybody.
+pub async fn audit(
+    State(appliance): Machine,
+    asked: Result<Query<AuditPage>, axum::extract::rejection::QueryRejection>,
+) -> Shown {
+    let Query(asked) = asked.map_err(|error| {
+        let fix = "choose an agent on the page, or write `/audit?agent=NAME&after=0`";
+        Report::caller("query_malformed", "the audit log was not read", error.body_text(), fix)
+    })?;
+    let name = asked.agent.filter(|name| !name.is_empty());
+    let agent = name.as_deref().map(key).transpose()?;
+    let shown = agent.as_ref().map(ToString::to_string);
+    let query = AuditQuery { after: asked.after, most: audit::PAGE_RECORDS, agent };
+    let (lines, agents) =
+        tokio::join!(within(SHORT, appliance.audit(query)), within(SHORT, appliance.agents()));
+    let trail = audit::Trail::read(&lines?);
+    let filter = audit::Filter { agent: shown.as_deref(), after: asked.after };
+    Ok(audit::log(&trail, &filter, &agents.unwrap_or_default(), appliance.health()))
 }
 
 pub async fn reboot(State(appliance): Machine) -> Shown {
@@ -250,7 +280,11 @@ async fn agent_page(appliance: &dyn Appliance, agent: AgentKey, exchange: Option
     let found = within(SHORT, appliance.agent(agent.clone())).await?;
     let log = recent_log(appliance, agent).await.map_err(|failure| failure.report);
     let next_key = random_key().map_err(no_randomness)?;
-    let shown = agents::Shown { log: &log, exchange: exchange.as_ref(), next_key: &next_key };
+    let own =
+        AuditQuery { after: None, most: audit::TRAIL_RECORDS, agent: Some(AgentKey::Id(found.agent_id)) };
+    let trail = within(SHORT, appliance.audit(own)).await;
+    let trail = trail.map(|lines| audit::Trail::read(&lines)).map_err(|failure| failure.report);
+    let shown = agents::Shown { log: &log, trail: &trail, exchange: exchange.as_ref(), next_key: &next_key };
     Ok(agents::agent(&found, &shown, appliance.health()))
 }
 

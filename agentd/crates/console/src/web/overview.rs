@@ -126,7 +126,7 @@ fn agents_card(agents: &[Agent]) -> Markup {
                         a href={ "/agents/" (agent.name) } { strong { (agent.name) } }
                         div.dim { (agent.description) }
                     }
-                    (super::agents::state_pill(agent.state))
+                    div { (super::agents::state_pill(agent.state)) (super::health::brief(agent)) }
                 }
             }
         }

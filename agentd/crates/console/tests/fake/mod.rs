@@ -10,6 +10,7 @@ use agentd_domain::api::*;
 use agentd_domain::audit::{Linked, SignedHead};
 use agentd_domain::engine::{Device, LoadedModel, ModelKind};
 use agentd_domain::fault::Report;
+use agentd_domain::health::{Note, Pain, PainFrom, Pressure, Severity, Throttle};
 use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::{Clock, Health};
 use agentd_domain::launcher::{ExitCause, ExitRecord};
@@ -17,8 +18,8 @@ use agentd_domain::manifest::Limits;
 use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::*;
 use agentd_domain::rights::Rights;
-use agentd_domain::token::*;
 use agentd_domain::secret::{SecretInfo, SecretOrder};
+use agentd_domain::token::*;
 use bytes::Bytes;
 use futures::StreamExt;
 use std::collections::{BTreeMap, HashMap};
@@ -188,7 +189,7 @@ impl Appliance for Fake {
         self.note(format!("start {agent}"));
         ready(self.find(&agent, |a| {
             a.wanted = true;
-            a.state = AgentState::Running;
+            a.state = AgentState::Ready;
             a.clone()
         }))
     }
@@ -412,6 +413,7 @@ fn shown(holder: AgentId) -> Shown {
         api: ["models".to_owned()].into(),
         read: Default::default(),
         calls: Default::default(),
+        net: Default::default(),
         limits: Default::default(),
     };
     let grant = Grant { holder, rights: rights.clone(), expires_unix_s: None };
@@ -477,6 +479,7 @@ fn agent(n: u128, name: &str, description: &str, state: AgentState) -> Agent {
         bundled: true,
         messages: true,
         problem: None,
+        health: AgentHealth::default(),
     }
 }
 
@@ -497,7 +500,7 @@ fn echo() -> Agent {
     let run = run(1, 23 * MIB, 3);
     Agent {
         run: Some(run),
-        ..agent(1, "echo", "Remembers what you tell it, and recalls it by meaning", AgentState::Running)
+        ..agent(1, "echo", "Remembers what you tell it, and recalls it by meaning", AgentState::Ready)
     }
 }
 
@@ -505,9 +508,43 @@ fn scout() -> Agent {
     let run = run(2, 214 * MIB, 11);
     Agent {
         run: Some(run),
+        health: hurt(),
         messages: false,
         bundled: false,
-        ..agent(2, "scout", "Reads the house's sensors every minute", AgentState::Running)
+        ..agent(2, "scout", "Reads the house's sensors every minute", AgentState::Throttled)
+    }
+}
+
+/// One that is throttled, hurts, and was killed by seccomp and by the watchdog.
+fn hurt() -> AgentHealth {
+    let pain = Pain {
+        kind: "sensor.lost".into(),
+        severity: Severity::High,
+        message: "<b>the boiler</b> does not answer".into(),
+        from: PainFrom::Agent,
+        at_unix_ms: 1_795_176_243_000,
+        count: 3,
+        over: false,
+    };
+    let exit = |cause| ExitRecord {
+        run_id: agentd_domain::ids::RunId(id(301)),
+        agent_id: agentd_domain::ids::AgentId(id(2)),
+        cause,
+        started_boot_ms: 60_000,
+        ended_boot_ms: 62_410,
+        memory_peak_bytes: 0,
+    };
+    AgentHealth {
+        reason: "it has half of its processor time: it starts processes against its limit".into(),
+        pressure: Some(Pressure { memory_some_permille: 715, memory_high_events: 42, ..Pressure::default() }),
+        throttle: Throttle::Half,
+        pain: Some(pain.clone()),
+        pains: vec![pain],
+        notes: vec![Note {
+            unix_ms: 1_795_176_243_000,
+            text: "throttled to half of its processor time".into(),
+        }],
+        exits: vec![exit(ExitCause::Seccomp { syscall: Some("ptrace".into()) }), exit(ExitCause::Pressure)],
     }
 }
 

@@ -1,6 +1,6 @@
 //! Listing, installing, starting, stopping, removing agents, and reading what they printed.
 
-use super::{Failed, Outcome, Session, plan};
+use super::{Failed, Outcome, Session, audit, plan};
 use crate::cli;
 use crate::client::{self, Body};
 use crate::package::{self, Entry, Kind, MANIFEST};
@@ -18,6 +18,8 @@ use tokio::sync::mpsc;
 /// Pieces that wait to be sent; bounds memory.
 const PIECES_AHEAD: usize = 8;
 const PIECE_BYTES: usize = 64 * 1024;
+/// The newest records, below an agent's health.
+const TRAIL_RECORDS: usize = 20;
 
 pub async fn run(session: &Session, command: cli::Agent) -> Outcome {
     match command {
@@ -28,6 +30,7 @@ pub async fn run(session: &Session, command: cli::Agent) -> Outcome {
             let agents: Vec<Agent> = session.client()?.get("/api/v1/agents").await?;
             session.show(agents.as_slice(), show::agents);
         }
+        cli::Agent::Show { name } => one(session, &name.to_string()).await?,
         cli::Agent::Start { name } => change(session, &format!("/api/v1/agents/{name}/start")).await?,
         cli::Agent::Stop { name } => change(session, &format!("/api/v1/agents/{name}/stop")).await?,
         cli::Agent::Rm { name } => {
@@ -36,6 +39,18 @@ pub async fn run(session: &Session, command: cli::Agent) -> Outcome {
         cli::Agent::Logs { name, follow, lines } => {
             logs(session, &format!("/api/v1/agents/{name}/logs?lines={lines}&follow={follow}")).await?;
         }
+    }
+    Ok(())
+}
+
+/// With `--json` the agent alone: `audit ls --agent NAME --json` has the records.
+async fn one(session: &Session, name: &str) -> Outcome {
+    let client = session.client()?;
+    let agent: Agent = client.get(&format!("/api/v1/agents/{name}")).await?;
+    session.show(&agent, show::agent_with_health);
+    if !session.json {
+        let page = audit::page(&client, &format!("limit={TRAIL_RECORDS}&agent={name}")).await?;
+        show::out(&format!("\naudit trail\n{}", show::audit(&audit::records(&page))));
     }
     Ok(())
 }

@@ -177,13 +177,13 @@ async fn head(client: &Client) -> Result<SignedHead, Report> {
     client.get("/api/v1/audit/head").await
 }
 
-async fn page(client: &Client, query: &str) -> Result<Vec<u8>, Report> {
+pub(super) async fn page(client: &Client, query: &str) -> Result<Vec<u8>, Report> {
     let answer = client.send(Method::GET, &format!("/api/v1/audit?{query}"), None, client::empty()).await?;
     let body = answer.into_body().collect().await;
     Ok(body.map_err(|error| client::connection_lost(&error.to_string()))?.to_bytes().to_vec())
 }
 
-fn records(lines: &[u8]) -> Vec<Linked> {
+pub(super) fn records(lines: &[u8]) -> Vec<Linked> {
     lines.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect()
 }
 

@@ -6,8 +6,8 @@ mod chat;
 mod entry;
 mod models;
 mod plan;
-mod token;
 mod secrets;
+mod token;
 
 use crate::cli::{Cli, Command};
 use crate::client::{Client, Host};

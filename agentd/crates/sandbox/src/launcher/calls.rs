@@ -99,7 +99,7 @@ impl Call {
         let killed_for_memory = counted.killed_for_memory > 0;
         let cause = match (&self.failure, &self.state) {
             (Some(failure), _) => ExitCause::WallFailed { why: failure.to_string() },
-            (None, State::Up { .. }) => classify(self.status, false, killed_for_memory),
+            (None, State::Up { .. }) => classify(self.status, None, killed_for_memory),
             (None, _) if killed_for_memory => ExitCause::OutOfMemory,
             (None, _) => ExitCause::WallFailed { why: "the call ended before its walls were up".to_owned() },
         };
@@ -117,7 +117,7 @@ impl Server {
 
     fn knock(&mut self, run_id: RunId, call: &CallSpec) -> Result<u64, Report> {
         let run = self.runs.get_mut(&run_id).ok_or_else(|| unknown(run_id))?;
-        if run.stop_asked || !matches!(run.phase, Phase::Up { .. }) {
+        if run.stop_asked.is_some() || !matches!(run.phase, Phase::Up { .. }) {
             return Err(refused("conflict", format!("run {run_id} has not started or ends"), "wait for it"));
         }
         if self.calls.values().filter(|call| call.run_id == run_id).count() >= CALLS_MAX {
@@ -269,8 +269,11 @@ impl Server {
     pub(super) fn finish_call(&mut self, number: u64) {
         self.hear_the_last(number);
         let Some(call) = self.calls.remove(&number) else { return };
-        let end = call.end();
+        let mut end = call.end();
         if let Some(run) = self.runs.get_mut(&call.run_id) {
+            if let ExitCause::Seccomp { syscall } = &mut end.cause {
+                *syscall = self.kernel_log.call_of(run.plan.uid);
+            }
             run.killed_in_calls += call.group.counted().killed_for_memory;
         }
         self.sources

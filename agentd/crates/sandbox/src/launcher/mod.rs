@@ -11,6 +11,7 @@ mod calls;
 mod cgroups;
 mod confine;
 mod engines;
+mod kernel_log;
 mod options;
 mod records;
 mod requests;

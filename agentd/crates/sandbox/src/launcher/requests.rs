@@ -40,9 +40,9 @@ impl Server {
             }
             Request::Freeze { run_id } => self.freeze(run_id, true),
             Request::Thaw { run_id } => self.freeze(run_id, false),
-            Request::Kill { run_id, grace_ms } => {
+            Request::Kill { run_id, grace_ms, why } => {
                 let run = self.runs.get_mut(&run_id).ok_or_else(|| unknown(run_id))?;
-                run.stop(u64::from(grace_ms.min(GRACE_MAX_MS)));
+                run.stop(u64::from(grace_ms.min(GRACE_MAX_MS)), why);
                 Ok(())
             }
             Request::PrepareAgent { agent_id, uid, quota } => {

@@ -9,13 +9,14 @@
 //! Never: waits. Everything here returns at once; [`super::server`] calls when something has happened.
 
 use super::cgroups::{Counted, Hierarchy, RunGroup};
+use super::kernel_log::KernelLog;
 use super::{Options, boot_ms, broken};
 use crate::jail::{CONTROL_FD, Failure, FromJail, JailSpec, ToJail};
 use crate::sys::{self, CloneRequest};
 use crate::wire;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::RunId;
-use agentd_domain::launcher::{ExitCause, ExitRecord, RunInfo};
+use agentd_domain::launcher::{ExitCause, ExitRecord, KillReason, RunInfo};
 use agentd_domain::plan::SandboxPlan;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -53,7 +54,8 @@ pub(super) struct Run {
     pub frozen: bool,
     /// Asked to stop: when the rest is killed.
     pub kill_at_boot_ms: Option<u64>,
-    pub stop_asked: bool,
+    /// Why it was asked to stop, first.
+    pub stop_asked: Option<KillReason>,
     /// Calls that wait for the doors, in the order in which the jail was asked.
     pub knocking: VecDeque<u64>,
     /// Processes that the memory killer took in calls that are over: their groups count for the run's too.
@@ -130,7 +132,7 @@ impl Run {
             started_boot_ms: boot_ms(),
             frozen: false,
             kill_at_boot_ms: None,
-            stop_asked: false,
+            stop_asked: None,
             knocking: VecDeque::new(),
             killed_in_calls: 0,
             failure: None,
@@ -210,8 +212,8 @@ impl Run {
     }
 
     /// SIGTERM to the agent now, SIGKILL to everything later. A frozen agent could not act on the first.
-    pub(super) fn stop(&mut self, grace_ms: u64) {
-        self.stop_asked = true;
+    pub(super) fn stop(&mut self, grace_ms: u64, why: KillReason) {
+        self.stop_asked.get_or_insert(why);
         let told = grace_ms > 0
             && !self.frozen
             && matches!(self.phase, Phase::Up { .. })
@@ -269,18 +271,23 @@ impl Run {
             pid: self.pid.as_raw_nonzero().get(),
             frozen: self.frozen,
             api: self.plan.api.clone(),
+            cgroup: Some(self.plan.cgroup.clone()),
             started_boot_ms: self.started_boot_ms,
         }
     }
 
     /// The record of a run whose jail has been reaped.
-    pub(super) fn record(&self) -> ExitRecord {
+    pub(super) fn record(&self, log: &mut KernelLog) -> ExitRecord {
         let mut counted = self.group.counted();
         counted.killed_for_memory = counted.killed_for_memory.saturating_sub(self.killed_in_calls);
+        let mut cause = self.cause(counted);
+        if let ExitCause::Seccomp { syscall } = &mut cause {
+            *syscall = log.call_of(self.plan.uid);
+        }
         ExitRecord {
             run_id: self.run_id,
             agent_id: self.plan.agent_id,
-            cause: self.cause(counted),
+            cause,
             started_boot_ms: self.started_boot_ms,
             ended_boot_ms: boot_ms(),
             memory_peak_bytes: counted.memory_peak_bytes,
@@ -303,23 +310,34 @@ impl Run {
 }
 
 /// What the end of a run that had started means. `status` is absent when the jail was killed with its agent.
-pub(super) fn classify(status: Option<i32>, stop_asked: bool, killed_for_memory: bool) -> ExitCause {
+pub(super) fn classify(
+    status: Option<i32>,
+    stop_asked: Option<KillReason>,
+    killed_for_memory: bool,
+) -> ExitCause {
     let signal = match status {
         Some(status) if libc::WIFEXITED(status) => {
-            return if stop_asked {
-                ExitCause::Stopped
-            } else {
-                ExitCause::Exited { code: libc::WEXITSTATUS(status) }
+            return match stop_asked {
+                Some(why) => asked(why),
+                None => ExitCause::Exited { code: libc::WEXITSTATUS(status) },
             };
         }
         Some(status) if libc::WIFSIGNALED(status) => libc::WTERMSIG(status),
         _ => libc::SIGKILL,
     };
-    match signal {
-        libc::SIGKILL if killed_for_memory => ExitCause::OutOfMemory,
-        _ if stop_asked => ExitCause::Stopped,
-        libc::SIGSYS => ExitCause::Seccomp,
-        signal => ExitCause::Signalled { signal },
+    match (signal, stop_asked) {
+        (libc::SIGKILL, _) if killed_for_memory => ExitCause::OutOfMemory,
+        (_, Some(why)) => asked(why),
+        (libc::SIGSYS, None) => ExitCause::Seccomp { syscall: None },
+        (signal, None) => ExitCause::Signalled { signal },
+    }
+}
+
+fn asked(why: KillReason) -> ExitCause {
+    match why {
+        KillReason::Order => ExitCause::Stopped,
+        KillReason::Pressure => ExitCause::Pressure,
+        KillReason::Stuck => ExitCause::Stuck,
     }
 }
 
@@ -353,18 +371,20 @@ mod tests {
 
     #[test]
     fn the_end_of_a_run_is_told_by_status_request_and_counters() {
-        assert_eq!(classify(Some(EXITED_3), false, false), ExitCause::Exited { code: 3 });
-        assert_eq!(classify(Some(EXITED_3), true, false), ExitCause::Stopped);
-        assert_eq!(classify(Some(SIGNALLED_SYS), false, false), ExitCause::Seccomp);
+        assert_eq!(classify(Some(EXITED_3), None, false), ExitCause::Exited { code: 3 });
+        assert_eq!(classify(Some(EXITED_3), Some(KillReason::Order), false), ExitCause::Stopped);
+        assert_eq!(classify(Some(SIGNALLED_SYS), None, false), ExitCause::Seccomp { syscall: None });
         assert_eq!(
-            classify(Some(libc::SIGSEGV), false, false),
+            classify(Some(libc::SIGSEGV), None, false),
             ExitCause::Signalled { signal: libc::SIGSEGV }
         );
-        assert_eq!(classify(Some(SIGNALLED_KILL), false, true), ExitCause::OutOfMemory);
-        assert_eq!(classify(None, false, true), ExitCause::OutOfMemory);
-        assert_eq!(classify(None, true, false), ExitCause::Stopped);
-        assert_eq!(classify(None, false, false), ExitCause::Signalled { signal: libc::SIGKILL });
+        assert_eq!(classify(Some(SIGNALLED_KILL), None, true), ExitCause::OutOfMemory);
+        assert_eq!(classify(None, None, true), ExitCause::OutOfMemory);
+        assert_eq!(classify(None, Some(KillReason::Order), false), ExitCause::Stopped);
+        assert_eq!(classify(None, None, false), ExitCause::Signalled { signal: libc::SIGKILL });
+        assert_eq!(classify(None, Some(KillReason::Pressure), false), ExitCause::Pressure);
+        assert_eq!(classify(Some(libc::SIGTERM), Some(KillReason::Stuck), false), ExitCause::Stuck);
         // One child of the agent was killed for memory earlier; the agent itself ended well.
-        assert_eq!(classify(Some(0), false, true), ExitCause::Exited { code: 0 });
+        assert_eq!(classify(Some(0), None, true), ExitCause::Exited { code: 0 });
     }
 }

@@ -10,6 +10,7 @@ use super::calls::Call;
 use super::cgroups::{self, CallGroup, Hierarchy, RunGroup};
 use super::confine::{ConfineError, confine};
 use super::engines::Engine;
+use super::kernel_log::KernelLog;
 use super::records::Records;
 use super::runs::{Progress, Run};
 use super::volumes::{self, Removal};
@@ -19,7 +20,7 @@ use crate::sys::SignalFd;
 use crate::wire::{self, WireError};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, RunId};
-use agentd_domain::launcher::{ExitCause, Request, Response};
+use agentd_domain::launcher::{ExitCause, KillReason, Request, Response};
 use rustix::event::{Timespec, epoll};
 use rustix::fs::{Gid, Mode, Uid, chmod, chown};
 use rustix::io::Errno;
@@ -106,6 +107,7 @@ pub(super) struct Server {
     pub(super) buried_calls: Vec<CallGroup>,
     pub(super) buried_engines: Vec<PathBuf>,
     pub(super) stopping: bool,
+    pub(super) kernel_log: KernelLog,
 }
 
 /// Serves until SIGTERM, which ends every run and engine first.
@@ -172,6 +174,7 @@ impl Server {
             buried_calls: Vec::new(),
             buried_engines: Vec::new(),
             stopping: false,
+            kernel_log: KernelLog::open(),
         })
     }
 
@@ -245,7 +248,7 @@ impl Server {
     fn stop_everything(&mut self) {
         self.stopping = true;
         for run in self.runs.values_mut() {
-            run.stop(SHUTDOWN_GRACE_MS);
+            run.stop(SHUTDOWN_GRACE_MS, KillReason::Order);
         }
         for engine in self.engines.values_mut() {
             engine.stop();
@@ -341,7 +344,7 @@ impl Server {
         }
         self.end_calls_of(run_id);
         let Some(run) = self.runs.remove(&run_id) else { return };
-        let record = run.record();
+        let record = run.record(&mut self.kernel_log);
         if let Err(error) = self.records.add(record.clone()) {
             eprintln!("agent-launcher: the exit record of run {run_id} could not be written: {error}");
         }
