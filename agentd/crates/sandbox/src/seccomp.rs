@@ -12,7 +12,7 @@ mod program;
 
 use crate::syscalls;
 use agentd_domain::plan::SeccompPlan;
-use program::{Answer, Check, Rule, assemble};
+use program::{Answer, Check, Rule, assemble, statement};
 use seccompiler::{BpfProgram, apply_filter, sock_filter};
 use std::collections::BTreeMap;
 
@@ -104,34 +104,19 @@ fn number(name: &str) -> Result<i64, SeccompError> {
 /// Also for x32, which has x86-64's audit value and bit 30 in the number.
 fn guard(kill: &[i64]) -> Result<BpfProgram, SeccompError> {
     const X32_BIT: u32 = 0x4000_0000;
-    let load = |offset| sock_filter {
-        code: (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16,
-        jt: 0,
-        jf: 0,
-        k: offset,
-    };
-    let end = |action| sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: action };
-    let jump = |test: u32, value, jt, jf| sock_filter {
-        code: (libc::BPF_JMP | test | libc::BPF_K) as u16,
-        jt,
-        jf,
-        k: value,
-    };
+    /// Offset of the architecture in `struct seccomp_data`.
+    const ARCHITECTURE: u32 = 4;
+    let killed = Answer::Always(libc::SECCOMP_RET_KILL_PROCESS);
+    let answers = kill
+        .iter()
+        .map(|&call| Ok((narrow(call)?, killed.clone())))
+        .collect::<Result<BTreeMap<_, _>, SeccompError>>()?;
     let mut program = vec![
-        // Offsets in `struct seccomp_data`: nr 0, arch 4.
-        load(4),
-        jump(libc::BPF_JEQ, audit_architecture()?, 1, 0),
-        end(libc::SECCOMP_RET_KILL_PROCESS),
-        load(0),
-        jump(libc::BPF_JGE, X32_BIT, 0, 1),
-        end(libc::SECCOMP_RET_KILL_PROCESS),
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, ARCHITECTURE),
+        sock_filter { jt: 1, ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, audit_architecture()?) },
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_KILL_PROCESS),
     ];
-    for &call in kill {
-        let call = narrow(call)?;
-        program.push(jump(libc::BPF_JEQ, call, 0, 1));
-        program.push(end(libc::SECCOMP_RET_KILL_PROCESS));
-    }
-    program.push(end(libc::SECCOMP_RET_ALLOW));
+    program.extend(assemble(&answers, libc::SECCOMP_RET_ALLOW, Some((X32_BIT, killed))));
     Ok(program)
 }
 
@@ -147,7 +132,7 @@ fn audit_architecture() -> Result<u32, SeccompError> {
 fn answer(calls: &[i64], errno: i32) -> Result<BpfProgram, SeccompError> {
     let answer = Answer::Always(libc::SECCOMP_RET_ERRNO | errno as u32);
     let answers = calls.iter().map(|&call| Ok((narrow(call)?, answer.clone()))).collect::<Result<_, _>>()?;
-    Ok(assemble(&answers, libc::SECCOMP_RET_ALLOW))
+    Ok(assemble(&answers, libc::SECCOMP_RET_ALLOW, None))
 }
 
 fn allow(calls: &[i64], rules: ArgumentRules<'_>) -> Result<BpfProgram, SeccompError> {
@@ -165,7 +150,7 @@ fn allow(calls: &[i64], rules: ArgumentRules<'_>) -> Result<BpfProgram, SeccompE
         };
         answers.insert(narrow(call)?, answer);
     }
-    Ok(assemble(&answers, REFUSED))
+    Ok(assemble(&answers, REFUSED, None))
 }
 
 fn narrow(call: i64) -> Result<u32, SeccompError> {

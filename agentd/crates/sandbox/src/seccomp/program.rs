@@ -42,8 +42,13 @@ impl Check {
 const NUMBER: u32 = 0;
 const ARGUMENTS: u32 = 16;
 
-pub(super) fn assemble(answers: &BTreeMap<u32, Answer>, otherwise: u32) -> BpfProgram {
-    let ranges = ranges(answers, otherwise);
+/// `beyond` holds from its number up; the others stand below it.
+pub(super) fn assemble(
+    answers: &BTreeMap<u32, Answer>,
+    otherwise: u32,
+    beyond: Option<(u32, Answer)>,
+) -> BpfProgram {
+    let ranges = ranges(answers, otherwise, beyond);
     let mut assembler = Assembler { reversed: Vec::new(), leaves: Vec::new() };
     assembler.tree(&ranges);
     assembler.reversed.push(load(NUMBER));
@@ -52,8 +57,13 @@ pub(super) fn assemble(answers: &BTreeMap<u32, Answer>, otherwise: u32) -> BpfPr
 }
 
 /// Each with the number it begins at; the first at 0, the last without an end.
-fn ranges(answers: &BTreeMap<u32, Answer>, otherwise: u32) -> Vec<(u32, Answer)> {
+fn ranges(
+    answers: &BTreeMap<u32, Answer>,
+    otherwise: u32,
+    beyond: Option<(u32, Answer)>,
+) -> Vec<(u32, Answer)> {
     let other = Answer::Always(otherwise);
+    let (end, last) = beyond.map_or((u32::MAX, None), |(from, answer)| (from, Some(answer)));
     let mut ranges: Vec<(u32, Answer)> = Vec::new();
     let mut add = |from: u32, answer: &Answer| {
         if ranges.last().is_none_or(|(_, last)| last != answer) {
@@ -61,15 +71,18 @@ fn ranges(answers: &BTreeMap<u32, Answer>, otherwise: u32) -> Vec<(u32, Answer)>
         }
     };
     let mut next = Some(0);
-    for (&number, answer) in answers {
+    for (&number, answer) in answers.range(..end) {
         if let Some(gap) = next.filter(|next| *next < number) {
             add(gap, &other);
         }
         add(number, answer);
         next = number.checked_add(1);
     }
-    if let Some(rest) = next {
+    if let Some(rest) = next.filter(|rest| *rest < end) {
         add(rest, &other);
+    }
+    if let Some(last) = last {
+        add(end, &last);
     }
     ranges
 }
@@ -122,18 +135,25 @@ impl Assembler {
         let otherwise = self.end(otherwise);
         let then = self.end(then);
         let mut next = Entry { at: otherwise, loaded: None };
-        for rule in rules.iter().rev() {
+        for (place, rule) in rules.iter().enumerate().rev() {
+            // What this rule begins with is loaded already when it is only reached from checks of the same value.
+            let same = |before: &Rule| {
+                before.iter().all(|check| rule.first().is_some_and(|own| own.looks_at() == check.looks_at()))
+            };
+            let carried = place.checked_sub(1).and_then(|before| rules.get(before)).is_some_and(same);
             let mut entry = Entry { at: then, loaded: None };
-            for check in rule.iter().rev() {
+            for (step, check) in rule.iter().enumerate().rev() {
                 // The next rule often looks at the same value, which is still there.
                 let failed = next.loaded.filter(|(like, _)| check.looks_at() == *like);
                 let failed = failed.map_or(next.at, |(_, at)| at);
                 let compare = self.branch(libc::BPF_JEQ, check.value, entry.at, failed);
-                if check.mask != u32::MAX {
-                    self.push(statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, check.mask));
+                entry = Entry { at: compare, loaded: Some((check.looks_at(), compare)) };
+                if step > 0 || !carried {
+                    if check.mask != u32::MAX {
+                        self.push(statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, check.mask));
+                    }
+                    entry.at = self.push(load(ARGUMENTS + 8 * u32::from(check.argument)));
                 }
-                let at = self.push(load(ARGUMENTS + 8 * u32::from(check.argument)));
-                entry = Entry { at, loaded: Some((check.looks_at(), compare)) };
             }
             next = entry;
         }
@@ -181,6 +201,6 @@ fn load(offset: u32) -> sock_filter {
     statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset)
 }
 
-fn statement(code: u32, k: u32) -> sock_filter {
+pub(super) fn statement(code: u32, k: u32) -> sock_filter {
     sock_filter { code: code as u16, jt: 0, jf: 0, k }
 }
