@@ -9,3 +9,4 @@ pub mod boot;
 pub mod debian;
 pub mod report;
 pub mod size;
+pub mod spawn;

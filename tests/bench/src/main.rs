@@ -4,7 +4,7 @@
 use anyhow::Result;
 use clap::Parser;
 use image::source::Checkout;
-use tests_bench::{boot, report, size};
+use tests_bench::{boot, report, size, spawn};
 
 /// Measures promises with numbers. Run it on an otherwise idle machine.
 #[derive(Parser)]
@@ -20,9 +20,15 @@ enum Arguments {
     },
     /// Sizes on disk and in memory
     Size,
+    /// Starts of a program, beside bubblewrap and crun (building them needs root and mmdebstrap)
+    Spawn {
+        /// By each contender
+        #[arg(long, default_value_t = 100)]
+        starts: usize,
+    },
     /// Copies results of earlier runs to tests/results/bench and writes README's table
     Keep {
-        /// boot, size
+        /// boot, size, spawn
         #[arg(required = true)]
         names: Vec<String>,
     },
@@ -37,6 +43,7 @@ fn main() -> Result<()> {
             report::publish(&boot::measure(runs.max(1), !no_peer)?, &checkout)
         }
         Arguments::Size => report::publish(&size::measure()?, &checkout),
+        Arguments::Spawn { starts } => report::publish(&spawn::measure(starts.max(1))?, &checkout),
         Arguments::Keep { names } => report::keep(&checkout, &names),
         Arguments::Readme => report::readme(&checkout),
     }
