@@ -10,6 +10,7 @@ use agentd_domain::plan::{DiskQuota, SandboxPlan};
 use agentd_sandbox::client::{Launcher, RunHandles};
 use std::io::{Error, Result};
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -64,17 +65,20 @@ impl Agentd {
         if let Some(problem) = client.list().map_err(other)?.problems.first() {
             return Err(Error::other(problem.to_string()));
         }
-        let agent = plan.agent_id.to_string();
-        client.prepare_agent(plan.agent_id, plan.uid, QUOTA).map_err(other)?;
-        for package in [scene.package(&agent), scene.copied_package()] {
-            std::fs::create_dir_all(&package)?;
-            let program = package.join("one-byte");
-            std::fs::copy(&scene.program, &program)?;
-            for path in [&package, &program] {
-                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))?;
-            }
-        }
-        Ok(Self { client, plan, _launcher: launcher })
+        let ours = Self { client, plan, _launcher: launcher };
+        ours.prepare(scene, &ours.plan)?;
+        install(&scene.programs, &scene.copied_package())?;
+        Ok(ours)
+    }
+
+    /// What agentd does when an agent is installed.
+    pub fn prepare(&self, scene: &Scene, plan: &SandboxPlan) -> Result<()> {
+        self.client.prepare_agent(plan.agent_id, plan.uid, QUOTA).map_err(other)?;
+        install(&scene.programs, &scene.package(&plan.agent_id.to_string()))
+    }
+
+    pub fn client(&self) -> &Launcher {
+        &self.client
     }
 
     pub fn plan(&self) -> &SandboxPlan {
@@ -115,13 +119,26 @@ impl Agentd {
     }
 }
 
-fn wait_readable(fd: &std::os::fd::OwnedFd) -> Result<()> {
+/// A package with the programs that are started here.
+fn install(programs: &Path, package: &Path) -> Result<()> {
+    std::fs::create_dir_all(package)?;
+    let everybody = |path: &Path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755));
+    everybody(package)?;
+    for name in ["one-byte", "idle"] {
+        let program = package.join(name);
+        std::fs::copy(programs.join(name), &program)?;
+        everybody(&program)?;
+    }
+    Ok(())
+}
+
+pub fn wait_readable(fd: &std::os::fd::OwnedFd) -> Result<()> {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let limit = Timespec { tv_sec: LIMIT.as_secs() as i64, tv_nsec: 0 };
     let ready = poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&limit))?;
     if ready == 0 { Err(Error::other("nothing within half a minute")) } else { Ok(()) }
 }
 
-fn other(error: impl std::fmt::Display) -> Error {
+pub fn other(error: impl std::fmt::Display) -> Error {
     Error::other(error.to_string())
 }

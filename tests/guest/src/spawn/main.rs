@@ -1,4 +1,4 @@
-//! How long from the wish to the first byte of a program in its sandbox?
+//! How long from the wish to the first byte of a program in its sandbox? And what do many cost that wait ([`idle`])?
 //!
 //! Runs where the kernel is that matters: in a guest with ours, or on this machine with what it has. Starts one tiny
 //! static program by each contender in turn, so that whatever disturbs the machine disturbs all alike.
@@ -11,6 +11,7 @@
 mod agentd;
 mod bubblewrap;
 mod crun;
+mod idle;
 mod plan;
 
 use std::io::{Error, Read, Result};
@@ -28,8 +29,8 @@ const WARM_UP: usize = 5;
 pub struct Scene {
     pub launcher: PathBuf,
     pub jail: PathBuf,
-    /// The program that is started.
-    pub program: PathBuf,
+    /// Where the programs are that are started.
+    pub programs: PathBuf,
     pub data: PathBuf,
     pub cgroup_root: PathBuf,
     /// For files that only this measurement needs.
@@ -38,6 +39,8 @@ pub struct Scene {
     pub without: String,
     starts: usize,
     wanted: Vec<String>,
+    /// Instead of starts: so many agents that wait, and how many of them are frozen.
+    idle: Option<(usize, usize)>,
 }
 
 pub trait Contender {
@@ -61,6 +64,9 @@ fn main() -> ExitCode {
 
 fn measure(scene: &Scene) -> Result<()> {
     std::fs::create_dir_all(&scene.scratch)?;
+    if let Some((agents, frozen)) = scene.idle {
+        return idle::measure(scene, agents, frozen);
+    }
     let plan = plan::plan();
     let ours = agentd::Agentd::new(scene, plan)?;
     // It has made the agent's folders, which the others show to the program as well.
@@ -96,26 +102,33 @@ impl Scene {
         let mut scene = Self {
             launcher: "/usr/lib/agentd/agent-launcher".into(),
             jail: "/usr/lib/agentd/agent-jail".into(),
-            program: "/usr/lib/agentd/one-byte".into(),
+            programs: "/usr/lib/agentd".into(),
             data: "/data".into(),
             cgroup_root: "/sys/fs/cgroup".into(),
             scratch: "/run/spawn".into(),
             without: String::new(),
             starts: 100,
             wanted: ["bwrap", "bwrap-user", "crun"].map(String::from).into(),
+            idle: None,
         };
         while let Some(name) = arguments.next() {
             let value = arguments.next().ok_or_else(|| Error::other(format!("{name} needs a value")))?;
             match name.as_str() {
                 "--launcher" => scene.launcher = value.into(),
                 "--jail" => scene.jail = value.into(),
-                "--program" => scene.program = value.into(),
+                "--programs" => scene.programs = value.into(),
                 "--data" => scene.data = value.into(),
                 "--cgroup-root" => scene.cgroup_root = value.into(),
                 "--scratch" => scene.scratch = value.into(),
                 "--without" => scene.without = value,
                 "--starts" => scene.starts = value.parse().map_err(Error::other)?,
                 "--beside" => scene.wanted = value.split(',').map(str::to_owned).collect(),
+                "--idle" => {
+                    let (agents, frozen) =
+                        value.split_once(',').ok_or_else(|| Error::other("--idle AGENTS,FROZEN"))?;
+                    let number = |text: &str| text.parse().map_err(Error::other);
+                    scene.idle = Some((number(agents)?, number(frozen)?));
+                }
                 _ => return Err(Error::other(format!("{name} is not known"))),
             }
         }
