@@ -84,8 +84,8 @@ pub enum KernelText {
 pub enum Time {
     /// Our time.
     Passing,
-    /// Only under emulation: each instruction takes a nanosecond, and waiting takes none of ours. Whatever else runs on
-    /// this machine, the guest measures the same.
+    /// Only under emulation: while the guest has work, each instruction takes a nanosecond, whatever else runs on this
+    /// machine. While it waits our time passes, so that a slow disk of ours is no deadline missed.
     Instructions,
 }
 

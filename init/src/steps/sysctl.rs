@@ -82,7 +82,9 @@ const OPEN_FILES: u64 = 65_536;
 pub fn apply(machine: &mut Machine) -> Outcome {
     let limit = rustix::process::Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
     if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit) {
-        machine.log.warn(&format!("children may hold no {OPEN_FILES} descriptors ({error}): fewer agents can run"));
+        machine
+            .log
+            .warn(&format!("children may hold no {OPEN_FILES} descriptors ({error}): fewer agents can run"));
     }
     let mut failed = Vec::new();
     let mut absent = Vec::new();

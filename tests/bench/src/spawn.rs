@@ -11,7 +11,7 @@ use image::cache::sha256_file;
 use image::programs;
 use image::qemu::{Accelerator, Boot, Drive, Machine, Time, copy_disk};
 use serde::Deserialize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 use tests_qemu::{BOOT, setup};
@@ -37,12 +37,14 @@ pub fn measure(starts: usize) -> Result<Bench> {
     let scene = Scene::prepare()?;
     let mut rows = Vec::new();
 
-    let passing = scene.guest(Time::Passing, starts)?;
-    rows.push(ratios("in a guest with our kernel: bubblewrap over agentd", &passing, BUBBLEWRAP)?.at_least(1.0));
+    let passing = scene.starts(Time::Passing, starts)?;
+    rows.push(
+        ratios("in a guest with our kernel: bubblewrap over agentd", &passing, BUBBLEWRAP)?.at_least(1.0),
+    );
     rows.push(ratios("in a guest with our kernel: crun over agentd", &passing, CRUN)?.at_least(3.0));
     rows.extend(absolute("in a guest with our kernel", &passing, "ms")?);
     if setup.accelerator == Accelerator::Tcg {
-        let counted = scene.guest(Time::Instructions, COUNTED_STARTS)?;
+        let counted = scene.starts(Time::Instructions, COUNTED_STARTS)?;
         let of = "of instructions, in that guest";
         rows.push(ratios(&format!("{of}: bubblewrap over agentd"), &counted, BUBBLEWRAP)?);
         rows.push(ratios(&format!("{of}: crun over agentd"), &counted, CRUN)?);
@@ -56,7 +58,7 @@ pub fn measure(starts: usize) -> Result<Bench> {
     Ok(result("spawn", rows))
 }
 
-struct Scene {
+pub(crate) struct Scene {
     peer: PathBuf,
     folder: tempfile::TempDir,
     kernel: PathBuf,
@@ -64,7 +66,7 @@ struct Scene {
 }
 
 impl Scene {
-    fn prepare() -> Result<Self> {
+    pub(crate) fn prepare() -> Result<Self> {
         let setup = setup();
         let checkout = &setup.built.checkout;
         let script = checkout.root.join("tests/bench/spawn-peer.sh");
@@ -87,6 +89,7 @@ impl Scene {
         }
         let source = checkout.root.join("tests/guest/one-byte.c");
         run(Command::new("gcc").args(["-static", "-Os", "-s", "-o"]).arg(ours.join("one-byte")).arg(source))?;
+        crate::idle::compile(&ours.join("idle"))?;
         let image = folder.path().join("programs.img");
         run(Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(&ours).arg(image).arg("32M"))?;
         let native = checkout.root.join("tests/bench/spawn-native.sh");
@@ -98,38 +101,54 @@ impl Scene {
     }
 
     /// One boot in which all contenders start `starts` times each.
-    fn guest(&self, time: Time, starts: usize) -> Result<Vec<Starts>> {
+    fn starts(&self, time: Time, starts: usize) -> Result<Vec<Starts>> {
+        let within = BOOT + ROUND * u32::try_from(starts + 10)?;
+        read(&self.guest(time, &format!("--starts {starts}"), 1024, within)?)
+    }
+
+    /// One boot in which the driver does what its arguments say; what it said.
+    pub(crate) fn guest(
+        &self,
+        time: Time,
+        arguments: &str,
+        memory_mib: u32,
+        within: Duration,
+    ) -> Result<String> {
         let (root, data) = (self.file("root.img"), self.file("data.img"));
         copy_disk(&self.peer.join("root.img"), &root)?;
         let _ = std::fs::remove_file(&data);
-        let quota = ["-q", "-t", "ext4", "-O", "quota", "-E", "quotatype=usrquota"];
-        run(Command::new("mke2fs").args(quota).arg(&data).arg("256M"))?;
+        // Room for a thousand agents' folders.
+        let quota = ["-q", "-t", "ext4", "-N", "40000", "-O", "quota", "-E", "quotatype=usrquota"];
+        run(Command::new("mke2fs").args(quota).arg(&data).arg("1G"))?;
         let boot = Boot::Direct {
             kernel: self.kernel.clone(),
             command_line: format!(
                 "console=ttyS0 quiet root=/dev/vda rw init=/sbin/bench-init \
-                 DRIVER=\"/usr/lib/agentd/spawn-driver --starts {starts}\""
+                 DRIVER=\"/usr/lib/agentd/spawn-driver {arguments}\""
             ),
             initrd: None,
         };
         let machine = Machine {
             time,
+            memory_mib,
             // What counts instructions runs its processors in turn, which is no order of things on any machine.
             cpus: if time == Time::Instructions { 1 } else { 2 },
             drives: [root, data, self.file("programs.img")].map(|file| Drive::raw(&file)).into(),
             ..Machine::new(setup().accelerator, boot)
         };
         let mut guest = machine.start(None)?;
-        let rounds = u32::try_from(starts + 10)?;
-        guest.wait_for("spawn: measured", BOOT + ROUND * rounds)?;
-        read(&guest.serial_text())
+        guest.wait_for("bench: over", within)?;
+        let said = guest.serial_text();
+        ensure!(said.contains("spawn: measured"), "the driver did not measure: {}", guest.scene());
+        Ok(said)
     }
 
     fn native(&self, starts: usize) -> Result<Vec<Starts>> {
         let mut command = Command::new("unshare");
         command.args(["--mount", "bash"]).arg(&self.native).arg(self.peer.join("root"));
         command.arg(self.file("programs")).args(["--without", "quota,memory,pids,cpu,io"]);
-        let output = command.args(["--starts", &starts.to_string()]).output().context("cannot start unshare")?;
+        let output =
+            command.args(["--starts", &starts.to_string()]).output().context("cannot start unshare")?;
         let said = String::from_utf8_lossy(&output.stdout);
         let errors = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "{}: {said}{errors}", self.native.display());
@@ -171,7 +190,8 @@ fn absolute(place: &str, starts: &[Starts], unit: &str) -> Result<Vec<Row>> {
             Ok(sorted.get(place.saturating_sub(1)).context("nothing was measured")? / 1000.0)
         };
         for (name, share) in [("p50", 0.50), ("p99", 0.99)] {
-            let what = format!("start of a program, {place}: {} {name}, {} starts", one.contender, sorted.len());
+            let what =
+                format!("start of a program, {place}: {} {name}, {} starts", one.contender, sorted.len());
             let row = Row::new(what, at(share)?, unit);
             rows.push(if one.contender == OURS { row } else { row.detail() });
         }
@@ -179,7 +199,7 @@ fn absolute(place: &str, starts: &[Starts], unit: &str) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-fn run(command: &mut Command) -> Result<()> {
+pub(crate) fn run(command: &mut Command) -> Result<()> {
     let output = command.output().with_context(|| format!("cannot start {command:?}"))?;
     ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())

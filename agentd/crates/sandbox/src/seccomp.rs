@@ -113,7 +113,10 @@ fn guard(kill: &[i64]) -> Result<BpfProgram, SeccompError> {
         .collect::<Result<BTreeMap<_, _>, SeccompError>>()?;
     let mut program = vec![
         statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, ARCHITECTURE),
-        sock_filter { jt: 1, ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, audit_architecture()?) },
+        sock_filter {
+            jt: 1,
+            ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, audit_architecture()?)
+        },
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_KILL_PROCESS),
     ];
     program.extend(assemble(&answers, libc::SECCOMP_RET_ALLOW, Some((X32_BIT, killed))));
