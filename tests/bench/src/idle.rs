@@ -55,8 +55,10 @@ fn told_rows(agents: usize, memory: &Value, freezing: &Value, accelerator: Accel
         rows.push(Row::new(format!("of that, growth of {kind}"), number(kib)?, "KiB").detail());
     }
     for which in ["jail", "agent"] {
-        let pss = number(&memory["processes_kib"][which]["Pss"])?;
-        rows.push(Row::new(format!("of that, share of the {which}'s process (Pss)"), pss, "KiB").detail());
+        let own = number(&memory["processes_kib"][which]["RssAnon"])?;
+        rows.push(
+            Row::new(format!("of that, pages of its own of the {which}'s process"), own, "KiB").detail(),
+        );
     }
     let frozen = number(&freezing["frozen"])?;
     let freeze = Row::new(
@@ -185,7 +187,7 @@ mod tests {
     fn what_stands_for_agentd_is_not_counted_as_the_agents() {
         let memory = serde_json::json!({
             "agents": 10, "kib_each": { "MemAvailable": -700.0, "Slab": 300.0 }, "own_kib_each": 60.0,
-            "processes_kib": { "jail": { "Pss": 120 }, "agent": { "Pss": 8 } },
+            "processes_kib": { "jail": { "RssAnon": 120 }, "agent": { "RssAnon": 8 } },
         });
         let freezing = serde_json::json!({ "frozen": 5, "stood_ms": 1200 });
         let rows = told_rows(10, &memory, &freezing, Accelerator::Kvm).unwrap();

@@ -51,7 +51,7 @@ pub fn measure(scene: &Scene, count: usize, frozen: usize) -> Result<()> {
     let each = |kib: i64| kib as f64 / count as f64;
     let grown: BTreeMap<&str, f64> =
         KINDS.iter().map(|kind| (*kind, each(after[*kind] - before[*kind]))).collect();
-    let processes = ["jail", "agent"].map(|which| (which, rollup(&first, which)));
+    let processes = ["jail", "agent"].map(|which| (which, resident(&first, which)));
     println!(
         "idle: {}",
         serde_json::json!({
@@ -138,17 +138,16 @@ fn own_memory() -> Result<i64> {
     kib.ok_or_else(|| Error::other("/proc/self/status has no VmRSS"))
 }
 
-/// Memory of the jail's process or of its child, in KiB by name: shared pages count by their share.
-fn rollup(one: &Idle, which: &str) -> BTreeMap<String, i64> {
+/// What the jail's process or its child has resident, in KiB: pages of its own, and of files, which all runs share.
+fn resident(one: &Idle, which: &str) -> BTreeMap<String, i64> {
     let jail = one.run.pid;
     let children = std::fs::read_to_string(format!("/proc/{jail}/task/{jail}/children")).unwrap_or_default();
     let agent = children.split_whitespace().next().unwrap_or("0").to_owned();
     let pid = if which == "jail" { jail.to_string() } else { agent };
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let lines = text.lines().filter_map(|line| line.split_once(':'));
-    let wanted = ["Rss", "Pss", "Private_Clean", "Private_Dirty", "Anonymous"];
     lines
-        .filter(|(name, _)| wanted.contains(name))
+        .filter(|(name, _)| ["RssAnon", "RssFile"].contains(name))
         .filter_map(|(name, rest)| Some((name.to_owned(), rest.split_whitespace().next()?.parse().ok()?)))
         .collect()
 }

@@ -192,10 +192,8 @@ impl Hierarchy {
     }
 
     fn enable_below(&self, group: &Path) -> Result<(), Report> {
-        for name in &self.controllers {
-            set(group, "cgroup.subtree_control", format!("+{name}"))?;
-        }
-        Ok(())
+        let wanted: Vec<String> = self.controllers.iter().map(|name| format!("+{name}")).collect();
+        if wanted.is_empty() { Ok(()) } else { set(group, "cgroup.subtree_control", wanted.join(" ")) }
     }
 }
 
