@@ -1,18 +1,31 @@
 //! An agent that takes all it can get: processes, descriptors, disk, and after the seconds that its argument says also
 //! memory, which ends it. Says of each when it was first held: `fork held after 12 ms`.
-#![allow(unsafe_code)]
+#![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::io::Write;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+const PROGRAM: &str = "/agent/bin/bombs";
+
 fn main() {
-    let seconds: u64 = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(10);
+    let word = std::env::args().nth(1).unwrap_or_default();
+    match word.as_str() {
+        "fork" => forks(Told::NotYet),
+        "fork-again" => forks(Told::Already),
+        "descriptors" => descriptors(),
+        "disk" => disk(),
+        seconds => all(seconds.parse().unwrap_or(10)),
+    }
+}
+
+/// Each in a process of its own, so that one that is held holds up no other.
+fn all(seconds: u64) {
     println!("begins");
-    // Each in a process of its own, so that one that is held holds up no other.
-    for bomb in [descriptors, disk, forks] {
-        if child() {
-            bomb();
+    for bomb in ["descriptors", "disk", "fork"] {
+        if let Err(error) = Command::new(PROGRAM).arg(bomb).spawn() {
+            println!("no {bomb}: {error}");
         }
     }
     std::thread::sleep(Duration::from_secs(seconds));
@@ -25,29 +38,24 @@ fn main() {
     }
 }
 
-/// True in the new process, and in the old one when there is none.
-fn child() -> bool {
-    // SAFETY: this program has one thread, so the child may allocate and use every library call.
-    unsafe { libc::fork() == 0 }
-}
-
 fn held(what: &str, begin: Instant) {
     println!("{what} held after {} ms", begin.elapsed().as_millis());
 }
 
-/// Every process forks, and goes on when it is refused.
-fn forks() {
+#[derive(PartialEq)]
+enum Told {
+    NotYet,
+    Already,
+}
+
+/// Every process starts others, and goes on when it is refused.
+fn forks(mut told: Told) {
     let begin = Instant::now();
-    let mut first = true;
     loop {
-        // SAFETY: as in `child`. What the copies do is the same as what this one does.
-        let copy = unsafe { libc::fork() };
-        if copy == 0 {
-            first = false;
-        }
-        if copy == -1 && first {
+        let refused = Command::new(PROGRAM).arg("fork-again").spawn().is_err();
+        if refused && told == Told::NotYet {
             held("fork", begin);
-            first = false;
+            told = Told::Already;
         }
     }
 }
