@@ -48,7 +48,7 @@ pub(super) fn assemble(
     otherwise: u32,
     beyond: Option<(u32, Answer)>,
 ) -> BpfProgram {
-    let ranges = ranges(answers, otherwise, beyond);
+    let ranges = folded(&ranges(answers, otherwise, beyond));
     let mut assembler = Assembler { reversed: Vec::new(), leaves: Vec::new() };
     assembler.tree(&ranges);
     assembler.reversed.push(load(NUMBER));
@@ -87,6 +87,37 @@ fn ranges(
     ranges
 }
 
+/// Numbers from one up to the next range, with single ones among them that have another answer: to ask for such a one
+/// takes one comparison, to go around it two.
+struct Range {
+    from: u32,
+    answer: Answer,
+    but: Vec<(u32, Answer)>,
+}
+
+/// At most so many are asked for one by one.
+const SINGLE_MOST: usize = 4;
+
+fn folded(ranges: &[(u32, Answer)]) -> Vec<Range> {
+    let mut folded: Vec<Range> = Vec::new();
+    let mut rest = ranges;
+    while let [(from, answer), after @ ..] = rest {
+        rest = after;
+        if let Some(last) = folded.last_mut()
+            && last.but.len() < SINGLE_MOST
+            && let [(next, same), beyond @ ..] = rest
+            && *same == last.answer
+            && from.checked_add(1) == Some(*next)
+        {
+            last.but.push((*from, answer.clone()));
+            rest = beyond;
+        } else {
+            folded.push(Range { from: *from, answer: answer.clone(), but: Vec::new() });
+        }
+    }
+    folded
+}
+
 /// Writes from the end to the beginning: a jump leads forward, so its target is known by then.
 struct Assembler {
     reversed: BpfProgram,
@@ -102,14 +133,21 @@ struct Entry {
 
 impl Assembler {
     /// Where the code for these ranges begins, as a place in `reversed`.
-    fn tree(&mut self, ranges: &[(u32, Answer)]) -> usize {
+    fn tree(&mut self, ranges: &[Range]) -> usize {
         let (left, right) = ranges.split_at(ranges.len() / 2);
         match (left, right) {
-            ([], [(_, answer)]) => self.leaf(answer),
-            (_, [(from, _), ..]) if !left.is_empty() => {
+            ([], [range]) => {
+                let mut next = self.leaf(&range.answer);
+                for (number, answer) in range.but.iter().rev() {
+                    let single = self.leaf(answer);
+                    next = self.branch(libc::BPF_JEQ, *number, single, next);
+                }
+                next
+            }
+            (_, [range, ..]) if !left.is_empty() => {
                 let above = self.tree(right);
                 let below = self.tree(left);
-                self.branch(libc::BPF_JGE, *from, above, below)
+                self.branch(libc::BPF_JGE, range.from, above, below)
             }
             // No range at all: `ranges` gives one at least.
             _ => self.end(libc::SECCOMP_RET_KILL_PROCESS),

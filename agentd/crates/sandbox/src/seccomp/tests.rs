@@ -209,8 +209,7 @@ fn the_search_by_halves_finds_what_the_plan_says() {
         assert_eq!(run(&filters, &call(number, &[])), expected, "call {number}");
     }
     let steps = filters.allow.len();
-    println!("STEPS {steps} guard {}", filters.guard.len());
-    assert!(steps < 300, "a start pays for the square of the length: {steps}");
+    assert!(steps < 150, "a start pays for the square of the length: {steps}");
 }
 
 /// Longer than one conditional jump reaches, and with every kind of answer.
