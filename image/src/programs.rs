@@ -90,6 +90,20 @@ fn build_all(cache: &Cache, checkout: &Checkout) -> Result<Programs> {
     Ok(Programs { programs, library_folder, toolchain, backends })
 }
 
+/// Static programs of another crate of ours, for tests and benchmarks in a guest; in the order of `names`.
+pub fn static_programs(
+    cache: &Cache,
+    checkout: &Checkout,
+    package: &str,
+    names: &[&str],
+) -> Result<Vec<PathBuf>> {
+    let target = cache.path("programs-target");
+    let mut cargo = cargo(checkout, &target, Linking::Static)?;
+    cargo.args(["build", "--release", "--locked", "-p", package, "--target", TARGET]);
+    command::output(&mut cargo)?;
+    Ok(names.iter().map(|name| target.join(TARGET).join("release").join(name)).collect())
+}
+
 /// The engine's target folder; tests that need a real engine use it too, so llama.cpp is compiled once.
 pub fn engine_target(cache: &Cache) -> PathBuf {
     cache.path("engine-target")

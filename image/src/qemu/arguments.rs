@@ -1,6 +1,6 @@
 //! Which arguments does QEMU get? Pure.
 
-use super::{Accelerator, Boot, Bus, Drive, KernelText, Machine, Mode, Network, OnReboot, Screen};
+use super::{Accelerator, Boot, Bus, Drive, KernelText, Machine, Mode, Network, OnReboot, Screen, Time};
 use std::path::Path;
 
 /// Debian's ovmf, in the size that bookworm and trixie share.
@@ -14,6 +14,10 @@ pub(super) fn all(machine: &Machine, qmp: &Path, qemu: (u32, u32)) -> Vec<String
     let mut arguments = words(&["-nodefaults", "-no-user-config", "-machine", "q35,smm=off"]);
     arguments.extend(words(match machine.accelerator {
         Accelerator::Kvm => &["-accel", "kvm", "-cpu", "host"],
+        // What counts instructions runs one processor at a time.
+        Accelerator::Tcg if machine.time == Time::Instructions => {
+            &["-accel", "tcg,thread=single", "-icount", "shift=0", "-cpu", "max"]
+        }
         Accelerator::Tcg if machine.kernel_text == KernelText::Patched && qemu < TRANSLATES_SAFELY => {
             &["-accel", "tcg,thread=single", "-cpu", "max"]
         }
@@ -155,6 +159,9 @@ mod tests {
         assert_eq!(accelerator(&patched, (8, 1)), "tcg,thread=multi");
         let constant = Machine { kernel_text: KernelText::Constant, ..machine() };
         assert_eq!(accelerator(&constant, (7, 2)), "tcg,thread=multi");
+        let counting = Machine { time: Time::Instructions, ..constant };
+        assert_eq!(accelerator(&counting, (8, 1)), "tcg,thread=single");
+        assert_eq!(after(&all(&counting, Path::new("q"), (8, 1)), "-icount"), ["shift=0"]);
         assert_eq!(version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)"), Some((7, 2)));
         assert_eq!(version("QEMU emulator version 10.0.2"), Some((10, 0)));
     }

@@ -32,6 +32,7 @@ pub struct Machine {
     pub accelerator: Accelerator,
     pub boot: Boot,
     pub kernel_text: KernelText,
+    pub time: Time,
     pub memory_mib: u32,
     pub cpus: u32,
     pub drives: Vec<Drive>,
@@ -53,6 +54,7 @@ impl Machine {
             accelerator,
             boot,
             kernel_text: KernelText::Patched,
+            time: Time::Passing,
             memory_mib: 1024,
             cpus: 1,
             drives: Vec::new(),
@@ -75,6 +77,16 @@ impl Machine {
 pub enum KernelText {
     Constant,
     Patched,
+}
+
+/// What moves the guest's clocks?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Time {
+    /// Our time.
+    Passing,
+    /// Only under emulation: while the guest has work, each instruction takes a nanosecond, whatever else runs on this
+    /// machine. While it waits our time passes, so that a slow disk of ours is no deadline missed.
+    Instructions,
 }
 
 #[derive(Debug, Clone)]

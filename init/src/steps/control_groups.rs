@@ -18,8 +18,12 @@ use std::path::Path;
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 /// Memory that agents cannot take from `/system`: a little more than it needs when idle.
 const SYSTEM_MEMORY_MIN: &str = "67108864";
-/// Against 100 of every other group: a load must not delay a kill or a status page.
-const SYSTEM_CPU_WEIGHT: &str = "1000";
+/// Who goes first when all want the processor. agentd and the launcher before everything: a load must not delay a kill or
+/// a status page, and they take little. An engine before agents: it answers for all of them, and one that spins would
+/// otherwise take half of every answer from its neighbours; at twenty to one it takes a twentieth. What an engine leaves,
+/// agents share.
+const CPU_WEIGHTS: [(&str, &str); 3] =
+    [(CGROUP_SYSTEM, "10000"), (CGROUP_ENGINES, "2000"), (CGROUP_AGENTS, "100")];
 
 pub fn make_tree(machine: &mut Machine) -> Outcome {
     make(machine, Path::new(CGROUP_ROOT)).map_err(|(path, error)| {
@@ -46,7 +50,9 @@ fn make(machine: &mut Machine, root: &Path) -> Result<(), (String, io::Error)> {
     let system = root.join(CGROUP_SYSTEM);
     // Missing when its controller is; `walls` reports that, so it is no second error here.
     let _ = fs::write(system.join("memory.min"), SYSTEM_MEMORY_MIN);
-    let _ = fs::write(system.join("cpu.weight"), SYSTEM_CPU_WEIGHT);
+    for (group, weight) in CPU_WEIGHTS {
+        let _ = fs::write(root.join(group).join("cpu.weight"), weight);
+    }
     for child in ALL {
         let path = system.join(child.describe().cgroup);
         at(&path, make_group(&path))?;

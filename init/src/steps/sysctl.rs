@@ -74,8 +74,18 @@ const SETTINGS: &[Setting] = &[
     optional("net.ipv6.conf.default.accept_redirects", "0", "no stranger changes routes"),
 ];
 
+/// Descriptors that a child of init may hold. The launcher and agentd need about eight for each run, and the kernel's own
+/// limit of 1024 ends with the hundred-and-fiftieth agent. An agent's limit is its plan's.
+const OPEN_FILES: u64 = 65_536;
+
 /// Sets them all.
 pub fn apply(machine: &mut Machine) -> Outcome {
+    let limit = rustix::process::Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
+    if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit) {
+        machine
+            .log
+            .warn(&format!("children may hold no {OPEN_FILES} descriptors ({error}): fewer agents can run"));
+    }
     let mut failed = Vec::new();
     let mut absent = Vec::new();
     for setting in SETTINGS {

@@ -5,8 +5,11 @@
 //! `tests/results/bench/`, which is committed, and from there README's table is made.
 #![forbid(unsafe_code)]
 
+pub mod bombs;
 pub mod boot;
 pub mod debian;
+pub mod idle;
 pub mod report;
 pub mod rights;
 pub mod size;
+pub mod spawn;

@@ -56,6 +56,7 @@ pub struct Start {
     pub command_line: String,
     pub uefi: bool,
     pub memory_mib: u32,
+    pub cpus: u32,
     pub rtc_base: String,
     pub capture: bool,
     pub drives: Vec<Drive>,
@@ -86,6 +87,7 @@ impl Default for Start {
             command_line: String::new(),
             uefi: false,
             memory_mib: 1024,
+            cpus: 2,
             rtc_base: "utc".to_owned(),
             capture: false,
             drives: Vec::new(),
@@ -157,7 +159,7 @@ impl Appliance {
         };
         Ok(Machine {
             memory_mib: start.memory_mib,
-            cpus: 2,
+            cpus: start.cpus,
             drives,
             network,
             rtc_base: start.rtc_base.clone(),

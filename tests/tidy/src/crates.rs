@@ -44,6 +44,8 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     ("echo-agent", &[]),
     ("image", &["agentd-domain"]),
     ("tests-host", &["agentd-domain", "echo-agent"]),
+    // Programs that run inside a guest, for tests and benchmarks.
+    ("tests-guest", &["agentd-domain", "agentd-sandbox"]),
     ("tests-qemu", &["agentd-domain", "image", "init-sys"]),
     // The form of a result is tidy's, which reads what bench writes.
     ("tests-bench", &["agentd-domain", "image", "tests-qemu", "tests-tidy"]),

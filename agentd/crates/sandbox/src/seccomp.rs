@@ -8,20 +8,18 @@
 //!         Arguments that the kernel reads as 32 bits are compared as 32 bits: with 64, `TIOCSTI | 1 << 32` passes.
 //! Never:  a call by number alone that the plan does not name.
 
+mod program;
+
 use crate::syscalls;
 use agentd_domain::plan::SeccompPlan;
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch, apply_filter, sock_filter,
-};
+use program::{Answer, Check, Rule, assemble, statement};
+use seccompiler::{BpfProgram, apply_filter, sock_filter};
 use std::collections::BTreeMap;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     #[error("`{name}` is not a system call that plans may name")]
     UnknownCall { name: String },
-    #[error("the filter could not be built: {source}")]
-    Build { source: BackendError },
     #[error("the kernel did not take the filter: {source}")]
     Install { source: seccompiler::Error },
     #[error("no filter can be built for the processor architecture `{name}`")]
@@ -103,37 +101,25 @@ fn number(name: &str) -> Result<i64, SeccompError> {
     syscalls::number(name).ok_or_else(|| SeccompError::UnknownCall { name: name.to_owned() })
 }
 
-/// seccompiler looks at the architecture but not at x32, which has x86-64's audit value and bit 30 in the number.
+/// Also for x32, which has x86-64's audit value and bit 30 in the number.
 fn guard(kill: &[i64]) -> Result<BpfProgram, SeccompError> {
     const X32_BIT: u32 = 0x4000_0000;
-    let load = |offset| sock_filter {
-        code: (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16,
-        jt: 0,
-        jf: 0,
-        k: offset,
-    };
-    let end = |action| sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: action };
-    let jump = |test: u32, value, jt, jf| sock_filter {
-        code: (libc::BPF_JMP | test | libc::BPF_K) as u16,
-        jt,
-        jf,
-        k: value,
-    };
+    /// Offset of the architecture in `struct seccomp_data`.
+    const ARCHITECTURE: u32 = 4;
+    let killed = Answer::Always(libc::SECCOMP_RET_KILL_PROCESS);
+    let answers = kill
+        .iter()
+        .map(|&call| Ok((narrow(call)?, killed.clone())))
+        .collect::<Result<BTreeMap<_, _>, SeccompError>>()?;
     let mut program = vec![
-        // Offsets in `struct seccomp_data`: nr 0, arch 4.
-        load(4),
-        jump(libc::BPF_JEQ, audit_architecture()?, 1, 0),
-        end(libc::SECCOMP_RET_KILL_PROCESS),
-        load(0),
-        jump(libc::BPF_JGE, X32_BIT, 0, 1),
-        end(libc::SECCOMP_RET_KILL_PROCESS),
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, ARCHITECTURE),
+        sock_filter {
+            jt: 1,
+            ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, audit_architecture()?)
+        },
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_KILL_PROCESS),
     ];
-    for &call in kill {
-        let call = u32::try_from(call).map_err(|_| SeccompError::UnknownCall { name: call.to_string() })?;
-        program.push(jump(libc::BPF_JEQ, call, 0, 1));
-        program.push(end(libc::SECCOMP_RET_KILL_PROCESS));
-    }
-    program.push(end(libc::SECCOMP_RET_ALLOW));
+    program.extend(assemble(&answers, libc::SECCOMP_RET_ALLOW, Some((X32_BIT, killed))));
     Ok(program)
 }
 
@@ -147,45 +133,50 @@ fn audit_architecture() -> Result<u32, SeccompError> {
 }
 
 fn answer(calls: &[i64], errno: i32) -> Result<BpfProgram, SeccompError> {
-    let rules = calls.iter().map(|&call| (call, Vec::new())).collect();
-    build(rules, SeccompAction::Allow, SeccompAction::Errno(errno as u32))
+    let answer = Answer::Always(libc::SECCOMP_RET_ERRNO | errno as u32);
+    let answers = calls.iter().map(|&call| Ok((narrow(call)?, answer.clone()))).collect::<Result<_, _>>()?;
+    Ok(assemble(&answers, libc::SECCOMP_RET_ALLOW, None))
 }
 
 fn allow(calls: &[i64], rules: ArgumentRules<'_>) -> Result<BpfProgram, SeccompError> {
-    let limits = argument_limits(rules).map_err(|source| SeccompError::Build { source })?;
-    let mut table: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    const REFUSED: u32 = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
+    let limits = argument_limits(rules);
+    let mut answers = BTreeMap::new();
     for &call in calls {
-        match limits.get(&call) {
-            // A call whose list of good arguments is empty is not allowed at all: no rule would mean all arguments.
-            Some(limits) if limits.is_empty() => {}
-            Some(limits) => {
-                table.insert(call, limits.clone());
+        let answer = match limits.get(&call) {
+            // Also for an empty list of good arguments, which allows none.
+            Some(one_of) => {
+                let one_of = one_of.clone();
+                Answer::If { one_of, then: libc::SECCOMP_RET_ALLOW, otherwise: REFUSED }
             }
-            None => {
-                table.insert(call, Vec::new());
-            }
-        }
+            None => Answer::Always(libc::SECCOMP_RET_ALLOW),
+        };
+        answers.insert(narrow(call)?, answer);
     }
-    build(table, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
+    Ok(assemble(&answers, REFUSED, None))
+}
+
+fn narrow(call: i64) -> Result<u32, SeccompError> {
+    u32::try_from(call).map_err(|_| SeccompError::UnknownCall { name: call.to_string() })
 }
 
 /// One of the rules of a call must hold.
-fn argument_limits(rules: ArgumentRules<'_>) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
+fn argument_limits(rules: ArgumentRules<'_>) -> BTreeMap<i64, Vec<Rule>> {
     /// Type bits of `socket`'s second argument; the rest are SOCK_CLOEXEC and SOCK_NONBLOCK.
-    const SOCK_TYPE_MASK: u64 = 0xf;
-    let unix = libc::AF_UNIX as u64;
-    let stream = libc::SOCK_STREAM as u64;
+    const SOCK_TYPE_MASK: u32 = 0xf;
+    let unix = libc::AF_UNIX as u32;
+    let stream = libc::SOCK_STREAM as u32;
     let mut limits = BTreeMap::from([
-        (libc::SYS_clone, vec![SeccompRule::new(vec![masked(0, new_namespaces(), 0)?])?]),
-        (libc::SYS_socketpair, vec![SeccompRule::new(vec![equal(0, unix)?])?]),
+        (libc::SYS_clone, vec![vec![masked(0, new_namespaces(), 0)]]),
+        (libc::SYS_socketpair, vec![vec![equal(0, unix)]]),
     ]);
     match rules {
         ArgumentRules::Own { ioctl } => {
-            limits.insert(libc::SYS_socket, vec![SeccompRule::new(vec![equal(0, unix)?])?]);
+            limits.insert(libc::SYS_socket, vec![vec![equal(0, unix)]]);
             match ioctl {
                 Ioctl::Any => {}
                 Ioctl::Descriptors => {
-                    limits.insert(libc::SYS_ioctl, one_of(1, &[0x541b, 0x5421, 0x5450, 0x5451, 0x5401])?);
+                    limits.insert(libc::SYS_ioctl, one_of(1, &[0x541b, 0x5421, 0x5450, 0x5451, 0x5401]));
                 }
                 Ioctl::None => {
                     limits.insert(libc::SYS_ioctl, Vec::new());
@@ -193,27 +184,25 @@ fn argument_limits(rules: ArgumentRules<'_>) -> Result<BTreeMap<i64, Vec<Seccomp
             }
         }
         ArgumentRules::Plan(plan) => {
-            let sockets = plan.socket_families.iter().map(|&family| {
-                SeccompRule::new(vec![equal(0, family.into())?, masked(1, SOCK_TYPE_MASK, stream)?])
-            });
-            let datagram = libc::SOCK_DGRAM as u64;
-            let datagrams = plan.datagram_families.iter().map(|&family| {
-                SeccompRule::new(vec![equal(0, family.into())?, masked(1, SOCK_TYPE_MASK, datagram)?])
-            });
-            limits.insert(libc::SYS_socket, sockets.chain(datagrams).collect::<Result<_, _>>()?);
-            limits.insert(libc::SYS_ioctl, one_of(1, &plan.ioctls)?);
-            limits.insert(libc::SYS_prctl, one_of(0, &plan.prctls)?);
+            let of = |families: &[u32], kind: u32| -> Vec<Rule> {
+                families.iter().map(|&family| vec![equal(0, family), masked(1, SOCK_TYPE_MASK, kind)]).collect()
+            };
+            let mut sockets = of(&plan.socket_families, stream);
+            sockets.extend(of(&plan.datagram_families, libc::SOCK_DGRAM as u32));
+            limits.insert(libc::SYS_socket, sockets);
+            limits.insert(libc::SYS_ioctl, one_of(1, &plan.ioctls));
+            limits.insert(libc::SYS_prctl, one_of(0, &plan.prctls));
             // Its own limits only: 0 is the caller.
-            limits.insert(libc::SYS_prlimit64, one_of(0, &[0])?);
+            limits.insert(libc::SYS_prlimit64, one_of(0, &[0]));
             // Asking is harmless; every persona weakens something (ASLR, READ_IMPLIES_EXEC).
-            limits.insert(libc::SYS_personality, one_of(0, &[u32::MAX])?);
+            limits.insert(libc::SYS_personality, one_of(0, &[u32::MAX]));
         }
     }
-    Ok(limits)
+    limits
 }
 
 /// `CLONE_NEWTIME` shares its bit with the exit signal of `clone` and cannot be asked for there.
-fn new_namespaces() -> u64 {
+fn new_namespaces() -> u32 {
     let flags = libc::CLONE_NEWNS
         | libc::CLONE_NEWUTS
         | libc::CLONE_NEWIPC
@@ -221,31 +210,19 @@ fn new_namespaces() -> u64 {
         | libc::CLONE_NEWPID
         | libc::CLONE_NEWNET
         | libc::CLONE_NEWCGROUP;
-    flags as u64
+    flags as u32
 }
 
-fn one_of(argument: u8, values: &[u32]) -> Result<Vec<SeccompRule>, BackendError> {
-    values.iter().map(|&value| SeccompRule::new(vec![equal(argument, value.into())?])).collect()
+fn one_of(argument: u8, values: &[u32]) -> Vec<Rule> {
+    values.iter().map(|&value| vec![equal(argument, value)]).collect()
 }
 
-fn equal(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
-    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+fn equal(argument: u8, value: u32) -> Check {
+    masked(argument, u32::MAX, value)
 }
 
-fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompCondition, BackendError> {
-    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(mask), value)
-}
-
-fn build(
-    rules: BTreeMap<i64, Vec<SeccompRule>>,
-    otherwise: SeccompAction,
-    matching: SeccompAction,
-) -> Result<BpfProgram, SeccompError> {
-    let name = std::env::consts::ARCH;
-    let arch = TargetArch::try_from(name).map_err(|_| SeccompError::Architecture { name })?;
-    SeccompFilter::new(rules, otherwise, matching, arch)
-        .and_then(BpfProgram::try_from)
-        .map_err(|source| SeccompError::Build { source })
+fn masked(argument: u8, mask: u32, value: u32) -> Check {
+    Check { argument, mask, value }
 }
 
 #[cfg(test)]

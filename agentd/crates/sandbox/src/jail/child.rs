@@ -5,13 +5,14 @@
 //!
 //! | step | why here |
 //! |---|---|
-//! | stdio; wait | descriptors can still be moved; nothing starts before the jail has confined itself |
+//! | stdio | descriptors can still be moved |
 //! | resource limits, umask | inherited by everything after |
 //! | bounding set, securebits | need CAP_SETPCAP, which the next steps take |
 //! | groups, gid, uid | needs CAP_SETGID and CAP_SETUID |
 //! | capabilities empty, setuid(0) fails | proves the two above |
 //! | no_new_privs, parent death signal | after the uid: its change clears the signal |
 //! | Landlock | sees the new root; needs no_new_privs |
+//! | wait | nothing of the agent starts before the jail has confined itself, which it does meanwhile |
 //! | seccomp | forbids all of the above |
 //! | self-probe, close, exec | |
 
@@ -64,7 +65,6 @@ pub(super) fn run(child: &AgentChild<'_>) -> i32 {
 
 fn become_agent(child: &AgentChild<'_>) -> Result<std::convert::Infallible, Failure> {
     let plan = child.plan;
-    step("agent: wait for the jail", sys::await_byte(GO_FD))?;
     step("agent: session", rustix::process::setsid())?;
     step("agent: signal mask", sys::unblock_all())?;
     for limit in &plan.rlimits {
@@ -80,6 +80,7 @@ fn become_agent(child: &AgentChild<'_>) -> Result<std::convert::Infallible, Fail
     let absent = |path: &str| child.absent.iter().any(|gone| gone == path);
     step("agent: landlock", landlock::restrict(&plan.landlock, &absent))?;
     let filters = step("agent: seccomp", seccomp::compile(&plan.seccomp))?;
+    step("agent: wait for the jail", sys::await_byte(GO_FD))?;
     step("agent: seccomp", filters.install())?;
     probe::all_walls_hold(plan)?;
     sys::write_all(REPORT_FD, ABOUT_TO_EXEC);

@@ -150,6 +150,8 @@ pub(super) fn launch(plan: &SandboxPlan, absent: &[String]) -> Result<Launched, 
         report: agent_report.as_fd(),
         go: agent_go.as_fd(),
     };
+    // Before the fork: one drops for both. The child makes sure.
+    step("jail: capability bounding set", sys::drop_bounding_set(0))?;
     let agent = match step("fork", sys::fork())? {
         Forked::Child => sys::exit_now(child::run(&child)),
         Forked::Parent { child } => child,
@@ -165,7 +167,6 @@ pub(super) fn launch(plan: &SandboxPlan, absent: &[String]) -> Result<Launched, 
 /// From here on this process can do nothing but wait for its child. It shares the agent's uid, so it is made
 /// undumpable (it never execs again, so that lasts): the agent can neither look into it nor see it in /proc.
 fn confine(uid: u32) -> Result<(), Failure> {
-    step("jail: capability bounding set", sys::drop_bounding_set(0))?;
     child::change_user(uid)?;
     child::drop_capabilities()?;
     step("jail: undumpable", set_dumpable_behavior(DumpableBehavior::NotDumpable))?;

@@ -36,7 +36,8 @@ pub enum FromJail {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
+// By its own name and not by a tag inside: for a tag, the reader keeps the whole plan in pieces before it reads it.
+#[serde(rename_all = "snake_case")]
 pub enum ToJail {
     Spec(Box<JailSpec>),
     /// Instead of the spec: start this in the run whose doors come with it.

@@ -83,8 +83,9 @@ impl Hierarchy {
         self.enable_below(&self.root)?;
         for name in [paths::CGROUP_AGENTS, paths::CGROUP_ENGINES] {
             let tree = self.root.join(name);
-            remove_tree(&tree, 3);
             make(&tree)?;
+            // Not the tree itself: init has given it its weight.
+            groups_in(&tree).for_each(|group| remove_tree(&group, 2));
             self.enable_below(&tree)?;
         }
         Ok(())
@@ -191,10 +192,8 @@ impl Hierarchy {
     }
 
     fn enable_below(&self, group: &Path) -> Result<(), Report> {
-        for name in &self.controllers {
-            set(group, "cgroup.subtree_control", format!("+{name}"))?;
-        }
-        Ok(())
+        let wanted: Vec<String> = self.controllers.iter().map(|name| format!("+{name}")).collect();
+        if wanted.is_empty() { Ok(()) } else { set(group, "cgroup.subtree_control", wanted.join(" ")) }
     }
 }
 
@@ -305,13 +304,14 @@ fn remove_tree(group: &Path, depth: u32) {
     // What was killed is gone only a moment later; the caller sees a folder that is left and tries again.
     let _ = kill(group);
     if depth > 0 {
-        for entry in fs::read_dir(group).into_iter().flatten().flatten() {
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                remove_tree(&entry.path(), depth - 1);
-            }
-        }
+        groups_in(group).for_each(|below| remove_tree(&below, depth - 1));
     }
     let _ = fs::remove_dir(group);
+}
+
+fn groups_in(group: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(group).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
 }
 
 /// `io.max` takes whole disks, not partitions. `None` for what is on no disk, such as a memory file system.

@@ -73,8 +73,8 @@ pub(super) fn prepare(
 
 /// That this agent's volume exists and belongs to this uid.
 pub(super) fn verify(options: &Options, agent_id: AgentId, uid: u32) -> Result<(), Report> {
-    let prepared = agents_folder(options)
-        .and_then(|agents| beneath(&agents, &format!("{agent_id}/{WORK}")))
+    let prepared = data_folder(options)
+        .and_then(|data| beneath(&data, &format!("agents/{agent_id}/{WORK}")))
         .and_then(|work| fstat(&work));
     match prepared {
         Ok(stat) if stat.st_uid == uid && FileType::from_raw_mode(stat.st_mode).is_dir() => Ok(()),
@@ -250,13 +250,13 @@ fn names(folder: &OwnedFd, most: usize) -> Result<Vec<std::ffi::CString>, Errno>
     Ok(found)
 }
 
+fn data_folder(options: &Options) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, options.data_dir.as_path(), flags, Mode::empty())
+}
+
 fn agents_folder(options: &Options) -> Result<OwnedFd, Errno> {
-    let data = openat(
-        CWD,
-        options.data_dir.as_path(),
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
+    let data = data_folder(options)?;
     make_folder(&data, "agents", 0o700)?;
     let agents = beneath(&data, "agents")?;
     give(&agents, 0, options.agentd_uid, 0o750)?;

@@ -146,7 +146,7 @@ fn a_clone_makes_threads_and_processes_but_no_namespaces() {
     assert_eq!(run(&filters, &call(libc::SYS_clone, &[libc::SIGCHLD as u64])), ALLOW);
     for bit in 0..32 {
         let flag = 1_u64 << bit;
-        let expected = if flag & new_namespaces() == 0 { ALLOW } else { EPERM };
+        let expected = if flag & u64::from(new_namespaces()) == 0 { ALLOW } else { EPERM };
         assert_eq!(
             run(&filters, &call(libc::SYS_clone, &[flag | libc::SIGCHLD as u64])),
             expected,
@@ -188,4 +188,50 @@ fn a_name_that_nobody_knows_is_an_error_and_not_a_gap() {
     assert!(matches!(compile(&plan), Err(SeccompError::UnknownCall { .. })));
     plan.kill.clear();
     assert!(compile(&plan).is_ok());
+}
+
+/// Every call of a full plan, and every number around them, against the plan itself.
+#[test]
+fn the_search_by_halves_finds_what_the_plan_says() {
+    let plan: agentd_domain::plan::SandboxPlan =
+        serde_json::from_str(include_str!("../../tests/fixtures/plan.json")).unwrap();
+    let plan = plan.seccomp;
+    let filters = compile(&plan).unwrap();
+    let numbers =
+        |list: &[String]| -> Vec<i64> { list.iter().filter_map(|name| syscalls::number(name)).collect() };
+    let (allowed, enosys, killed) = (numbers(&plan.allow), numbers(&plan.enosys), numbers(&plan.kill));
+    let looked_into = argument_limits(ArgumentRules::Plan(&plan));
+    for number in (0..1_000).chain([0x3fff_ffff]).filter(|number| !looked_into.contains_key(number)) {
+        let expected = match number {
+            number if killed.contains(&number) => KILL,
+            number if enosys.contains(&number) => ENOSYS,
+            number if allowed.contains(&number) => ALLOW,
+            _ => EPERM,
+        };
+        assert_eq!(run(&filters, &call(number, &[])), expected, "call {number}");
+    }
+    let steps = filters.allow.len();
+    assert!(steps < 150, "a start pays for the square of the length: {steps}");
+}
+
+/// Longer than one conditional jump reaches, and with every kind of answer.
+#[test]
+fn a_program_of_any_length_leads_to_the_right_answer() {
+    for count in [0, 1, 2, 3, 250, 1_500] {
+        let one_of = (0..count).map(|value| vec![equal(0, value)]).collect::<Vec<_>>();
+        let rules = Answer::If { one_of, then: ALLOW, otherwise: ENOSYS };
+        let mut answers: BTreeMap<u32, Answer> =
+            (0..count).map(|number| (number * 2, Answer::Always(libc::SECCOMP_RET_ERRNO | number))).collect();
+        answers.insert(count * 2 + 4, rules);
+        let program = assemble(&answers, KILL, None);
+        for number in 0..count {
+            let found = |number: u32| run_one(&program, &call(number.into(), &[]));
+            assert_eq!(found(number * 2), libc::SECCOMP_RET_ERRNO | number);
+            assert_eq!(found(number * 2 + 1), KILL);
+        }
+        let looked_into = |value: u32| run_one(&program, &call((count * 2 + 4).into(), &[value.into()]));
+        (0..count).for_each(|value| assert_eq!(looked_into(value), ALLOW));
+        assert_eq!(looked_into(count), ENOSYS);
+        assert_eq!(run_one(&program, &call(-1, &[])), KILL);
+    }
 }

@@ -1,0 +1,241 @@
+//! What does a neighbour notice of an agent that takes all it can get?
+//!
+//! The real image in a guest with one processor. `neighbour` recalls and asks for sixteen tokens all the time; `bombs` is
+//! started and stopped, so that quiet and loud times alternate and what else disturbs this machine disturbs both.
+//! What counts is a request that began and ended within one time, by the guest's own clock. Sources: `tests/guest`.
+
+use crate::report::result;
+use agentd_domain::api::{Agent, AgentState, ApplianceStatus, LogLine};
+use anyhow::{Context, Result, ensure};
+use image::programs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tests_qemu::{Appliance, BOOT, Ctl, Start, setup};
+use tests_tidy::promises::{Bench, Row};
+
+const NEIGHBOUR: &str = "neighbour";
+const BOMBS: &str = "bombs";
+/// How long each time lasts. Under emulation an answer takes seconds.
+const TIME: Duration = Duration::from_secs(45);
+/// When the culprit adds the bomb that ends it.
+const MEMORY_AFTER_S: u64 = 30;
+
+/// A time by the guest's clock, in milliseconds.
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    from: i64,
+    to: i64,
+}
+
+/// One request of the neighbour.
+#[derive(Debug, Clone, PartialEq)]
+struct Request {
+    name: String,
+    ended: i64,
+    ms: f64,
+    failed: Option<String>,
+}
+
+pub fn measure(pairs: usize) -> Result<Bench> {
+    let mut appliance = Appliance::new()?;
+    appliance.boot(&Start { cpus: 1, ..Start::default() })?;
+    appliance.claim()?;
+    let packages = packages(&appliance.file("packages"))?;
+    let ctl = appliance.ctl();
+    for package in &packages {
+        ctl.run(&["agent", "install", package.to_str().context("path")?])?.success()?;
+    }
+    ctl.run(&["agent", "start", NEIGHBOUR])?.success()?;
+    appliance.until("the neighbour has begun", BOOT * 2, |ctl| {
+        Ok(logs(ctl, NEIGHBOUR)?.iter().any(|line| line.text == "begins").then_some(()))
+    })?;
+    let (mut quiet, mut loud, mut held) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..pairs {
+        let span = wait(&ctl)?;
+        quiet.push(within(&requests(&logs(&ctl, NEIGHBOUR)?), span));
+        ctl.run(&["agent", "start", BOMBS])?.success()?;
+        let span = wait(&ctl)?;
+        loud.push(within(&requests(&logs(&ctl, NEIGHBOUR)?), span));
+        held.extend(ended(&mut appliance)?);
+    }
+    appliance.power_off()?;
+    rows(&quiet, &loud, &held).map(|rows| result("bombs", rows))
+}
+
+/// Lets a time pass, and says which it was. Nothing is asked of the appliance meanwhile.
+fn wait(ctl: &Ctl) -> Result<Span> {
+    let from = now(ctl)?;
+    std::thread::sleep(TIME);
+    Ok(Span { from, to: now(ctl)? })
+}
+
+fn now(ctl: &Ctl) -> Result<i64> {
+    Ok(ctl.json::<ApplianceStatus>(&["status"])?.now_unix_ms)
+}
+
+/// Stops the culprit if nothing else did, and reads when which of its bombs was held.
+fn ended(appliance: &mut Appliance) -> Result<Vec<(String, f64)>> {
+    let agent = appliance.until("the culprit has ended", BOOT, |ctl| {
+        let agents: Vec<Agent> = ctl.json(&["agent", "ls"])?;
+        let culprit = agents.into_iter().find(|agent| agent.name.as_str() == BOMBS).context("no culprit")?;
+        let over = culprit.run.is_none() && culprit.state != AgentState::Starting;
+        Ok((over && culprit.last_exit.is_some()).then_some(culprit))
+    });
+    let ctl = appliance.ctl();
+    ctl.run(&["agent", "stop", BOMBS])?.success()?;
+    let lines = logs(&ctl, BOMBS)?;
+    let own = lines.rsplit(|line| line.text == "begins").next().unwrap_or_default();
+    let mut held: Vec<(String, f64)> = own.iter().filter_map(|line| holding(&line.text)).collect();
+    let exit = agent?.last_exit.context("no exit record")?;
+    let begun = own.iter().find_map(|line| {
+        line.text.strip_prefix("memory begins at ")?.strip_suffix(" ms")?.parse::<u64>().ok()
+    });
+    // Killed before it could say so: by the same limit, only sooner.
+    let after = begun.map_or(0, |begun| exit.ended_boot_ms.saturating_sub(begun));
+    held.push((format!("memory ({:?})", exit.cause), after as f64));
+    Ok(held)
+}
+
+/// `fork held after 12 ms`.
+fn holding(text: &str) -> Option<(String, f64)> {
+    let (bomb, rest) = text.split_once(" held after ")?;
+    Some((bomb.to_owned(), rest.strip_suffix(" ms")?.parse().ok()?))
+}
+
+/// `recall 12345 us ok`, `chat 1 us failed: status 503`.
+fn requests(lines: &[LogLine]) -> Vec<Request> {
+    let read = |line: &LogLine| -> Option<Request> {
+        let mut words = line.text.splitn(4, ' ');
+        let (name, us, unit, answer) = (words.next()?, words.next()?, words.next()?, words.next()?);
+        let ms = us.parse::<f64>().ok().filter(|_| unit == "us")? / 1000.0;
+        let failed = answer.strip_prefix("failed: ").map(str::to_owned);
+        Some(Request { name: name.to_owned(), ended: line.unix_ms, ms, failed })
+    };
+    lines.iter().filter(|line| line.stream == "out").filter_map(read).collect()
+}
+
+fn within(requests: &[Request], span: Span) -> Vec<Request> {
+    let inside =
+        |request: &&Request| request.ended <= span.to && request.ended - request.ms as i64 >= span.from;
+    requests.iter().filter(inside).cloned().collect()
+}
+
+fn rows(quiet: &[Vec<Request>], loud: &[Vec<Request>], held: &[(String, f64)]) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for (name, what) in [("recall", "recall"), ("chat", "completion of 16 tokens")] {
+        let (mut p50, mut p99) = (Vec::new(), Vec::new());
+        for (quiet, loud) in quiet.iter().zip(loud) {
+            let of = |requests: &[Request]| -> Vec<f64> {
+                requests.iter().filter(|request| request.name == name).map(|request| request.ms).collect()
+            };
+            let (quiet, loud) = (of(quiet), of(loud));
+            p50.push(at(&loud, 0.50)? / at(&quiet, 0.50)?);
+            p99.push(at(&loud, 0.99)? / at(&quiet, 0.99)?);
+        }
+        let pairs = format!("a neighbour's {what} beside four bombs over quiet, one processor");
+        rows.push(Row::median(format!("{pairs}: p50"), &p50, "x")?.at_most(1.15));
+        rows.push(Row::median(format!("{pairs}: p99"), &p99, "x")?);
+        let all: Vec<f64> =
+            quiet.iter().flatten().filter(|request| request.name == name).map(|request| request.ms).collect();
+        rows.push(
+            Row::new(format!("a neighbour's {what} when it is quiet: p50"), at(&all, 0.50)?, "ms").detail(),
+        );
+    }
+    let failed: Vec<&Request> =
+        quiet.iter().chain(loud).flatten().filter(|request| request.failed.is_some()).collect();
+    for request in &failed {
+        println!("failed: {request:?}");
+    }
+    let count = quiet.iter().chain(loud).flatten().count();
+    rows.push(
+        Row::new(format!("a neighbour's requests that failed, of {count}"), failed.len() as f64, "requests")
+            .at_most(0.0),
+    );
+    let latest = held.iter().map(|(_, ms)| *ms).fold(0.0, f64::max);
+    rows.push(Row::new("until a bomb is held or killed, at the latest", latest, "ms").at_most(2000.0));
+    let mut names: Vec<&str> = held.iter().map(|(name, _)| name.as_str()).collect();
+    names.sort_unstable();
+    names.dedup();
+    for name in names {
+        let times: Vec<f64> = held.iter().filter(|(other, _)| other == name).map(|(_, ms)| *ms).collect();
+        rows.push(Row::median(format!("until a bomb is held or killed: {name}"), &times, "ms")?.detail());
+    }
+    Ok(rows)
+}
+
+fn at(times: &[f64], share: f64) -> Result<f64> {
+    let mut sorted = times.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let place = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(place.saturating_sub(1)).copied().context("the neighbour made no whole request in this time")
+}
+
+fn logs(ctl: &Ctl, agent: &str) -> Result<Vec<LogLine>> {
+    let text = ctl.run(&["agent", "logs", agent, "--lines", "400", "--json"])?.success()?;
+    text.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+}
+
+/// The two packages.
+fn packages(folder: &Path) -> Result<[PathBuf; 2]> {
+    let setup = setup();
+    let names = [NEIGHBOUR, BOMBS];
+    let built = programs::static_programs(&setup.cache, &setup.built.checkout, "tests-guest", &names)?;
+    let manifests = [
+        format!(
+            "[agent]\nname = \"{NEIGHBOUR}\"\nexec = [\"/agent/bin/{NEIGHBOUR}\"]\n\n[model]\nuse = \"default\"\n\n\
+             [memory]\nspirit = \"rw\"\n"
+        ),
+        format!(
+            "[agent]\nname = \"{BOMBS}\"\nexec = [\"/agent/bin/{BOMBS}\", \"{MEMORY_AFTER_S}\"]\n\n[limits]\n\
+             memory_high = \"48M\"\nmemory_max = \"64M\"\ndisk = \"64M\"\n\n[restart]\npolicy = \"never\"\n"
+        ),
+    ];
+    let mut packages = names.map(|name| folder.join(name));
+    for (((name, manifest), program), package) in names.iter().zip(manifests).zip(&built).zip(&mut packages) {
+        std::fs::create_dir_all(package.join("bin"))?;
+        std::fs::copy(program, package.join("bin").join(name))?;
+        std::fs::write(package.join("agent.toml"), manifest)?;
+    }
+    ensure!(packages.iter().all(|package| package.join("agent.toml").is_file()), "a package is not whole");
+    Ok(packages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(unix_ms: i64, text: &str) -> LogLine {
+        LogLine { unix_ms, stream: "out".to_owned(), text: text.to_owned() }
+    }
+
+    #[test]
+    fn only_whole_requests_of_a_time_count() {
+        let lines = [
+            line(1_000, "recall 200000 us ok"),
+            line(2_000, "chat 900000 us failed: status 503"),
+            line(2_100, "begins"),
+            line(3_001, "recall 1000 us ok"),
+        ];
+        let found = within(&requests(&lines), Span { from: 900, to: 3_000 });
+        assert_eq!(found.len(), 1, "the first began too early, the last ended too late: {found:?}");
+        assert_eq!((found[0].ms, found[0].failed.as_deref()), (900.0, Some("status 503")));
+    }
+
+    #[test]
+    fn ratios_are_taken_pair_by_pair_and_failures_are_counted() {
+        let request = |name: &str, ms, failed: Option<&str>| Request {
+            name: name.to_owned(),
+            ended: 0,
+            ms,
+            failed: failed.map(str::to_owned),
+        };
+        let quiet = vec![vec![request("recall", 10.0, None), request("chat", 100.0, None)]];
+        let loud = vec![vec![request("recall", 11.0, None), request("chat", 150.0, Some("status 503"))]];
+        let held = [holding("fork held after 12 ms").unwrap(), ("memory".to_owned(), 2_500.0)];
+        let rows = rows(&quiet, &loud, &held).unwrap();
+        let goals: Vec<(f64, bool)> =
+            rows.iter().filter_map(|row| Some((row.value, row.goal.as_ref()?.reached))).collect();
+        assert_eq!(goals, [(1.1, true), (1.5, false), (1.0, false), (2_500.0, false)]);
+        assert!(super::rows(&quiet, &[Vec::new()], &held).is_err(), "a time without a request is no number");
+    }
+}
