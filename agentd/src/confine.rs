@@ -208,6 +208,8 @@ fn forbidden() -> Result<Vec<(i64, Vec<SeccompRule>)>, ConfineError> {
 }
 
 #[cfg(test)]
+mod compromise;
+#[cfg(test)]
 mod tests {
     use super::*;
     use std::io;

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 pub struct Built {
     pub checkout: Checkout,
     pub kernel: Kernel,
+    pub programs: Programs,
     pub root: Root,
     pub disk: Disk,
 }
@@ -29,9 +30,22 @@ pub fn everything(cache: &Cache) -> Result<Built> {
     let checkout = Checkout::find()?;
     let kernel = kernel::ensure_kernel(cache, &checkout, &[])?;
     let programs = programs::build(cache, &checkout)?;
+    assemble(cache, checkout, kernel, programs)
+}
+
+/// The escape suite's image: the same but for a launcher and a jail that can lower walls. For no machine.
+pub fn lowerable(cache: &Cache) -> Result<Built> {
+    let _lock = cache.lock()?;
+    let checkout = Checkout::find()?;
+    let kernel = kernel::ensure_kernel(cache, &checkout, &[])?;
+    let programs = programs::build_lowerable(cache, &checkout)?;
+    assemble(cache, checkout, kernel, programs)
+}
+
+fn assemble(cache: &Cache, checkout: Checkout, kernel: Kernel, programs: Programs) -> Result<Built> {
     let root = build_root(cache, &checkout, &programs)?;
     let disk = disk::ensure_disk(cache, &kernel, &root)?;
-    Ok(Built { checkout, kernel, root, disk })
+    Ok(Built { checkout, kernel, programs, root, disk })
 }
 
 /// The kernel alone; `extra` fragments override ours (test kernels).

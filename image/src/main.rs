@@ -46,6 +46,8 @@ enum Stage {
     Uki,
     /// Disk image, with everything it needs.
     Disk,
+    /// The escape suite's disk image, whose walls can be lowered. For no machine.
+    Lowerable,
     /// Everything; the same as `disk`.
     Build,
     /// Write the image to a disk, which loses everything on it. Asks first.
@@ -121,6 +123,7 @@ fn stage(stage: Stage) -> Result<()> {
             println!("{} {}", root.about.root_hash.hex(), root.image.display());
         }
         Stage::Uki => println!("{}", build::everything(&cache)?.disk.boot_item.display()),
+        Stage::Lowerable => println!("{}", build::lowerable(&cache)?.disk.image.display()),
         Stage::Flash { device, image } => flash(&cache, &device, image)?,
         Stage::Run(arguments) => run::run(&cache, &options(arguments))?,
         Stage::Disk | Stage::Build => println!("{}", build::everything(&cache)?.disk.image.display()),

@@ -39,6 +39,7 @@ pub struct Programs {
 
 struct Group {
     packages: &'static [&'static str],
+    features: &'static [&'static str],
     /// Program name and its place.
     programs: &'static [(&'static str, &'static str)],
 }
@@ -47,6 +48,7 @@ const ECHO: &str = "/usr/share/agentd/agents/echo/bin/echo-agent";
 
 const STATIC: Group = Group {
     packages: &["init", "agentd-sandbox", "echo-agent"],
+    features: &[],
     programs: &[
         ("init", "/usr/sbin/init"),
         ("console-tty", paths::BIN_CONSOLE_TTY),
@@ -58,11 +60,19 @@ const STATIC: Group = Group {
 
 const DYNAMIC: Group = Group {
     packages: &["agentd", "netd", "agentctl"],
+    features: &[],
     programs: &[("agentd", paths::BIN_AGENTD), ("netd", paths::BIN_NETD), ("agentctl", "/usr/bin/agentctl")],
 };
 
 const ENGINE: Group =
-    Group { packages: &["agentd-engine"], programs: &[("agentd-engine", paths::BIN_ENGINE)] };
+    Group { packages: &["agentd-engine"], features: &[], programs: &[("agentd-engine", paths::BIN_ENGINE)] };
+
+/// For the escape suite's image alone: the programs that raise the walls, with a switch for each wall.
+const LOWERABLE: Group = Group {
+    packages: &["agentd-sandbox"],
+    features: &["agentd-sandbox/walls-can-be-lowered"],
+    programs: &[("agent-launcher", paths::BIN_LAUNCHER), ("agent-jail", paths::BIN_JAIL)],
+};
 
 /// Compiles all of them.
 pub fn build(cache: &Cache, checkout: &Checkout) -> Result<Programs> {
@@ -104,6 +114,23 @@ pub fn static_programs(
     Ok(names.iter().map(|name| target.join(TARGET).join("release").join(name)).collect())
 }
 
+/// The same programs, but with a launcher and a jail that can lower walls: the escape suite's control. They are
+/// compiled in a folder of their own, so that they can never be taken for the appliance's.
+pub fn build_lowerable(cache: &Cache, checkout: &Checkout) -> Result<Programs> {
+    let mut all = build(cache, checkout)?;
+    let line = Line::start("lowerable");
+    let lowerable = compile(checkout, &LOWERABLE, &lowerable_target(cache), Linking::Static)?;
+    line.end("ready", &format!("{} programs", lowerable.len()));
+    all.programs.retain(|ours| lowerable.iter().all(|other| other.place != ours.place));
+    all.programs.extend(lowerable);
+    Ok(all)
+}
+
+/// Where [`build_lowerable`] compiles.
+pub fn lowerable_target(cache: &Cache) -> PathBuf {
+    cache.path("lowerable-target")
+}
+
 /// The engine's target folder; tests that need a real engine use it too, so llama.cpp is compiled once.
 pub fn engine_target(cache: &Cache) -> PathBuf {
     cache.path("engine-target")
@@ -120,6 +147,9 @@ fn compile(checkout: &Checkout, group: &Group, target: &Path, linking: Linking) 
     cargo.args(["build", "--release", "--locked"]);
     for package in group.packages {
         cargo.args(["-p", package]);
+    }
+    for feature in group.features {
+        cargo.args(["--features", feature]);
     }
     if linking == Linking::Static {
         cargo.args(["--target", TARGET]);

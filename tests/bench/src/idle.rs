@@ -7,7 +7,7 @@
 
 use crate::report::result;
 use crate::spawn::Scene;
-use agentd_domain::api::{Agent, AgentState, ApplianceStatus};
+use agentd_domain::api::{Agent, ApplianceStatus};
 use anyhow::{Context, Result, ensure};
 use image::qemu::{Accelerator, Time};
 use serde_json::Value;
@@ -113,7 +113,7 @@ fn with_agentd(agents: usize) -> Result<Vec<Row>> {
 
 fn running(ctl: &Ctl) -> Result<usize> {
     let agents: Vec<Agent> = ctl.json(&["agent", "ls"])?;
-    Ok(agents.iter().filter(|agent| agent.state == AgentState::Running).count())
+    Ok(agents.iter().filter(|agent| agent.run.is_some()).count())
 }
 
 /// The agent that waits; also for the guest without agentd.

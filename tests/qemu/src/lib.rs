@@ -8,6 +8,8 @@
 
 mod capture;
 mod ctl;
+#[path = "../escape/table.rs"]
+pub mod escapes;
 
 pub use capture::{Capture, Traffic};
 pub use ctl::{Answer, Ctl, Talking, post_zeros};
@@ -100,6 +102,7 @@ impl Default for Start {
 
 /// A disk, and the guest that runs from it while it is on.
 pub struct Appliance {
+    built: Built,
     folder: tempfile::TempDir,
     guest: Option<Running>,
     port: u16,
@@ -109,9 +112,14 @@ pub struct Appliance {
 impl Appliance {
     /// A disk fresh from the factory. Nothing runs yet.
     pub fn new() -> Result<Self> {
+        Self::of(&setup().built)
+    }
+
+    /// The same with an image other than the appliance's.
+    pub fn of(built: &Built) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("agentd-os-").tempdir()?;
-        qemu::copy_disk(&setup().built.disk.image, &folder.path().join("disk.img"))?;
-        Ok(Self { folder, guest: None, port: 0, boots: 0 })
+        qemu::copy_disk(&built.disk.image, &folder.path().join("disk.img"))?;
+        Ok(Self { built: built.clone(), folder, guest: None, port: 0, boots: 0 })
     }
 
     pub fn disk(&self) -> PathBuf {
@@ -142,8 +150,8 @@ impl Appliance {
             }
             Boot::Uefi { variables }
         } else {
-            let command_line = format!("{} {}", setup.built.disk.command_line, start.command_line);
-            let kernel = start.kernel.clone().unwrap_or_else(|| setup.built.kernel.image.clone());
+            let command_line = format!("{} {}", self.built.disk.command_line, start.command_line);
+            let kernel = start.kernel.clone().unwrap_or_else(|| self.built.kernel.image.clone());
             Boot::Direct { kernel, command_line, initrd: None }
         };
         let own = match start.disk {

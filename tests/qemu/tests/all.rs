@@ -10,6 +10,10 @@ mod alone;
 mod bad_machines;
 #[path = "suite/companion.rs"]
 mod companion;
+#[path = "suite/escape.rs"]
+mod escape;
+#[path = "suite/escape_ways.rs"]
+mod escape_ways;
 #[path = "suite/first_day.rs"]
 mod first_day;
 #[path = "suite/health.rs"]

@@ -17,6 +17,7 @@ pub mod client;
 pub mod jail;
 pub mod landlock;
 pub mod launcher;
+pub mod lower;
 pub mod narrow;
 pub mod seccomp;
 pub mod sys;

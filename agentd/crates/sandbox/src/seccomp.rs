@@ -185,7 +185,10 @@ fn argument_limits(rules: ArgumentRules<'_>) -> BTreeMap<i64, Vec<Rule>> {
         }
         ArgumentRules::Plan(plan) => {
             let of = |families: &[u32], kind: u32| -> Vec<Rule> {
-                families.iter().map(|&family| vec![equal(0, family), masked(1, SOCK_TYPE_MASK, kind)]).collect()
+                families
+                    .iter()
+                    .map(|&family| vec![equal(0, family), masked(1, SOCK_TYPE_MASK, kind)])
+                    .collect()
             };
             let mut sockets = of(&plan.socket_families, stream);
             sockets.extend(of(&plan.datagram_families, libc::SOCK_DGRAM as u32));

@@ -17,6 +17,7 @@
 //! | self-probe, close, exec | |
 
 use super::{Failure, probe, step};
+use crate::lower::{Lowered, Wall};
 use crate::{landlock, seccomp, sys};
 use agentd_domain::plan::{Rlimit, SandboxPlan};
 use rustix::io::Errno;
@@ -39,6 +40,7 @@ pub(super) const ABOUT_TO_EXEC: &[u8] = b"E";
 
 pub(super) struct AgentChild<'a> {
     pub plan: &'a SandboxPlan,
+    pub lowered: &'a Lowered,
     /// Targets of optional mounts that are not there.
     pub absent: &'a [String],
     pub stdin: BorrowedFd<'a>,
@@ -67,22 +69,35 @@ fn become_agent(child: &AgentChild<'_>) -> Result<std::convert::Infallible, Fail
     let plan = child.plan;
     step("agent: session", rustix::process::setsid())?;
     step("agent: signal mask", sys::unblock_all())?;
-    for limit in &plan.rlimits {
+    let stands = |wall: Wall| !child.lowered.lacks(wall);
+    for limit in plan.rlimits.iter().filter(|_| stands(Wall::Rlimits)) {
         step(&format!("agent: resource limit {}", limit.name), set_limit(limit))?;
     }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-    step("agent: capability bounding set", sys::drop_bounding_set(0))?;
-    change_user(plan.uid)?;
-    drop_capabilities()?;
-    step("agent: no_new_privs", rustix::thread::set_no_new_privs(true))?;
+    if stands(Wall::Capabilities) {
+        step("agent: capability bounding set", sys::drop_bounding_set(0))?;
+        change_user(plan.uid)?;
+        drop_capabilities()?;
+    } else if stands(Wall::Uid) {
+        change_user_alone(plan.uid)?;
+    }
+    if stands(Wall::NoNewPrivs) {
+        step("agent: no_new_privs", rustix::thread::set_no_new_privs(true))?;
+    }
     step("agent: die with the jail", set_parent_process_death_signal(Some(Signal::KILL)))?;
     step("agent: working folder", enter_workdir(&plan.workdir))?;
     let absent = |path: &str| child.absent.iter().any(|gone| gone == path);
-    step("agent: landlock", landlock::restrict(&plan.landlock, &absent))?;
+    if stands(Wall::Landlock) {
+        step("agent: landlock", landlock::restrict(&plan.landlock, &absent))?;
+    }
     let filters = step("agent: seccomp", seccomp::compile(&plan.seccomp))?;
     step("agent: wait for the jail", sys::await_byte(GO_FD))?;
-    step("agent: seccomp", filters.install())?;
-    probe::all_walls_hold(plan)?;
+    if stands(Wall::Seccomp) {
+        step("agent: seccomp", filters.install())?;
+    }
+    if child.lowered.is_whole() {
+        probe::all_walls_hold(plan)?;
+    }
     sys::write_all(REPORT_FD, ABOUT_TO_EXEC);
     exec(plan)
 }
@@ -106,7 +121,9 @@ fn place_descriptors(child: &AgentChild<'_>) -> Result<(), Failure> {
     }
     // Not dropped: the numbers are closed by the next call, together with the jail's and the launcher's own.
     std::mem::forget(copies);
-    step("agent: descriptors", sys::close_from(GO_FD + 1))?;
+    if !child.lowered.lacks(Wall::Descriptors) {
+        step("agent: descriptors", sys::close_from(GO_FD + 1))?;
+    }
     step("agent: descriptors", sys::close_on_exec(REPORT_FD))?;
     step("agent: descriptors", sys::close_on_exec(GO_FD))
 }
@@ -139,6 +156,28 @@ pub(crate) fn change_user(uid: u32) -> Result<(), Failure> {
     step("user: groups", rustix::thread::set_thread_groups(&[]))?;
     step("user: gid", rustix::thread::set_thread_res_gid(group, group, group))?;
     step("user: uid", rustix::thread::set_thread_res_uid(user, user, user))
+}
+
+#[cfg(not(feature = "walls-can-be-lowered"))]
+fn change_user_alone(_: u32) -> Result<(), Failure> {
+    step("agent: capabilities", Err("no wall can be lowered in this build"))
+}
+
+/// Another uid, and every capability that the launcher has left, also after exec.
+#[cfg(feature = "walls-can-be-lowered")]
+fn change_user_alone(uid: u32) -> Result<(), Failure> {
+    let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
+    step("lowered: keep", rustix::thread::set_keep_capabilities(true))?;
+    step("lowered: groups", rustix::thread::set_thread_groups(&[]))?;
+    step("lowered: gid", rustix::thread::set_thread_res_gid(group, group, group))?;
+    step("lowered: uid", rustix::thread::set_thread_res_uid(user, user, user))?;
+    let held = step("lowered: capabilities", rustix::thread::capabilities(None))?.permitted;
+    let all = CapabilitySets { effective: held, permitted: held, inheritable: held };
+    step("lowered: capabilities", rustix::thread::set_capabilities(None, all))?;
+    for capability in held.iter() {
+        step("lowered: ambient", rustix::thread::configure_capability_in_ambient_set(capability, true))?;
+    }
+    Ok(())
 }
 
 /// All sets empty, and proof that root cannot be had back.

@@ -6,8 +6,9 @@
 //!         itself is read-only at the end.
 //! Needs:  root, in a mount namespace of its own. Source: mount(2), mount_setattr(2), open_tree, move_mount, pivot_root(2).
 
-use super::{Failure, step};
+use super::{Failure, JailSpec, step};
 use crate::check::is_beneath;
+use crate::lower::{Lowered, Wall};
 use crate::sys::{MountAttributes, mount_setattr};
 use agentd_domain::paths;
 use agentd_domain::plan::{Mount, SandboxPlan};
@@ -33,17 +34,25 @@ pub(super) struct NewRoot {
     root: OwnedFd,
     /// Targets of optional mounts whose source this image lacks.
     absent: Vec<String>,
+    /// False for the host's, which only the escape suite ever leaves in place.
+    is_own: bool,
 }
 
 /// Makes the root, enters it and lets the old one go. `/run` is left writable for [`NewRoot::seal`] to close.
-pub(super) fn build(plan: &SandboxPlan, data_dir: &str, mountpoint: &str) -> Result<NewRoot, Failure> {
+pub(super) fn build(spec: &JailSpec) -> Result<NewRoot, Failure> {
+    if Lowered::of(&spec.plan).lacks(Wall::Root) {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = step("mounts: the host's root", openat(CWD, "/", flags, Mode::empty()))?;
+        return Ok(NewRoot { root, absent: Vec::new(), is_own: false });
+    }
+    let (plan, data_dir, mountpoint) = (&spec.plan, spec.data_dir.as_str(), spec.root_mountpoint.as_str());
     step("mounts: make the tree private", make_private())?;
     let root = step(
         "mounts: new root",
         tmpfs(ROOT_SIZE, "0755", MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC),
     )?;
     step("mounts: new root", attach(root.as_fd(), CWD, mountpoint))?;
-    let mut new = NewRoot { root, absent: Vec::new() };
+    let mut new = NewRoot { root, absent: Vec::new(), is_own: true };
     step("mounts: /run", new.folder("/run"))?;
     for mount in &plan.mounts {
         let name = format!("mounts: {}", describe(mount));
@@ -60,6 +69,9 @@ impl NewRoot {
 
     /// No more changes: neither by the jail nor by anyone in it.
     pub(super) fn seal(&self) -> Result<(), Failure> {
+        if !self.is_own {
+            return Ok(());
+        }
         let read_only = MountAttributes { set: RDONLY, ..MountAttributes::default() };
         step("mounts: read-only root", mount_setattr(self.root.as_fd(), c"", false, read_only))
     }

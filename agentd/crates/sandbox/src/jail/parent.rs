@@ -12,6 +12,7 @@ use super::child::{self, AgentChild};
 use super::spec::{FromJail, JailSpec, ToJail};
 use super::{Failure, step};
 use super::{listeners, mounts};
+use crate::lower::{Lowered, Wall};
 use crate::seccomp::{self, Ioctl};
 use crate::sys::{self, Forked, SignalFd};
 use crate::{landlock, wire};
@@ -94,7 +95,7 @@ fn begin(control: &OwnedFd) -> Result<Running, Failure> {
     step("die with the launcher", set_parent_process_death_signal(Some(Signal::KILL)))?;
     step("control socket", fcntl_setfd(control, FdFlags::CLOEXEC))?;
     match step("read the plan", wire::receive(control.as_fd()))? {
-        (ToJail::Spec(spec), _) => raise(control, &spec),
+        (ToJail::Spec(spec), _) => raise(control, &lowered_spec(*spec)?),
         (ToJail::Call(plan), doors) => {
             let Launched { agent, signals, .. } = call::enter(control, &plan, doors)?;
             Ok(Running { agent, signals, doors: Vec::new(), _kept: Vec::new() })
@@ -105,8 +106,10 @@ fn begin(control: &OwnedFd) -> Result<Running, Failure> {
 
 fn raise(control: &OwnedFd, spec: &JailSpec) -> Result<Running, Failure> {
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    let root = mounts::build(&spec.plan, &spec.data_dir, &spec.root_mountpoint)?;
-    step("host name", rustix::system::sethostname(b"agent"))?;
+    let root = mounts::build(spec)?;
+    if !Lowered::of(&spec.plan).lacks(Wall::UtsNamespace) {
+        step("host name", rustix::system::sethostname(b"agent"))?;
+    }
     step("network: lo", sys::loopback_up())?;
     let tcp = listeners::api_tcp()?;
     let unix = listeners::api_unix()?;
@@ -141,8 +144,10 @@ pub(super) fn launch(plan: &SandboxPlan, absent: &[String]) -> Result<Launched, 
         step("pipes", rustix::fs::fcntl_setfl(fd, OFlags::NONBLOCK))?;
     }
     let signals = step("signals", SignalFd::new(&[libc::SIGCHLD]))?;
+    let lowered = Lowered::of(plan);
     let child = AgentChild {
         plan,
+        lowered: &lowered,
         absent,
         stdin: agent_stdin.as_fd(),
         stdout: agent_stdout.as_fd(),
@@ -162,6 +167,35 @@ pub(super) fn launch(plan: &SandboxPlan, absent: &[String]) -> Result<Launched, 
     drop(go);
     wait_for_exec(&report)?;
     Ok(Launched { agent, signals, stdin: Some(stdin), stdout, stderr })
+}
+
+#[cfg(not(feature = "walls-can-be-lowered"))]
+fn lowered_spec(spec: JailSpec) -> Result<JailSpec, Failure> {
+    Ok(spec)
+}
+
+/// What must be changed while the host's tree is still seen.
+#[cfg(feature = "walls-can-be-lowered")]
+fn lowered_spec(mut spec: JailSpec) -> Result<JailSpec, Failure> {
+    use crate::lower;
+    use agentd_domain::paths::inside;
+    use std::path::Path;
+    let lowered = Lowered::of(&spec.plan);
+    if lowered.lacks(Wall::Uid) {
+        let work = lower::outside(&spec.plan, &spec.data_dir, inside::WORK);
+        spec.plan.uid = lowered.uid(&spec.plan, &spec.data_dir);
+        let owner = Some(spec.plan.uid);
+        step("lowered: uid", std::os::unix::fs::chown(Path::new(&work), owner, owner))?;
+    }
+    if lowered.lacks(Wall::Descriptors) {
+        step("lowered: descriptors", lower::leave_open(&spec.data_dir))?;
+    }
+    if lowered.lacks(Wall::Root) {
+        step("lowered: root", lower::open_data(&spec.data_dir))?;
+        spec.plan = lower::plan_outside(&spec.plan, &spec.data_dir);
+        let _ = std::fs::remove_file(inside::API_SOCKET);
+    }
+    Ok(spec)
 }
 
 /// From here on this process can do nothing but wait for its child. It shares the agent's uid, so it is made

@@ -12,6 +12,7 @@ use super::cgroups::{Counted, Hierarchy, RunGroup};
 use super::kernel_log::KernelLog;
 use super::{Options, boot_ms, broken};
 use crate::jail::{CONTROL_FD, Failure, FromJail, JailSpec, ToJail};
+use crate::lower::Lowered;
 use crate::sys::{self, CloneRequest};
 use crate::wire;
 use agentd_domain::fault::Report;
@@ -88,6 +89,29 @@ pub(super) enum Progress {
     Silent,
 }
 
+/// Where a run is born: in namespaces and a group of its own.
+#[cfg(not(feature = "walls-can-be-lowered"))]
+fn birth<'g>(_: &Lowered, _: &Options, _: &SandboxPlan, group: BorrowedFd<'g>) -> CloneRequest<'g> {
+    CloneRequest { namespaces: NAMESPACES, cgroup: Some(group) }
+}
+
+#[cfg(feature = "walls-can-be-lowered")]
+fn birth<'g>(
+    lowered: &Lowered,
+    options: &Options,
+    plan: &SandboxPlan,
+    group: BorrowedFd<'g>,
+) -> CloneRequest<'g> {
+    use crate::lower::{self, Wall};
+    if lowered.lacks(Wall::Quota)
+        && let Err(error) = lower::lift_quota(&options.data_dir, plan.uid)
+    {
+        eprintln!("agent-launcher: the quota could not be lifted: {error}");
+    }
+    let cgroup = (!lowered.lacks(Wall::Cgroup)).then_some(group);
+    CloneRequest { namespaces: lowered.namespaces(NAMESPACES), cgroup }
+}
+
 impl Run {
     pub(super) fn start(
         options: &Options,
@@ -104,12 +128,13 @@ impl Run {
                 )
             }
         };
+        let lowered = Lowered::of(&plan);
         let (group, group_fd) = hierarchy.create_run(plan.agent_id, run_id, &plan.cgroup)?;
         let flags = SocketFlags::CLOEXEC;
         let started = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
             .map_err(failed("no socket for the jail"))
             .and_then(|(control, theirs)| {
-                let request = CloneRequest { namespaces: NAMESPACES, cgroup: Some(group_fd.as_fd()) };
+                let request = birth(&lowered, options, &plan, group_fd.as_fd());
                 let born = sys::spawn(request, || become_jail(&options.jail, theirs.as_fd()));
                 born.map(|(pid, pidfd)| (control, pid, pidfd))
                     .map_err(failed("no process in fresh namespaces"))

@@ -323,9 +323,10 @@ fn print_scene() {
     // The last is the folder that is being read.
     fds.pop();
     say("fds", fds.join(" "));
-    let mut names: Vec<String> = std::env::vars().map(|(name, _)| name).collect();
-    names.sort();
-    say("env", names.join(" "));
+    let mut variables: Vec<String> =
+        std::env::vars().map(|(name, value)| format!("{name}={value}")).collect();
+    variables.sort();
+    say("env", variables.join(" "));
     let mut nodes: Vec<String> = std::fs::read_dir("/dev")
         .unwrap()
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())

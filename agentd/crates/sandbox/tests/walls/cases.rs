@@ -84,8 +84,9 @@ fn agent_finds_only_its_plan() -> Outcome {
     assert_eq!(run.says("pid"), "2");
     assert_eq!(run.says("cwd"), "/work");
     assert_eq!(run.says("fds"), "0 1 2");
-    let names: Vec<&str> = plan.env.iter().map(|(name, _)| name.as_str()).collect();
-    assert_eq!(run.says("env"), names.join(" "));
+    let mut variables: Vec<String> = plan.env.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    variables.sort();
+    assert_eq!(run.says("env"), variables.join(" "), "not the plan's environment and nothing else");
     assert_eq!(run.says("dev"), "fd full null random shm stderr stdin stdout tty urandom zero");
     assert_eq!(run.says("work"), "true");
     assert_eq!(run.says("tmp"), "true");
