@@ -1,3 +1,5 @@
+//! Long because every route is in one table here, and what goes for all of them stands beside it.
+//!
 //! The router over the fake appliance, without a network: who may do what, limits, headers, sessions.
 
 mod fake;

@@ -13,6 +13,11 @@
 //! | `agent.install`, `.start`, `.stop`, `.remove` | owner | | the agent's name, or the code of the refusal |
 //! | `model.add`, `.remove`, `machine.reboot`, `.poweroff` | owner | | the model's name, or the code |
 //! | `claim`, `sign_in` | owner or stranger | | the peer's address, the code of the refusal |
+//! | `agents.start` | agent | the right or limit that stood against a child | why |
+//! | `token.hand_on`, `agent.remove` | agent | `agents.start` | its child |
+//! | `token.use` | agent | | a token that holds no more, or was brought and refused: `token_stolen` is another's |
+//! | `token.mint`, `.revoke`, `.verify` | owner | | the agent or the id, the code of the refusal |
+//! | `run.start`, `token.end`, `agent.remove` | appliance | | a run refused or killed for its token, an orphan removed |
 //! | `run.end` | appliance | | how seccomp ended the run |
 //! | `audit.begin`, `audit.key`, `audit.damaged` | appliance | | what happened to the log itself |
 //! | `audit.overflow` | whose they were | | `count` records of this verdict are not kept one by one |

@@ -12,7 +12,9 @@ use agentd_domain::launcher::{ExitRecord, Request, Response};
 use agentd_domain::plan::SandboxPlan;
 use agentd_domain::rights::{Limit, Narrowing};
 use agentd_sandbox::wire;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, socket_with};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, socket_with,
+};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -85,7 +87,8 @@ impl Fake {
         let folder = tempfile::tempdir().expect("a folder");
         let unix = std::os::unix::net::UnixListener::bind(folder.path().join("s")).expect("bound");
         let pidfd = rustix::process::Pid::from_raw(pid).expect("a pid");
-        let pidfd = rustix::process::pidfd_open(pidfd, rustix::process::PidfdFlags::empty()).expect("a pidfd");
+        let pidfd =
+            rustix::process::pidfd_open(pidfd, rustix::process::PidfdFlags::empty()).expect("a pidfd");
         let stdout = OwnedFd::from(child.stdout.take().expect("piped"));
         let stderr = OwnedFd::from(child.stderr.take().expect("piped"));
         for fd in [&stdout, &stderr] {
@@ -127,7 +130,11 @@ impl Fake {
             api: plan.api.clone(),
             started_boot_ms: 0,
         };
-        Listing { runs: self.runs.iter().map(info).collect(), exits: self.exits.clone(), ..Listing::default() }
+        Listing {
+            runs: self.runs.iter().map(info).collect(),
+            exits: self.exits.clone(),
+            ..Listing::default()
+        }
     }
 }
 
@@ -178,7 +185,8 @@ impl Scene {
             arguments: Vec::new(),
         };
         db.here().add_agent(&row).expect("added");
-        let tokens = Tokens::open(RootKey::from_secret(&[7; 32]).expect("a key"), db.clone()).expect("opened");
+        let tokens =
+            Tokens::open(RootKey::from_secret(&[7; 32]).expect("a key"), db.clone()).expect("opened");
         tokens.settle().expect("settled");
         let engine = engine::start(
             engine::Links {
@@ -231,7 +239,10 @@ impl Scene {
     async fn until(&self, what: &str, seen: impl Fn(&Views) -> bool) -> Views {
         let mut views = self.agents.watch();
         let waited = tokio::time::timeout(PATIENCE, views.wait_for(|views| seen(views))).await;
-        waited.unwrap_or_else(|_| panic!("{what}: {:?}", self.agents.views())).expect("the loop lives").clone()
+        waited
+            .unwrap_or_else(|_| panic!("{what}: {:?}", self.agents.views()))
+            .expect("the loop lives")
+            .clone()
     }
 
     async fn child_of(&self, parent: AgentId, by: Narrowing) -> Result<AgentId, Report> {
@@ -289,7 +300,10 @@ async fn a_run_gets_what_its_token_gives() {
     let child = scene.child_of(PARENT, few).await.expect("started");
     let plans = scene.fake.lock().expect("unpoisoned").plans.clone();
     let plan = |agent| plans.iter().find(|plan| plan.agent_id == agent).expect("a plan").clone();
-    assert_eq!((plan(PARENT).api, plan(PARENT).cgroup.pids_max), (vec!["agents.start".to_owned(), "messages".to_owned()], 64));
+    assert_eq!(
+        (plan(PARENT).api, plan(PARENT).cgroup.pids_max),
+        (vec!["agents.start".to_owned(), "messages".to_owned()], 64)
+    );
     assert_eq!((plan(child).api, plan(child).cgroup.pids_max), (vec!["messages".to_owned()], 9));
     assert_ne!(plan(child).uid, plan(PARENT).uid);
     let package = |plan: &SandboxPlan| format!("{:?}", plan.mounts).contains("agents/parent\"");
