@@ -528,14 +528,15 @@ async fn without_the_right_there_are_no_children() {
     assert_eq!(scene.last_record().right.as_deref(), Some("agents.start"));
 }
 
-/// `scripts/bench rights` runs this with optimisation; without it the numbers mean nothing.
+/// `scripts/bench rights` runs this with optimisation and says so; otherwise few rounds show that it works.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement"]
 async fn rights_in_numbers() {
     let (scene, token) = Scene::with_token().await;
     let (services, caller) = (&scene.caller.services, &scene.caller);
+    let bench = std::env::var_os("AGENTD_BENCH").is_some();
+    let (checks, shows, revocations) = if bench { (200_000, 2_000, 50) } else { (200, 5, 3) };
     // A thousand revocations of others: the look-up must not depend on them.
-    for number in 0..1_000_u128 {
+    for number in 0..if bench { 1_000 } else { 10_u128 } {
         let id = RevocationId(format!("{number:0128x}"));
         services.tokens.revoke(id, "owner", "").await.expect("revoked");
     }
@@ -552,14 +553,14 @@ async fn rights_in_numbers() {
         };
         (0..rounds).map(once).collect()
     };
-    percentiles("check", measured(200_000, &|| caller.may("models").expect("allowed")));
+    percentiles("check", measured(checks, &|| caller.may("models").expect("allowed")));
     percentiles(
         "present",
-        measured(2_000, &|| drop(services.tokens.verify(&token, caller.agent).expect("holds"))),
+        measured(shows, &|| drop(services.tokens.verify(&token, caller.agent).expect("holds"))),
     );
 
     let (mut acknowledged, mut late) = (Vec::new(), Vec::new());
-    for round in 0..50_u8 {
+    for round in 0..revocations {
         let by = Narrowing::default();
         let narrow = attenuate(&token, &by, &Fresh([round; 32])).expect("narrowed");
         let held = services.tokens.verify(&narrow, caller.agent).expect("holds");
@@ -568,11 +569,11 @@ async fn rights_in_numbers() {
             (Caller { held: Arc::new(held), ..caller.clone() }, Arc::new(AtomicBool::new(false)));
         let until = over.clone();
         let asker = std::thread::spawn(move || {
-            let mut allowed = std::time::Instant::now();
+            let mut allowed = None;
             while !until.load(Ordering::Relaxed) {
                 let begun = std::time::Instant::now();
                 if asking.may("models").is_ok() {
-                    allowed = begun;
+                    allowed = Some(begun);
                 }
             }
             allowed
@@ -585,8 +586,11 @@ async fn rights_in_numbers() {
         over.store(true, Ordering::Relaxed);
         let allowed = asker.join().expect("no panic");
         acknowledged.push((answered - begun).as_nanos());
-        late.push(allowed.saturating_duration_since(answered).as_nanos());
+        // A busy machine may have started the asker only now: then nothing was allowed.
+        late.push(allowed.map_or(0, |at| at.saturating_duration_since(answered).as_nanos()));
     }
     percentiles("revoke", acknowledged);
+    // What is acknowledged holds: no call is begun after it and allowed.
+    assert!(late.iter().all(|span| *span == 0), "{late:?}");
     percentiles("late", late);
 }

@@ -12,10 +12,7 @@ use tests_tidy::promises::{Bench, Row};
 
 pub fn measure(checkout: &Path) -> Result<Bench> {
     let test = "agent_api::tests::rights_in_numbers";
-    let decided = cargo(
-        checkout,
-        &["--release", "-p", "agentd", "--bin", "agentd", "--", "--ignored", "--exact", test],
-    )?;
+    let decided = cargo(checkout, &["--release", "-p", "agentd", "--bin", "agentd", "--", "--exact", test])?;
     let ended = cargo(
         checkout,
         &["-p", "tests-qemu", "--test", "all", "--", "--test-threads=1", "children_have_less"],
@@ -47,6 +44,7 @@ fn cargo(checkout: &Path, arguments: &[&str]) -> Result<String> {
         .args(cargo)
         .arg("--nocapture")
         .args(test)
+        .env("AGENTD_BENCH", "1")
         .current_dir(checkout)
         .output()
         .context("cannot start cargo")?;

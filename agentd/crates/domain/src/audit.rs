@@ -19,6 +19,11 @@
 //! | `run.end` | appliance | | how seccomp ended the run, and for which system call |
 //! | `health.pain`, `.stuck`, `.throttled`, `.restored` | agent | | what was seen; of a pain its severity and kind alone |
 //! | `health.killed`, `.quarantined`, `.probe`, `.recovered` | appliance | | what was done |
+//! | `agents.start` | agent | the right or limit that stood against a child | why |
+//! | `token.hand_on`, `agent.remove` | agent | `agents.start` | its child |
+//! | `token.use` | agent | | a token that holds no more, or was brought and refused: `token_stolen` is another's |
+//! | `token.mint`, `.revoke`, `.verify` | owner | | the agent or the id, the code of the refusal |
+//! | `run.start`, `token.end`, `agent.remove` | appliance | | a run refused or killed for its token, an orphan removed |
 //! | `audit.begin`, `audit.key`, `audit.damaged` | appliance | | what happened to the log itself |
 //! | `audit.overflow` | whose they were | | `count` records of this verdict are not kept one by one |
 

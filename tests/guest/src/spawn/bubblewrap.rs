@@ -85,7 +85,7 @@ impl Bubblewrap {
                 }
                 Mount::Proc { target } => add(&["--proc", target]),
                 Mount::Dev { target } => add(&["--dev", target]),
-                Mount::Text { .. } => anyhow::bail!("a plan with a network is not compared"),
+                Mount::Text { .. } => return Err(Error::other("a plan with a network is not compared")),
             }
         }
         add(&["--remount-ro", "/", "--chdir", &plan.workdir]);

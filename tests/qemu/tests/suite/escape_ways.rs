@@ -137,9 +137,9 @@ impl Stage {
             lines = log(ctl, &name)?;
             let over = lines.iter().any(|line| line == "attack over");
             let ended = match state {
-                AgentState::Running | AgentState::Starting => false,
                 AgentState::Refused | AgentState::Quarantined => true,
-                AgentState::Stopped | AgentState::BackingOff => !lines.is_empty(),
+                AgentState::Stopped | AgentState::Crashed => !lines.is_empty(),
+                _ => false,
             };
             Ok((over || ended).then_some(()))
         })?;

@@ -2,11 +2,11 @@
 //! nothing, and to revoke one ends all below it.
 
 use crate::packages;
-use agentd_domain::api::{Agent, AgentState};
+use agentd_domain::api::{Agent, AgentState, LogLine};
 use agentd_domain::audit::Linked;
 use agentd_domain::rights::Limit;
 use agentd_domain::token::{Revocation, Shown, Verified};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tests_qemu::{Appliance, BOOT, Ctl, Start};
 
 /// Natively or under KVM a run is dead within so many milliseconds of the acknowledgement; under emulation it is
@@ -43,18 +43,25 @@ fn family(ctl: &Ctl) -> Result<Agent> {
 /// The one that stays: the first that its parent has started in this life.
 fn the_child(appliance: &mut Appliance) -> Result<Agent> {
     appliance.until("a child runs", BOOT, |ctl| {
-        let Some(line) = line(ctl, "family", "child")? else { return Ok(None) };
+        let Some(line) = line(ctl, "family", "child")? else {
+            bail!("its log: {}", ctl.run(&["agent", "logs", "family"])?.success()?)
+        };
         let parent = family(ctl)?.agent_id;
         let children = agents(ctl)?.into_iter().filter(|agent| agent.parent == Some(parent));
         let child = children.into_iter().find(|child| line.contains(&child.agent_id.to_string()));
-        Ok(child.filter(|child| child.run.is_some()))
+        match child {
+            Some(child) if child.run.is_some() => Ok(Some(child)),
+            other => bail!("{line}: {other:?}"),
+        }
     })
 }
 
+/// What the agent printed last under this name.
 fn line(ctl: &Ctl, agent: &str, name: &str) -> Result<Option<String>> {
-    let log = ctl.run(&["agent", "logs", agent])?.success()?;
-    let found = log.lines().rev().find_map(|line| Some(line.split_once(&format!(" {name} "))?.1.to_owned()));
-    Ok(found)
+    let log = ctl.run(&["agent", "logs", agent, "--json"])?.success()?;
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<LogLine>(line).ok());
+    let said = lines.filter(|line| line.stream == "out").map(|line| line.text).collect::<Vec<_>>();
+    Ok(said.iter().rev().find_map(|text| text.strip_prefix(name)?.strip_prefix(' ')).map(str::to_owned))
 }
 
 fn what_the_parent_was_answered(appliance: &mut Appliance) -> Result<()> {

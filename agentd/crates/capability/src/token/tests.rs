@@ -1,8 +1,8 @@
 use super::*;
 use crate::asked;
 use crate::parse_manifest;
-use agentd_domain::plan::{DiskQuota, Mount, NetworkPlan, SandboxPlan};
-use agentd_domain::rights::{Limit, UNLIMITED, is_beneath};
+use agentd_domain::plan::{Mount, NetworkPlan, SandboxPlan};
+use agentd_domain::rights::{Limit, Rights, UNLIMITED, is_beneath};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use std::collections::{BTreeSet, HashSet};
