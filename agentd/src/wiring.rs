@@ -25,6 +25,7 @@ use crate::store::{Db, Store};
 use crate::tokens::{self, Tokens};
 use crate::{clock, readings};
 use agentd_console::{Appliance, Auth, Authority, StateFiles, boot_clock, router, serve_tls};
+use agentd_domain::config::EgressSettings;
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::AgentdReport;
 use agentd_sandbox::client::Launcher;
@@ -56,6 +57,7 @@ const STACK_BYTES: usize = 1024 * 1024;
 pub fn run(options: &Options) -> Result<(), Report> {
     let places = options.places();
     let port = options.https_port(&places);
+    let granted = egress::settings(&places);
     let board = Arc::new(Board::starting());
     let walls = match options.walls {
         Walls::Down => {
@@ -77,7 +79,7 @@ pub fn run(options: &Options) -> Result<(), Report> {
     };
     let control = runtime("control", 1).map_err(threads_spent)?;
     let data = runtime("data", 2).map_err(threads_spent)?;
-    let result = control.block_on(live(places, port, board, walls, data.handle().clone()));
+    let result = control.block_on(live(places, port, granted, board, walls, data.handle().clone()));
     data.shutdown_timeout(Duration::from_secs(1));
     control.shutdown_timeout(Duration::from_secs(1));
     result
@@ -97,6 +99,7 @@ fn runtime(name: &str, workers: usize) -> io::Result<Runtime> {
 async fn live(
     places: Places,
     port: u16,
+    granted: EgressSettings,
     board: Arc<Board>,
     walls: Result<(), Report>,
     data: Handle,
@@ -112,7 +115,7 @@ async fn live(
     let models = Models::new(&places, engine.clone());
     let audit = Audit::default();
     let parts = match walls {
-        Ok(()) => start_agents(&places, &board, &launcher, &engine, &audit, &data).await,
+        Ok(()) => start_agents(&places, granted, &board, &launcher, &engine, &audit, &data).await,
         Err(report) => Err(report),
     };
     if let Err(report) = &parts {
@@ -196,6 +199,7 @@ async fn watch_engine(engine: Engine, board: Arc<Board>) {
 
 async fn start_agents(
     places: &Places,
+    granted: EgressSettings,
     board: &Arc<Board>,
     launcher: &Launcher,
     engine: &Engine,
@@ -254,7 +258,7 @@ async fn start_agents(
         let (on_data, what) = (data.clone(), "no agent is started");
         let opened = tokio::task::spawn_blocking(move || {
             let _on_data = on_data.enter();
-            Egress::open(&places, audit, db, &board)
+            Egress::open(&places, granted, audit, db, &board)
         });
         opened
             .await

@@ -62,8 +62,7 @@ pub struct Run {
 
 impl Egress {
     /// Reads what is on the disk. Blocks. Call it on the data plane's runtime.
-    pub fn open(places: &Places, audit: Audit, db: Db, board: &Board) -> Self {
-        let settings = settings(places);
+    pub fn open(places: &Places, settings: EgressSettings, audit: Audit, db: Db, board: &Board) -> Self {
         let ending = authority::open(places, &settings.private);
         let secrets = Secrets::open(places.secrets());
         let problem = ending.as_ref().err().or(secrets.problem());
@@ -124,8 +123,9 @@ fn granted(rules: &EgressRules, private: &[PrivateHost]) -> EgressRules {
     EgressRules::new(list).unwrap_or_else(|_| rules.clone())
 }
 
-/// What is wrong with the file is init's to report.
-fn settings(places: &Places) -> EgressSettings {
+/// What the owner grants. Read it before agentd shuts itself in: the file is init's. What is wrong with it is init's to
+/// report too.
+pub fn settings(places: &Places) -> EgressSettings {
     let owner = init_sys::twofile::TwoFile::new(&places.config).read().ok().flatten();
     let text = owner.or_else(|| fs::read(&places.config_default).ok()).unwrap_or_default();
     config::parse(&String::from_utf8_lossy(&text)).0.egress

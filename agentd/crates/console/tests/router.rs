@@ -96,8 +96,7 @@ fn with(token: Option<&str>, request: axum::http::request::Builder) -> axum::htt
     }
 }
 
-/// Every route with its method. The count below is checked against the router's source, so that a new route cannot
-/// be forgotten here.
+/// Every route with its method. The count is checked against the router's source: a new route cannot be forgotten.
 const GATED_API: &[(&str, &str)] = &[
     ("POST", "/api/v1/logout"),
     ("GET", "/api/v1/status"),
@@ -772,8 +771,7 @@ async fn guarded_routes_of_other_crates_need_a_session() {
 async fn the_audit_log_is_read_line_by_line_as_it_is_kept() {
     let scene = Scene::new();
     let token = scene.claim().await;
-    let token = Some(token.as_str());
-    // What nobody can read is shown all the same.
+    let token = Some(token.as_str()); // What nobody can read is shown all the same:
     let spoiled = [fake::AUDIT_EXAMPLE, b"not a record\n"].concat();
     scene.fake.set_audit(&spoiled);
     let reply = scene.get("/api/v1/audit?after=0&limit=10", token).await;
