@@ -58,7 +58,9 @@ impl Crun {
                 Mount::Dev { target } => {
                     mounts.push(made("tmpfs", target, &["nosuid", "noexec", "mode=755", "size=64k"]));
                 }
-                Mount::Text { .. } => return Err(Error::other("a plan with a network is not compared")),
+                Mount::Text { .. } => {
+                    return Err(std::io::Error::other("a plan with a network is not compared"));
+                }
             }
         }
         std::fs::write(bundle.join("config.json"), configuration(scene, plan, &mounts).to_string())?;
