@@ -27,7 +27,7 @@ pub(super) fn enter(control: &OwnedFd, plan: &SandboxPlan, doors: Vec<OwnedFd>) 
     drop(doors);
     // The mount namespace's root has become ours; the folder we stood in has not.
     step("call: root", std::env::set_current_dir("/"))?;
-    let mut launched = launch(plan, &absent(plan))?;
+    let mut launched = launch(plan, &absent(plan), || Ok(()))?;
     let stdin = step("call: standard input", launched.stdin.take().ok_or("it is closed"))?;
     let fds = [stdin.as_fd(), launched.stdout.as_fd(), launched.stderr.as_fd()];
     step("tell the launcher", wire::send(control.as_fd(), &FromJail::Up, &fds))?;

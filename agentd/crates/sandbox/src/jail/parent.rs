@@ -100,7 +100,9 @@ fn begin(control: &OwnedFd) -> Result<Running, Failure> {
             let Launched { agent, signals, .. } = call::enter(control, &plan, doors)?;
             Ok(Running { agent, signals, doors: Vec::new(), _kept: Vec::new() })
         }
-        (ToJail::Terminate | ToJail::Knock, _) => step("read the plan", Err("stopped before the start")),
+        (ToJail::Terminate | ToJail::Knock | ToJail::Go, _) => {
+            step("read the plan", Err("stopped before the start"))
+        }
     }
 }
 
@@ -116,7 +118,8 @@ fn raise(control: &OwnedFd, spec: &JailSpec) -> Result<Running, Failure> {
     let egress = listeners::egress(&spec.plan.network)?;
     root.seal()?;
     let doors = step("namespaces", open_doors())?;
-    let Launched { agent, signals, stdin, stdout, stderr } = launch(&spec.plan, root.absent())?;
+    let Launched { agent, signals, stdin, stdout, stderr } =
+        launch(&spec.plan, root.absent(), || ready(control))?;
     // At once: the agent reads the end of a file.
     drop((stdin, root));
     let mut kept = vec![tcp, unix, stdout, stderr];
@@ -133,8 +136,22 @@ fn open_doors() -> Result<Vec<OwnedFd>, Errno> {
     DOORS.iter().map(open).collect()
 }
 
-/// Starts the program of a plan behind its walls, and confines the caller.
-pub(super) fn launch(plan: &SandboxPlan, absent: &[String]) -> Result<Launched, Failure> {
+/// Tells the launcher that what was the appliance's own work is done, and waits until the rest is limited as the agent is.
+fn ready(control: &OwnedFd) -> Result<(), Failure> {
+    step("tell the launcher", wire::send(control.as_fd(), &FromJail::Ready, &[]))?;
+    match step("wait for the launcher", wire::receive(control.as_fd()))? {
+        (ToJail::Go, _) => Ok(()),
+        _ => step("wait for the launcher", Err("it said something else")),
+    }
+}
+
+/// Starts the program of a plan behind its walls, and confines the caller. `ready` comes last before the program's
+/// process may go on.
+pub(super) fn launch(
+    plan: &SandboxPlan,
+    absent: &[String],
+    ready: impl FnOnce() -> Result<(), Failure>,
+) -> Result<Launched, Failure> {
     let (stdout, agent_stdout) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
     let (stderr, agent_stderr) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
     let (agent_stdin, stdin) = step("pipes", pipe_with(PipeFlags::CLOEXEC))?;
@@ -163,6 +180,7 @@ pub(super) fn launch(plan: &SandboxPlan, absent: &[String]) -> Result<Launched, 
     };
     drop((agent_stdin, agent_stdout, agent_stderr, agent_report, agent_go));
     confine(plan.uid)?;
+    ready()?;
     step("tell the agent's process to go on", rustix::io::write(&go, b"1"))?;
     drop(go);
     wait_for_exec(&report)?;
@@ -268,7 +286,7 @@ fn obey(control: BorrowedFd<'_>, run: &Running) -> bool {
             true
         }
         Ok((ToJail::Knock, _)) => wire::send(control, &FromJail::Doors, &wire::borrowed(&run.doors)).is_ok(),
-        Ok((ToJail::Spec(_) | ToJail::Call(_), _)) => true,
+        Ok((ToJail::Spec(_) | ToJail::Call(_) | ToJail::Go, _)) => true,
         Err(error) => error.would_block(),
     }
 }

@@ -27,6 +27,8 @@ pub enum FromJail {
     /// All walls are up and the program is running. Descriptors of a run: TCP listener, Unix listener, stdout, stderr,
     /// and the egress's where the plan has one; of a call: stdin, stdout, stderr.
     Up,
+    /// The jail of a run is confined, and the agent's process waits for `Go` before it raises its last walls.
+    Ready,
     /// The run's namespaces, in the order in which a call enters them.
     Doors,
     /// Nothing of the agent has run, and nothing will.
@@ -40,6 +42,8 @@ pub enum FromJail {
 #[serde(rename_all = "snake_case")]
 pub enum ToJail {
     Spec(Box<JailSpec>),
+    /// The answer to `Ready`: all limits are in force.
+    Go,
     /// Instead of the spec: start this in the run whose doors come with it.
     Call(Box<SandboxPlan>),
     /// To a run: hand out the doors.

@@ -169,7 +169,7 @@ impl Server {
                 call.failure.get_or_insert(failure);
             }
             Ok((FromJail::Ended { status }, _)) => call.status = Some(status),
-            Ok((FromJail::Doors, _)) => {}
+            Ok((FromJail::Ready | FromJail::Doors, _)) => {}
             Err(error) => {
                 if !error.would_block() {
                     call.kill();

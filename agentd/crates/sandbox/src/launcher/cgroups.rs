@@ -104,7 +104,7 @@ impl Hierarchy {
         let group = RunGroup { main: run.join("main"), run };
         make(&group.run)?;
         let made = self
-            .set_limits(&group.run, limits)
+            .set_limits_but_cpu(&group.run, limits)
             .and_then(|()| make(&group.main))
             .and_then(|()| open(&group.main));
         match made {
@@ -139,7 +139,25 @@ impl Hierarchy {
         self.set_limits(&group.run, limits)
     }
 
+    /// The last limit of a run, before anything of the agent runs. Until then its jail does the appliance's work and is
+    /// not held to the agent's share, of which raising all walls would take whole periods: at 5% a fifth of a second.
+    pub(super) fn set_cpu(&self, group: &RunGroup, limits: &CgroupLimits) -> Result<(), Report> {
+        self.set_share(&group.run, limits)
+    }
+
     fn set_limits(&self, group: &Path, limits: &CgroupLimits) -> Result<(), Report> {
+        self.set_limits_but_cpu(group, limits)?;
+        self.set_share(group, limits)
+    }
+
+    fn set_share(&self, group: &Path, limits: &CgroupLimits) -> Result<(), Report> {
+        if !self.has("cpu") {
+            return Ok(());
+        }
+        set(group, "cpu.max", format!("{} {}", limits.cpu_quota_us, limits.cpu_period_us))
+    }
+
+    fn set_limits_but_cpu(&self, group: &Path, limits: &CgroupLimits) -> Result<(), Report> {
         if self.has("memory") {
             set(group, "memory.high", limits.memory_high_bytes)?;
             set(group, "memory.max", limits.memory_max_bytes)?;
@@ -149,9 +167,6 @@ impl Hierarchy {
         }
         if self.has("pids") {
             set(group, "pids.max", limits.pids_max)?;
-        }
-        if self.has("cpu") {
-            set(group, "cpu.max", format!("{} {}", limits.cpu_quota_us, limits.cpu_period_us))?;
         }
         if self.has("io")
             && let Some(rate) = limits.io_bytes_per_second

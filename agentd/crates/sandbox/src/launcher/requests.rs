@@ -36,6 +36,10 @@ impl Server {
             Request::ChangeLimits { run_id, cgroup } => {
                 let run = self.runs.get(&run_id).ok_or_else(|| unknown(run_id))?;
                 check::check_within(&cgroup, &run.plan.cgroup)?;
+                // Its plan's own limits are still being set.
+                if let Phase::Raising { .. } = run.phase {
+                    return Err(not_started(run_id));
+                }
                 self.hierarchy.change_limits(&run.group, &cgroup)
             }
             Request::Freeze { run_id } => self.freeze(run_id, true),
@@ -119,11 +123,7 @@ impl Server {
     fn freeze(&mut self, run_id: RunId, frozen: bool) -> Result<(), Report> {
         let run = self.runs.get_mut(&run_id).ok_or_else(|| unknown(run_id))?;
         if let Phase::Raising { .. } = run.phase {
-            return Err(refused(
-                "conflict",
-                format!("run {run_id} has not started yet"),
-                "wait for its start",
-            ));
+            return Err(not_started(run_id));
         }
         run.group.freeze(frozen)?;
         run.frozen = frozen;
@@ -220,6 +220,10 @@ impl Server {
         }
         listing
     }
+}
+
+fn not_started(run_id: RunId) -> Report {
+    refused("conflict", format!("run {run_id} has not started yet"), "wait for its start")
 }
 
 pub(super) fn unknown(run_id: RunId) -> Report {

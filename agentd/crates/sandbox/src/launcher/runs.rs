@@ -81,6 +81,8 @@ pub(super) enum Phase {
 #[derive(Debug)]
 pub(super) enum Progress {
     Nothing,
+    /// The jail waits for the last limits.
+    Ready,
     /// All walls are up.
     Started,
     /// The run's namespaces, for the call that has waited longest.
@@ -206,6 +208,7 @@ impl Run {
                     Progress::Nothing
                 }
             },
+            Ok((FromJail::Ready, _)) => Progress::Ready,
             Ok((FromJail::Doors, doors)) => Progress::Doors(doors),
             Ok((FromJail::Failed { failure }, _)) => {
                 self.failure.get_or_insert(failure);
@@ -221,6 +224,17 @@ impl Run {
                 self.kill_now();
                 Progress::Silent
             }
+        }
+    }
+
+    /// The last limit, and the word that the agent's process waits for.
+    pub(super) fn go(&mut self, hierarchy: &Hierarchy) {
+        let told =
+            hierarchy.set_cpu(&self.group, &self.plan.cgroup).map_err(|report| report.to_string()).and_then(
+                |()| wire::send(self.control.as_fd(), &ToJail::Go, &[]).map_err(|error| error.to_string()),
+            );
+        if let Err(why) = told {
+            self.fail("limit the processor", why);
         }
     }
 

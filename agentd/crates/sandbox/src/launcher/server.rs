@@ -311,6 +311,7 @@ impl Server {
         loop {
             match run.listen() {
                 Progress::Nothing => {}
+                Progress::Ready => run.go(&self.hierarchy),
                 Progress::Started => break,
                 Progress::Doors(doors) => {
                     let next = run.knocking.pop_front();
@@ -352,7 +353,7 @@ impl Server {
         loop {
             match self.runs.get_mut(&run_id).map(Run::listen) {
                 Some(Progress::Started) => self.answer_start(run_id),
-                Some(Progress::Nothing | Progress::Doors(_)) => {}
+                Some(Progress::Nothing | Progress::Ready | Progress::Doors(_)) => {}
                 Some(Progress::Silent) | None => break,
             }
         }
