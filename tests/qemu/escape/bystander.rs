@@ -265,12 +265,8 @@ impl Bystander {
 
     /// Processor time over two seconds.
     fn look_at_hog(&mut self, pid: u32, folder: &Path) {
-        let stat = read_path(&folder.join("stat"));
-        let fields: Vec<i64> = stat
-            .rsplit_once(") ")
-            .map(|(_, rest)| rest.split(' ').filter_map(|field| field.parse().ok()).collect())
-            .unwrap_or_default();
-        // utime and stime are fields 14 and 15 (proc_pid_stat(5)); the state before them is no number.
+        let fields = numbers_after_state(folder);
+        // utime and stime are fields 14 and 15.
         let ticks = fields.iter().skip(10).take(2).sum::<i64>().unsigned_abs();
         match self.hog {
             Some((known, before, since)) if known == pid => {
@@ -313,11 +309,7 @@ fn holds_it(id: &str, folder: &Path) -> bool {
             .map(|rest| rest.split_whitespace().filter_map(|word| word.parse().ok()).collect())
             .unwrap_or_default()
     };
-    let stat = read_path(&folder.join("stat"));
-    let after_state: Vec<i64> = stat
-        .rsplit_once(") ")
-        .map(|(_, rest)| rest.split(' ').filter_map(|field| field.parse().ok()).collect())
-        .unwrap_or_default();
+    let after_state = numbers_after_state(folder);
     match id {
         "17-mem" => has("/dev/mem"),
         "18-kcore" => has("/proc/kcore"),
@@ -337,12 +329,20 @@ fn holds_it(id: &str, folder: &Path) -> bool {
         "42-chroot" => link("root").ends_with("work"),
         "79-threads" => field("Threads:").first().is_some_and(|threads| *threads > PROCESSES as u64),
         "80-memory" => field("VmRSS:").first().is_some_and(|kib| *kib > MEMORY_KIB),
-        // Fields 19 and 41 of proc_pid_stat(5), counted after the state, which is the third.
+        // Fields 19 and 41.
         "81-nice" => after_state.get(15).is_some_and(|nice| *nice < 0),
         "81-fifo" => after_state.get(37).is_some_and(|policy| *policy == 1),
         family if family.starts_with("44-") => has("socket:"),
         _ => false,
     }
+}
+
+/// The fields of `/proc/PID/stat` from the fourth on (proc_pid_stat(5)); one that is no number of this kind is 0.
+fn numbers_after_state(folder: &Path) -> Vec<i64> {
+    let stat = read_path(&folder.join("stat"));
+    stat.rsplit_once(") ")
+        .map(|(_, rest)| rest.split(' ').skip(1).map(|field| field.parse().unwrap_or(0)).collect())
+        .unwrap_or_default()
 }
 
 fn make_secrets() {

@@ -101,6 +101,8 @@ mod with_feature {
     impl Lowered {
         /// A name that is none of a wall's lowers nothing: the suite then sees that the wall still stands.
         pub fn of(plan: &SandboxPlan) -> Self {
+            // In the jail as well as in the launcher: who can lower a wall carries the text.
+            std::hint::black_box(MARKER);
             let asked: Vec<&str> = plan
                 .exec
                 .iter()

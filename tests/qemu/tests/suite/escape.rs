@@ -57,19 +57,19 @@ fn without_walls_every_attempt_succeeds() -> Result<()> {
 #[test]
 fn no_wall_of_the_appliance_can_be_lowered() -> Result<()> {
     const MARKER: &[u8] = b"NOT FOR AN APPLIANCE: THIS PROGRAM CAN LOWER ITS WALLS";
-    const WORD: &[u8] = b"agentd.launcher=unconfined";
     let holds = |path: &Path, text: &[u8]| -> Result<bool> {
         let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         Ok(bytes.windows(text.len()).any(|window| window == text))
     };
     for program in &setup().built.programs.programs {
-        ensure!(!holds(&program.built, MARKER)? && !holds(&program.built, WORD)?, "{program:?}");
+        ensure!(!holds(&program.built, MARKER)?, "{program:?}");
     }
     // And the search would find it.
-    let launcher =
-        lowerable()?.programs.programs.iter().find(|program| program.place.ends_with("agent-launcher"));
-    let launcher = launcher.context("the escape suite's image has no launcher")?;
-    ensure!(holds(&launcher.built, MARKER)? && holds(&launcher.built, WORD)?, "{launcher:?}");
+    let walls = lowerable()?.programs.programs.iter();
+    let walls =
+        walls.filter(|program| program.place.ends_with("-launcher") || program.place.ends_with("-jail"));
+    let found: Vec<bool> = walls.map(|program| holds(&program.built, MARKER)).collect::<Result<_>>()?;
+    ensure!(found == [true, true], "the search finds nothing in the escape suite's image either");
     Ok(())
 }
 
@@ -170,6 +170,8 @@ fn table(whole: &Attack, proven: &BTreeSet<String>, columns: &[(&str, Attack)]) 
         let control = match (proven.contains(row.id), row.control) {
             (true, Control::WallsOff) => "succeeds without walls",
             (true, Control::TestKernel) => "succeeds without walls on a kernel that has it",
+            (true, Control::Missing(_)) => "succeeds without walls, which was not expected",
+            (false, Control::Missing(why)) => &format!("UNPROVEN: {why}"),
             (false, _) => "UNPROVEN",
         };
         let _ = writeln!(

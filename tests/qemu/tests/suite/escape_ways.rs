@@ -146,6 +146,10 @@ impl Stage {
         self.let_watchers_look()?;
         let state = agent(&self.appliance.ctl(), &name)?;
         self.appliance.ctl().run(&["agent", "stop", &name])?;
+        self.appliance.until("the attacker is stopped", BOOT, |ctl| {
+            let state = agent(ctl, &name)?;
+            Ok((state.run.is_none() || state.state == AgentState::Stopped).then_some(()))
+        })?;
         self.let_watchers_look()?;
         ensure!(!lines.is_empty(), "the attacker said nothing: {state:?}");
         let mut attack = Attack::default();
