@@ -63,7 +63,8 @@ fn code_of_a_stranger_in_agentd_reaches_what_is_written_down() {
         return;
     }
     let harmed = inside.harmed(&said);
-    assert_eq!(harmed, BTreeSet::new(), "{said:?}");
+    // agents' way out goes through agentd, to hosts and ports that only their manifests know.
+    assert_eq!(harmed, BTreeSet::from(["connect to a port"]), "{said:?}");
     for reachable in REACHABLE {
         assert_eq!(said.get(reachable).map(String::as_str), Some("done"), "{reachable}: {said:?}");
     }
