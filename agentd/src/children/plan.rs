@@ -59,7 +59,7 @@ pub fn admitted(parent: &Rights, children: &[Rights], asked: &Narrowing) -> Resu
         let (whole, wanted) = (parent.limit(limit), child.limit(limit));
         if taken.saturating_add(wanted) > whole {
             let why = format!(
-                "the parent's token gives {whole}, its children have {taken} of it, and {wanted} more is asked"
+                "of `{limit}` the parent's token gives {whole}, its children have {taken}, and {wanted} more is asked"
             );
             return Err(against(limit, why, "ask for less in `limits`, or end a child first"));
         }

@@ -76,7 +76,7 @@ fn what_the_parent_was_answered(appliance: &mut Appliance) -> Result<()> {
         ("other", "409", "conflict"),
         ("right", "403", "models"),
         ("large", "403", "memory.max"),
-        ("shared", "403", "pids"),
+        ("shared", "403", "30 more is asked"),
         ("brief", "200", "agent_id"),
         ("third", "403", "2 children"),
     ] {
