@@ -8,7 +8,7 @@ use crate::bubblewrap::place;
 use crate::{Contender, Scene, until_first_byte};
 use agentd_domain::plan::{Mount, SandboxPlan};
 use serde_json::{Value, json};
-use std::io::{Error, Result};
+use std::io::Result;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::process::Command;
