@@ -43,7 +43,7 @@ fn main() {
         "127.0.0.1:8443".to_owned(),
         "169.254.169.254:80".to_owned(),
     ] {
-        say(&format!("direct {address}"), TcpStream::connect(&address).map(|_| "CONNECTED".to_owned()));
+        say(&format!("direct {address}"), direct(&address));
     }
     use std::net::ToSocketAddrs;
     let looked =
@@ -83,6 +83,14 @@ fn rest(stream: &mut impl Read) -> io::Result<String> {
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;
     Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+/// A caught port answers on loopback too, as the egress, which closes without a word.
+fn direct(address: &str) -> io::Result<String> {
+    let mut stream = patient(TcpStream::connect(address)?)?;
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    let answer = rest(&mut stream)?;
+    Ok(if answer.is_empty() { "closed without a word".to_owned() } else { format!("ANSWERED {answer}") })
 }
 
 fn socks(host: &str, port: u16) -> io::Result<String> {
