@@ -199,7 +199,9 @@ fn the_rules_hold(hosts: &Hosts, log: &str) -> Result<()> {
 
 fn records(ctl: &Ctl) -> Result<Vec<Linked>> {
     let text = ctl.run(&["audit", "ls", "--agent", "caller", "--limit", "200", "--json"])?.success()?;
-    serde_json::from_str(&text).with_context(|| format!("not records: {text}"))
+    text.lines()
+        .map(|line| serde_json::from_str(line).with_context(|| format!("no record: {line}")))
+        .collect()
 }
 
 fn the_log_names_the_rules(ctl: &Ctl, hosts: &Hosts, http_rule: &str) -> Result<()> {

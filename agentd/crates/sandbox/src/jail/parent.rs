@@ -173,7 +173,9 @@ pub(super) fn launch(
         go: agent_go.as_fd(),
     };
     // Before the fork: one drops for both. The child makes sure.
-    step("jail: capability bounding set", sys::drop_bounding_set(0))?;
+    if !lowered.lacks(Wall::Capabilities) {
+        step("jail: capability bounding set", sys::drop_bounding_set(0))?;
+    }
     let agent = match step("fork", sys::fork())? {
         Forked::Child => sys::exit_now(child::run(&child)),
         Forked::Parent { child } => child,
