@@ -112,7 +112,7 @@ fn overview_says_how_the_machine_is(appliance: &mut Appliance, browser: &Browser
 fn agents_stand_with_state_and_limits(appliance: &mut Appliance, browser: &Browser) -> Result<()> {
     appliance.until("the list says that echo runs", BOOT, |_| {
         let page = browser.get("/agents")?.with_status(200)?;
-        Ok(page.body.contains("Running").then_some(()))
+        Ok([">Ready<", ">Busy<", ">Idle<"].iter().any(|state| page.body.contains(state)).then_some(()))
     })?;
     let list = browser.get("/agents")?;
     // The limits of rootfs/agents/echo/agent.toml.

@@ -86,6 +86,15 @@ fn every_key_is_read() {
 }
 
 #[test]
+fn the_manifest_in_the_readme_is_one() {
+    let readme = include_str!("../../../../../README.md");
+    let (_, rest) = readme.split_once("```toml\n").unwrap();
+    let (text, _) = rest.split_once("```").unwrap();
+    let manifest = parse_manifest(text).unwrap();
+    assert!(manifest.calls && manifest.messages && manifest.net.len() == 1, "{manifest:?}");
+}
+
+#[test]
 fn two_keys_are_enough_and_grant_nothing() {
     let manifest = parse_manifest("[agent]\nname = \"hello\"\nexec = [\"/agent/run\"]\n").unwrap();
     assert_eq!(manifest.limits, Limits::default());
