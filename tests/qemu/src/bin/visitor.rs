@@ -1,5 +1,5 @@
 //! An agent that asks agentd for everything it offers, once, and prints each answer on a line of its own:
-//! name, status, body. The test reads them in its log.
+//! name, status, body. The test reads them in its log. Its own tool calls are this program too.
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};
@@ -9,13 +9,18 @@ use std::time::Duration;
 const CHAT: &str =
     r#""model":"default","temperature":0,"max_tokens":8,"messages":[{"role":"user","content":"Good day"}]"#;
 
+const CALLS: &str = "/agent/v1/calls";
+
 /// As numbers the vector would be longer than a line of a log may be.
 const EMBED: &str = r#"{"model":"default","input":["a ship at sea"],"encoding_format":"base64"}"#;
 
 fn main() {
+    if let Some(tool) = std::env::args().nth(1) {
+        return be_a_tool(&tool);
+    }
     let chat = format!("{{{CHAT}}}");
     let stream = format!("{{{CHAT},\"stream\":true}}");
-    let visits: [(&str, &str, &str, &str); 9] = [
+    let visits: [(&str, &str, &str, &str); 12] = [
         ("self", "GET", "/agent/v1/self", ""),
         ("models", "GET", "/v1/models", ""),
         ("embeddings", "POST", "/v1/embeddings", EMBED),
@@ -40,6 +45,14 @@ fn main() {
             "/agent/v1/memory/remember",
             r#"{"tier":"knowledge","role":"fact","text":"not allowed"}"#,
         ),
+        ("tool", "POST", CALLS, r#"{"exec":["/agent/bin/visitor","copy"],"stdin":"seven plums"}"#),
+        (
+            "greedy",
+            "POST",
+            CALLS,
+            r#"{"exec":["/agent/bin/visitor","eat"],"memory_max_bytes":16777216,"timeout_ms":60000}"#,
+        ),
+        ("alone", "POST", CALLS, r#"{"exec":["/agent/bin/visitor","connect"],"no_sockets":true}"#),
     ];
     for (name, method, path, body) in visits {
         match ask(method, path, body) {
@@ -48,6 +61,25 @@ fn main() {
         }
     }
     println!("the visit is over");
+}
+
+fn be_a_tool(what: &str) {
+    match what {
+        "copy" => {
+            let mut text = String::new();
+            let read = std::io::stdin().read_to_string(&mut text);
+            println!("read {}: {text}", read.is_ok());
+        }
+        "eat" => {
+            let mut eaten = Vec::new();
+            loop {
+                eaten.push(vec![1_u8; 1 << 20]);
+                std::hint::black_box(&eaten);
+            }
+        }
+        _ => println!("{:?}", TcpStream::connect("127.0.0.1:7070").map(drop)),
+    }
+    std::process::exit(3);
 }
 
 /// HTTP/1.0, so that the answer ends with the connection and is not cut into chunks.

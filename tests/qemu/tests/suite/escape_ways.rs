@@ -143,14 +143,15 @@ impl Stage {
             };
             Ok((over || ended).then_some(()))
         })?;
-        self.let_watchers_look()?;
+        self.let_watchers_look(2)?;
         let state = agent(&self.appliance.ctl(), &name)?;
         self.appliance.ctl().run(&["agent", "stop", &name])?;
         self.appliance.until("the attacker is stopped", BOOT, |ctl| {
             let state = agent(ctl, &name)?;
             Ok((state.run.is_none() || state.state == AgentState::Stopped).then_some(()))
         })?;
-        self.let_watchers_look()?;
+        // What is still there after five looks has outlived the stop.
+        self.let_watchers_look(7)?;
         ensure!(!lines.is_empty(), "the attacker said nothing: {state:?}");
         let mut attack = Attack::default();
         for line in &lines {
@@ -255,7 +256,7 @@ impl Stage {
     }
 
     /// Two rounds of each: the first may have begun before what is looked for.
-    fn let_watchers_look(&mut self) -> Result<()> {
+    fn let_watchers_look(&mut self, times: u32) -> Result<()> {
         for name in self.watchers.clone() {
             let looks = |ctl: &Ctl| -> Result<u32> {
                 let lines = log(ctl, name)?;
@@ -264,7 +265,7 @@ impl Stage {
             };
             let now = looks(&self.appliance.ctl())?;
             self.appliance.until(&format!("{name} has looked around"), BOOT, |ctl| {
-                Ok((looks(ctl)? >= now + 2).then_some(()))
+                Ok((looks(ctl)? >= now + times).then_some(()))
             })?;
         }
         Ok(())

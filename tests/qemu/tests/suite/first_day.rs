@@ -242,6 +242,19 @@ fn agents_are_served(appliance: &mut Appliance) -> Result<()> {
     ensure!(recalled["words_only"] == false, "{recalled}");
     ensure!(answer("nobody", "404")?.contains("nobody"));
     ensure!(answer("forbidden", "403")?.contains("memory.remember.knowledge"));
+    tools_run_in_groups_of_their_own(&json)
+}
+
+fn tools_run_in_groups_of_their_own(answer: &dyn Fn(&str) -> Result<Value>) -> Result<()> {
+    let tool = answer("tool")?;
+    ensure!(tool["cause"]["ended"] == serde_json::json!({ "kind": "exited", "code": 3 }), "{tool}");
+    ensure!(tool["stdout"] == "read true: seven plums\n" && tool["truncated"] == false, "{tool}");
+    // It was killed alone: its agent has gone on asking.
+    let greedy = answer("greedy")?;
+    ensure!(greedy["cause"]["ended"]["kind"] == "out_of_memory", "{greedy}");
+    ensure!(greedy["memory_peak_bytes"].as_u64().is_some_and(|peak| peak <= 16 << 20), "{greedy}");
+    let alone = answer("alone")?;
+    ensure!(alone["stdout"].as_str().is_some_and(|said| said.contains("PermissionDenied")), "{alone}");
     Ok(())
 }
 

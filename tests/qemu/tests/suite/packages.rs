@@ -26,7 +26,7 @@ pub fn visitor(below: &Path) -> Result<PathBuf> {
     std::fs::create_dir_all(folder.join("bin"))?;
     std::fs::copy(env!("CARGO_BIN_EXE_visitor"), folder.join("bin/visitor"))?;
     let manifest = "[agent]\nname = \"visitor\"\nexec = [\"/agent/bin/visitor\"]\n\n[model]\nuse = \"default\"\n\n\
-                    [memory]\nspirit = \"rw\"\n\n[restart]\npolicy = \"never\"\n";
+                    [memory]\nspirit = \"rw\"\n\n[calls]\nallow = true\n\n[restart]\npolicy = \"never\"\n";
     std::fs::write(folder.join("agent.toml"), manifest)?;
     Ok(folder)
 }

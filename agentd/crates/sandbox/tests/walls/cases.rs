@@ -23,6 +23,7 @@ pub(crate) const ALL: &[Case] = &[
     ("a_forbidden_call_ends_the_run", forbidden_call),
     ("a_program_that_is_not_there_is_a_refusal_and_a_record", missing_program),
     ("an_agent_over_its_memory_limit_is_killed_and_named", out_of_memory),
+    ("the_processor_s_share_holds_when_a_run_has_started", processor_share),
     ("a_fork_bomb_stops_at_its_limit", fork_bomb),
     ("a_volume_is_full_at_its_quota", disk_quota),
     ("frozen_agents_stand_still_and_thaw", freeze),
@@ -317,6 +318,17 @@ fn out_of_memory() -> Outcome {
     let record = scene.record(&run);
     assert_eq!(record.cause, ExitCause::OutOfMemory);
     assert!(record.memory_peak_bytes > 40 << 20, "peak {}", record.memory_peak_bytes);
+    Outcome::Passed
+}
+
+/// Written late, so that raising the walls is not limited by it, and before the agent's program begins.
+fn processor_share() -> Outcome {
+    let scene = scene!();
+    needs!(scene, "cpu");
+    let plan = scene.agent(&["wait"]);
+    let run = scene.start(&plan);
+    let share = std::fs::read_to_string(scene.cgroup_of(&plan, &run).join("cpu.max")).unwrap();
+    assert_eq!(share.trim(), format!("{} {}", plan.cgroup.cpu_quota_us, plan.cgroup.cpu_period_us));
     Outcome::Passed
 }
 
