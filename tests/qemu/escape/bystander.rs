@@ -190,7 +190,8 @@ impl Bystander {
             if manifest.contains("/data") {
                 self.once("13-manifest", &id);
             }
-            if !package.join("spare").exists() {
+            // Where it was moved to: in the package it is missing too while that is unpacked or removed.
+            if agent.path().join("work/spare").exists() {
                 self.once("10-rename", &id);
             }
             self.look_at_work(&agent.path().join("work"), &id);
@@ -324,7 +325,9 @@ fn holds_it(id: &str, folder: &Path) -> bool {
         "40-bpf" => has("bpf"),
         "40-perf" => has("perf_event"),
         "41-userns" | "41-clone3" => {
-            fs::read_link("/proc/self/ns/user").is_ok_and(|own| own != link("ns/user"))
+            // A process that has just ended has no link any more.
+            let theirs = link("ns/user");
+            !theirs.as_os_str().is_empty() && fs::read_link("/proc/self/ns/user").is_ok_and(|own| own != theirs)
         }
         "42-chroot" => link("root").ends_with("work"),
         "79-threads" => field("Threads:").first().is_some_and(|threads| *threads > PROCESSES as u64),
