@@ -327,7 +327,8 @@ fn holds_it(id: &str, folder: &Path) -> bool {
         "41-userns" | "41-clone3" => {
             // A process that has just ended has no link any more.
             let theirs = link("ns/user");
-            !theirs.as_os_str().is_empty() && fs::read_link("/proc/self/ns/user").is_ok_and(|own| own != theirs)
+            !theirs.as_os_str().is_empty()
+                && fs::read_link("/proc/self/ns/user").is_ok_and(|own| own != theirs)
         }
         "42-chroot" => link("root").ends_with("work"),
         "79-threads" => field("Threads:").first().is_some_and(|threads| *threads > PROCESSES as u64),

@@ -85,7 +85,9 @@ pub const ROWS: &[Row] = &[
         what: "live on after the stop",
         primary: "cgroup.kill",
         second: "pid namespace",
-        control: Control::Missing("without walls it was not seen to live on either, for a reason not yet found"),
+        control: Control::Missing(
+            "without walls it was not seen to live on either, for a reason not yet found",
+        ),
     },
     left_out("36-core", "leave a core dump", "COREDUMP=n", "rlimits"),
     left_out("37-uring", "io_uring", "IO_URING=n", "seccomp"),

@@ -94,7 +94,7 @@ fn each_wall_alone() -> Result<()> {
     columns.insert(0, ("none", stage.attack("")?));
     for (name, wall) in WALLS {
         columns.push((name, stage.attack(wall)?));
-        println!("{name}: {:?}", columns.last().map(|(_, attack)| &attack.harmed));
+        println!("{name}: {:?}", columns.last().map(|(_, attack)| (&attack.harmed, &attack.refused)));
     }
     stage.end()?;
     let table = table(&whole, &proven, &columns);
@@ -102,7 +102,7 @@ fn each_wall_alone() -> Result<()> {
     let unproven = ROWS.iter().filter(|row| !proven.contains(row.id)).count();
     println!("RESULT: {} attempts, {unproven} unproven; {}", ROWS.len(), summary(&columns));
     let (_, none) = columns.first().context("no column")?;
-    ensure!(none.harmed.is_empty(), "with all walls up: {:?}", none.harmed);
+    ensure!(none.harmed.is_empty() && none.refused.is_none(), "with all walls up: {none}");
     Ok(())
 }
 
@@ -157,7 +157,11 @@ fn table(whole: &Attack, proven: &BTreeSet<String>, columns: &[(&str, Attack)]) 
             ROWS.iter().filter(|row| proven.contains(row.id) && !attack.harmed.contains(row.id)).count();
         let of = ROWS.iter().filter(|row| proven.contains(row.id)).count();
         let through: Vec<&str> = attack.harmed.iter().map(String::as_str).collect();
-        let through = if through.is_empty() { "-".to_owned() } else { through.join(", ") };
+        let through = match &attack.refused {
+            Some(why) => format!("no run started: {}", why.replace('|', "/")),
+            None if through.is_empty() => "-".to_owned(),
+            None => through.join(", "),
+        };
         // Writing to a string cannot fail.
         let _ = writeln!(text, "| {name} | {stopped} of {of} | {through} |");
     }

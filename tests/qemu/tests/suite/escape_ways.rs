@@ -32,6 +32,8 @@ pub struct Attack {
     /// Attempts that had an effect.
     pub harmed: BTreeSet<String>,
     pub begun: BTreeSet<String>,
+    /// Nothing was tried, because the walls that were left refused the start.
+    pub refused: Option<String>,
     said: BTreeMap<String, String>,
 }
 
@@ -152,8 +154,16 @@ impl Stage {
         })?;
         // What is still there after five looks has outlived the stop.
         self.let_watchers_look(7)?;
-        ensure!(!lines.is_empty(), "the attacker said nothing: {state:?}");
         let mut attack = Attack::default();
+        if lines.is_empty()
+            && state.state == AgentState::Refused
+            && let Some(problem) = &state.problem
+        {
+            attack.refused = Some(problem.why.clone());
+            self.appliance.ctl().run(&["agent", "rm", &name])?;
+            return Ok(attack);
+        }
+        ensure!(!lines.is_empty(), "the attacker said nothing: {state:?}");
         for line in &lines {
             if let Some(id) = line.strip_prefix("begin ") {
                 attack.begun.insert(id.to_owned());

@@ -183,9 +183,11 @@ pub(super) fn launch(
     drop((agent_stdin, agent_stdout, agent_stderr, agent_report, agent_go));
     confine(plan.uid)?;
     ready()?;
-    step("tell the agent's process to go on", rustix::io::write(&go, b"1"))?;
+    let told = rustix::io::write(&go, b"1");
     drop(go);
+    // First what the agent's process says: one that has failed already no longer hears.
     wait_for_exec(&report)?;
+    step("tell the agent's process to go on", told)?;
     Ok(Launched { agent, signals, stdin: Some(stdin), stdout, stderr })
 }
 
