@@ -11,8 +11,8 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
 use serde_json::Value;
-use std::time::Duration;
-use tests_qemu::{Appliance, BOOT, Capture, Ctl, PASSWORD, Start, Traffic};
+use std::time::{Duration, Instant};
+use tests_qemu::{Appliance, BOOT, Capture, Ctl, PASSWORD, Start, Traffic, setup};
 
 const FACTS: &str = include_str!("../../../fixtures/recall/facts.toml");
 /// The promise: of thirty questions by meaning, the right fact first for this many.
@@ -99,6 +99,8 @@ fn agentd_is_killed_and_the_rest_goes_on(appliance: &mut Appliance) -> Result<()
     };
     let (before, engine_ms) = appliance.until("echo and the engine live", BOOT, lives)?;
     appliance.type_and_hear("a", "restart agentd now?")?;
+    let status: ApplianceStatus = appliance.ctl().json(&["status"])?;
+    let asked = Instant::now();
     appliance.type_and_hear("y", "done")?;
     // Sessions end with agentd, so this one signs in to the new one.
     let fingerprint = appliance.said("fingerprint: ")?;
@@ -114,6 +116,17 @@ fn agentd_is_killed_and_the_rest_goes_on(appliance: &mut Appliance) -> Result<()
     let (after, engine_later_ms) = appliance.until("both live on", BOOT, lives)?;
     let (before, after) = (before.run.context("no run")?, after.run.context("no run")?);
     ensure!((before.run_id, before.pid) == (after.run_id, after.pid), "{before:?} became {after:?}");
+    // By the guest's clock, which agentd told just before the key was pressed.
+    let log = appliance.ctl().run(&["agent", "logs", "echo", "--json"])?.success()?;
+    let lines: Vec<LogLine> = log.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let mark = format!("run {} is served", after.run_id);
+    let served = lines.iter().rfind(|line| line.text.starts_with(&mark)).context("nobody served it")?;
+    let within_ms = served.unix_ms - status.now_unix_ms;
+    ensure!((0..asked.elapsed().as_millis().try_into()?).contains(&within_ms), "{status:?} and {served:?}");
+    println!(
+        "RESULT: from the key that kills agentd to the adopted run {within_ms} ms ({:?})",
+        setup().accelerator
+    );
     ensure!(
         engine_later_ms > engine_ms,
         "the engine was started again: {engine_ms} and {engine_later_ms} ms"
