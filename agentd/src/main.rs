@@ -36,6 +36,7 @@ mod models;
 mod options;
 mod places;
 mod readings;
+mod seed_file;
 #[cfg(test)]
 mod snapshots;
 mod state_files;

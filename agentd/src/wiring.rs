@@ -295,7 +295,7 @@ async fn start_agents(
 async fn open_tokens(db: &Db, places: &Places) -> Result<Tokens, Report> {
     let (db, folder) = (db.clone(), places.state_agentd.clone());
     let opened = tokio::task::spawn_blocking(move || {
-        let key = tokens::open_key(&TwoFiles { folder }).map_err(|error| error.report())?;
+        let key = tokens::open_key(&TwoFiles { folder }).map_err(|error| tokens::key_report(&error))?;
         let tokens = Tokens::open(key, db).map_err(|error| error.report("no agent is started"))?;
         tokens.settle()?;
         Ok(tokens)
@@ -308,8 +308,8 @@ async fn open_tokens(db: &Db, places: &Places) -> Result<Tokens, Report> {
 async fn keep_audit(audit: Audit, db: Db, places: Places, board: Arc<Board>) {
     let on_board = Arc::clone(&board);
     let opened = tokio::task::spawn_blocking(move || {
-        let signer =
-            audit::open_key(&TwoFiles { folder: places.state_agentd }).map_err(|error| error.report())?;
+        let signer = audit::open_key(&TwoFiles { folder: places.state_agentd })
+            .map_err(|error| audit::key_report(&error))?;
         audit.keep(db, signer, on_board)
     });
     let report = match opened.await {

@@ -15,7 +15,7 @@ mod key;
 mod orders;
 mod plan;
 
-pub use key::open as open_key;
+pub use key::{open as open_key, report as key_report};
 pub use orders::{Order, entrance};
 
 use crate::clock;

@@ -10,7 +10,7 @@
 mod key;
 mod management;
 
-pub use key::open as open_key;
+pub use key::{open as open_key, report as key_report};
 pub(crate) use management::shown;
 
 use crate::clock;
