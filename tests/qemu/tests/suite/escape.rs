@@ -134,7 +134,10 @@ fn ids(control: Control) -> BTreeSet<&'static str> {
 }
 
 fn summary(columns: &[(&str, Attack)]) -> String {
-    let stopped = |attack: &Attack| ROWS.len() - attack.harmed.len();
+    let stopped = |attack: &Attack| match &attack.refused {
+        Some(_) => "none tried".to_owned(),
+        None => (ROWS.len() - attack.harmed.len()).to_string(),
+    };
     let words: Vec<String> =
         columns.iter().map(|(name, attack)| format!("without {name} {}", stopped(attack))).collect();
     format!("stopped: {}", words.join(", "))
@@ -162,8 +165,11 @@ fn table(whole: &Attack, proven: &BTreeSet<String>, columns: &[(&str, Attack)]) 
             None if through.is_empty() => "-".to_owned(),
             None => through.join(", "),
         };
+        // What was not tried was not stopped either.
+        let stopped =
+            if attack.refused.is_some() { "none tried".to_owned() } else { format!("{stopped} of {of}") };
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "| {name} | {stopped} of {of} | {through} |");
+        let _ = writeln!(text, "| {name} | {stopped} | {through} |");
     }
     text.push_str(
         "| no_new_privs | not alone | Landlock and seccomp need it or a capability (landlock(7)); the control has all three off |\n\
