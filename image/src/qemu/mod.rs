@@ -207,6 +207,11 @@ impl Running {
 
     /// The same from a place: [`Heard::end`] of an earlier wait, or [`Self::mark`].
     pub fn wait_for_from(&mut self, from: usize, words: &str, within: Duration) -> Result<Heard> {
+        self.wait_for_any(from, &[words], within)
+    }
+
+    /// The same for whichever of these words is there first.
+    pub fn wait_for_any(&mut self, from: usize, words: &[&str], within: Duration) -> Result<Heard> {
         let deadline = Instant::now() + within;
         if let Some(heard) = self.serial.wait_for(from, words, deadline) {
             return Ok(heard);
@@ -215,7 +220,8 @@ impl Running {
             Some(status) => format!("QEMU ended ({status}) before"),
             None => format!("{:.0} s passed before", within.as_secs_f64()),
         };
-        bail!("{reason} the serial line said {words:?}; {}", self.scene())
+        let words = words.iter().map(|words| format!("{words:?}")).collect::<Vec<_>>().join(" or ");
+        bail!("{reason} the serial line said {words}; {}", self.scene())
     }
 
     /// Where the serial line is now.

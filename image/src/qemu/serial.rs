@@ -46,11 +46,12 @@ impl Serial {
         self.to.flush()
     }
 
-    /// `None` at the deadline, or when the line has ended without the words.
-    pub(super) fn wait_for(&self, from: usize, words: &str, deadline: Instant) -> Option<Heard> {
+    /// The first of these words that is there, in the order given. `None` at the deadline, or when the line has ended
+    /// without any of them.
+    pub(super) fn wait_for(&self, from: usize, words: &[&str], deadline: Instant) -> Option<Heard> {
         let mut said = self.lock();
         loop {
-            if let Some(heard) = find(&said, from, words) {
+            if let Some(heard) = words.iter().find_map(|words| find(&said, from, words)) {
                 return Some(heard);
             }
             let left = deadline.checked_duration_since(Instant::now())?;
@@ -185,10 +186,14 @@ mod tests {
         let (from, to) = (child.stdout.take().unwrap(), child.stdin.take().unwrap());
         let mut serial = Serial::listen(from, to, None, Instant::now());
         let deadline = Instant::now() + Duration::from_secs(60);
-        assert_eq!(serial.wait_for(0, "hello", deadline).unwrap().line, "hello");
+        assert_eq!(serial.wait_for(0, &["hello"], deadline).unwrap().line, "hello");
         serial.send(b"it\n").unwrap();
-        assert!(serial.wait_for(0, "got it", deadline).is_some());
-        assert_eq!(serial.wait_for(0, "never", deadline), None, "at the end of the stream, not the deadline");
+        assert!(serial.wait_for(0, &["other", "got it"], deadline).is_some());
+        assert_eq!(
+            serial.wait_for(0, &["never"], deadline),
+            None,
+            "at the end of the stream, not the deadline"
+        );
         assert!(Instant::now() < deadline);
         child.wait().unwrap();
     }
