@@ -499,25 +499,43 @@ fn every_shorter_and_longer_text_is_refused() {
     }
 }
 
-/// Built with Biscuit itself, which has no limit; refused by its size alone, before anything is read of it.
+/// So many blocks, each signed. To append is quadratic in Biscuit; but a block that says nothing, signed by a key that
+/// is its own successor, is the same bytes each time, so that the third can be repeated between the second and the proof.
+fn blocks(parent: &str, count: usize) -> String {
+    use base64::Engine;
+    let next = keypair(&[5; 32]).unwrap();
+    let append = |token: UnverifiedBiscuit| {
+        token.append_with_keypair(&next, biscuit_auth::BlockBuilder::new()).unwrap()
+    };
+    let two = append(append(UnverifiedBiscuit::from_base64(parent).unwrap()));
+    let has = two.block_count();
+    let (two, three) = (two.to_vec().unwrap(), append(two).to_vec().unwrap());
+    // The proof comes last: two tags, two lengths and the secret (biscuit's schema.proto, `Proof`).
+    let (second_ends, third_ends) = (two.len() - 36, three.len() - 36);
+    assert_eq!(two[..second_ends], three[..second_ends]);
+    let repeated = three[second_ends..third_ends].repeat(count - has);
+    let bytes = [&two[..second_ends], &repeated, &two[second_ends..]].concat();
+    base64::engine::general_purpose::URL_SAFE.encode(bytes)
+}
+
+/// Biscuit itself, which has no limit, takes such a token; here its size alone is enough, before anything is read.
 #[test]
 fn a_token_of_ten_thousand_blocks_is_refused_unread() {
     let (parent, _) = handed(&Narrowing::default());
-    let mut many = UnverifiedBiscuit::from_base64(&parent).unwrap();
-    let next = keypair(&[5; 32]).unwrap();
-    // To append is quadratic in Biscuit, so what ten thousand would take is reckoned from a hundred.
-    while many.block_count() < 100 {
-        many = many.append_with_keypair(&next, biscuit_auth::BlockBuilder::new()).unwrap();
-    }
-    let hundred = many.to_base64().unwrap();
-    let per_block = (hundred.len() - parent.len()) / 99;
-    assert!(per_block * 10_000 > TOKEN_MAX_BYTES * 20, "{per_block} bytes a block");
-    let text = format!("{hundred}{}", "A".repeat(per_block * 9_900));
+    let some = blocks(&parent, 200);
+    let valid = biscuit_auth::Biscuit::from_base64(&some, key().public().0).unwrap();
+    assert_eq!(valid.block_count(), 200, "what is repeated is signed");
+    let text = blocks(&parent, 10_000);
+    assert_eq!(UnverifiedBiscuit::from_base64(&text).unwrap().block_count(), 10_000);
+    assert!(text.len() > TOKEN_MAX_BYTES * 20, "{} bytes", text.len());
     let begun = std::time::Instant::now();
     assert_eq!(code(inspect(&text)), "token_too_large");
+    assert_eq!(code(verify(&text, key().public(), &at(1, NOW))), "token_too_large");
     assert!(begun.elapsed() < Duration::from_millis(50), "it was read: {:?}", begun.elapsed());
-    // And a hundred that fit are counted before one of them is looked into.
-    assert_eq!(code(inspect(&hundred[..hundred.len().min(TOKEN_MAX_BYTES)])), "token_too_deep");
+    // And those that fit are counted before one of them is looked into.
+    let fitting =
+        (1..).map(|count| blocks(&parent, count * 10)).take_while(|text| text.len() <= TOKEN_MAX_BYTES);
+    assert_eq!(code(inspect(&fitting.last().unwrap())), "token_too_deep");
 }
 
 #[test]
