@@ -6,6 +6,8 @@
 
 #[path = "suite/alone.rs"]
 mod alone;
+#[path = "suite/bad_input.rs"]
+mod bad_input;
 #[path = "suite/bad_machines.rs"]
 mod bad_machines;
 #[path = "suite/companion.rs"]

@@ -2,7 +2,8 @@
 //!
 //! In a release build the answer is always "none", and nothing else is compiled. With the feature
 //! `walls-can-be-lowered`, which only the image of `tests/qemu/escape` is built with, an agent's argument
-//! `lower=<wall>,<wall>` names them (`all` is every one), and the word `agentd.launcher=unconfined` on the kernel's
+//! `lower=<wall>,<wall>` names them (`all` is every one; `probed` among them leaves the self-probe on, which is
+//! otherwise off, so that it can be seen to end the start), and the word `agentd.launcher=unconfined` on the kernel's
 //! command line leaves the launcher as init started it.
 //! Always: a program with that feature says [`MARKER`] when it starts, and holds it as text; tests show that the
 //!         programs of a release image do not.
@@ -40,6 +41,8 @@ pub enum Wall {
 pub struct Lowered {
     #[cfg(feature = "walls-can-be-lowered")]
     walls: std::collections::BTreeSet<Wall>,
+    #[cfg(feature = "walls-can-be-lowered")]
+    probed: bool,
 }
 
 #[cfg(not(feature = "walls-can-be-lowered"))]
@@ -54,7 +57,7 @@ impl Lowered {
     }
 
     #[inline(always)]
-    pub fn is_whole(&self) -> bool {
+    pub fn is_probed(&self) -> bool {
         true
     }
 }
@@ -110,15 +113,17 @@ mod with_feature {
                 .flat_map(|names| names.split(','))
                 .collect();
             let down = |name: &str| asked.iter().any(|asked| *asked == name || *asked == "all");
-            Self { walls: ALL.iter().filter(|(name, _)| down(name)).map(|(_, wall)| *wall).collect() }
+            let probed = asked.contains(&"probed");
+            Self { probed, walls: ALL.iter().filter(|(name, _)| down(name)).map(|(_, wall)| *wall).collect() }
         }
 
         pub fn lacks(&self, wall: Wall) -> bool {
             self.walls.contains(&wall)
         }
 
-        pub fn is_whole(&self) -> bool {
-            self.walls.is_empty()
+        /// Whether the run's first process tries its walls before it becomes the agent.
+        pub fn is_probed(&self) -> bool {
+            self.probed || self.walls.is_empty()
         }
 
         /// `CLONE_NEW*` of the run. The host's tree is only seen with the host's mounts.

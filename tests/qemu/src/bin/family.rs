@@ -2,6 +2,7 @@
 //! each: name, status, body. The test reads them in its log.
 #![forbid(unsafe_code)]
 
+use agentd_domain::agent_api::TOKEN_HEADER;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -13,6 +14,7 @@ fn main() {
         "parent" => parent(),
         "child" => child(),
         "brief" => return println!("a brief life is over"),
+        "thief" => return thief(),
         other => println!("unknown member of the family: {other}"),
     }
     // What is revoked is seen by a call that is denied, or not seen any more.
@@ -52,6 +54,18 @@ fn child() {
     );
 }
 
+/// With somebody else's token, which its package brought, and with its own.
+fn thief() {
+    let stolen = std::fs::read_to_string("/agent/stolen").unwrap_or_default();
+    let with = |token: &str, path: &str| send("GET", path, &format!("{TOKEN_HEADER}: {token}\r\n"), "");
+    for path in ["/agent/v1/self", "/agent/v1/agents", "/agent/v1/messages/next?wait_s=0", "/v1/models"] {
+        say("stolen", with(stolen.trim(), path));
+    }
+    let own = ask("GET", "/agent/v1/token", "", "").map(|(_, body)| body).unwrap_or_default();
+    let own = own.split_once("\"token\":\"").and_then(|(_, rest)| rest.split('"').next()).unwrap_or("");
+    say("own", with(own, "/agent/v1/self"));
+}
+
 fn say(name: &str, answer: std::io::Result<(u16, String)>) {
     match answer {
         Ok((status, body)) => println!("{name} {status} {}", body.replace('\n', " ")),
@@ -59,15 +73,19 @@ fn say(name: &str, answer: std::io::Result<(u16, String)>) {
     }
 }
 
-/// HTTP/1.0, so that the answer ends with the connection and is not cut into chunks.
 fn ask(method: &str, path: &str, key: &str, body: &str) -> std::io::Result<(u16, String)> {
+    let key = if key.is_empty() { String::new() } else { format!("idempotency-key: {key}\r\n") };
+    send(method, path, &key, body)
+}
+
+/// HTTP/1.0, so that the answer ends with the connection and is not cut into chunks.
+fn send(method: &str, path: &str, headers: &str, body: &str) -> std::io::Result<(u16, String)> {
     let mut stream = TcpStream::connect("127.0.0.1:7070")?;
     stream.set_read_timeout(Some(Duration::from_secs(120)))?;
     let length = body.len();
-    let key = if key.is_empty() { String::new() } else { format!("idempotency-key: {key}\r\n") };
     write!(
         stream,
-        "{method} {path} HTTP/1.0\r\nhost: 127.0.0.1:7070\r\n{key}content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+        "{method} {path} HTTP/1.0\r\nhost: 127.0.0.1:7070\r\n{headers}content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
     )?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;

@@ -53,6 +53,25 @@ fn without_walls_every_attempt_succeeds() -> Result<()> {
     Ok(())
 }
 
+/// Each wall that the self-probe of a start looks at, left out alone: the start ends there, and the report names it.
+#[test]
+fn a_start_without_a_wall_is_ended_by_its_own_probe() -> Result<()> {
+    // A confined launcher has no network that a run could share with it.
+    let mut stage = Stage::watched(None, "agentd.launcher=unconfined")?;
+    for (wall, word) in [
+        ("capabilities", "Cap"),
+        ("landlock", "open(/) succeeded"),
+        ("seccomp", "unshare(CLONE_NEWUSER)"),
+        ("pid-namespace", "PPid"),
+        ("net-namespace", "interface"),
+    ] {
+        let attack = stage.attack(&format!("{wall},probed"))?;
+        let why = attack.refused.as_deref().with_context(|| format!("it ran without {wall}: {attack}"))?;
+        ensure!(why.contains("self-probe") && why.contains(word), "{wall}: {why}");
+    }
+    stage.end()
+}
+
 /// What can lower a wall is in no program of the appliance.
 #[test]
 fn no_wall_of_the_appliance_can_be_lowered() -> Result<()> {

@@ -145,8 +145,16 @@ impl Stage {
             };
             Ok((over || ended).then_some(()))
         })?;
-        self.let_watchers_look(2)?;
         let state = agent(&self.appliance.ctl(), &name)?;
+        if lines.is_empty()
+            && state.state == AgentState::Refused
+            && let Some(problem) = &state.problem
+        {
+            let refused = Some(problem.why.clone());
+            self.appliance.ctl().run(&["agent", "rm", &name])?;
+            return Ok(Attack { refused, ..Attack::default() });
+        }
+        self.let_watchers_look(2)?;
         self.appliance.ctl().run(&["agent", "stop", &name])?;
         self.appliance.until("the attacker is stopped", BOOT, |ctl| {
             let state = agent(ctl, &name)?;
@@ -155,14 +163,6 @@ impl Stage {
         // What is still there after five looks has outlived the stop.
         self.let_watchers_look(7)?;
         let mut attack = Attack::default();
-        if lines.is_empty()
-            && state.state == AgentState::Refused
-            && let Some(problem) = &state.problem
-        {
-            attack.refused = Some(problem.why.clone());
-            self.appliance.ctl().run(&["agent", "rm", &name])?;
-            return Ok(attack);
-        }
         ensure!(!lines.is_empty(), "the attacker said nothing: {state:?}");
         for line in &lines {
             if let Some(id) = line.strip_prefix("begin ") {

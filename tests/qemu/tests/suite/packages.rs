@@ -43,6 +43,18 @@ pub fn family(below: &Path) -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// A folder with an agent that has nothing of its own and another's token.
+pub fn thief(below: &Path, stolen: &str) -> Result<PathBuf> {
+    let folder = below.join("thief");
+    std::fs::create_dir_all(folder.join("bin"))?;
+    std::fs::copy(env!("CARGO_BIN_EXE_family"), folder.join("bin/family"))?;
+    std::fs::write(folder.join("stolen"), stolen)?;
+    let manifest = "[agent]\nname = \"thief\"\nexec = [\"/agent/bin/family\", \"thief\"]\n\n\
+                    [restart]\npolicy = \"never\"\n";
+    std::fs::write(folder.join("agent.toml"), manifest)?;
+    Ok(folder)
+}
+
 /// A folder with an agent that tries every way out to the network, and its manifest's `[[net.allow]]`.
 pub fn caller(below: &Path, arguments: &[String], net: &str) -> Result<PathBuf> {
     let folder = below.join("caller");

@@ -7,6 +7,7 @@ use agentd_domain::audit::Linked;
 use agentd_domain::rights::Limit;
 use agentd_domain::token::{Revocation, Shown, Verified};
 use anyhow::{Context, Result, bail, ensure};
+use std::path::Path;
 use tests_qemu::{Appliance, BOOT, Ctl, Start};
 
 /// Natively or under KVM a run is dead within so many milliseconds of the acknowledgement; under emulation it is
@@ -27,6 +28,7 @@ fn children_have_less_and_end_with_what_they_come_from() -> Result<()> {
     what_the_parent_was_answered(&mut appliance)?;
     what_the_child_was_answered(&mut appliance, &child)?;
     what_the_tokens_say(&appliance, &child)?;
+    what_another_jail_gets_for_them(&mut appliance, packages.path())?;
     revoking_ends_both(&mut appliance, &child)?;
     a_new_token_starts_again_and_a_stop_ends_the_child(&mut appliance)?;
     a_token_that_is_over_ends_its_run(&mut appliance)
@@ -129,6 +131,33 @@ fn what_the_tokens_say(appliance: &Appliance, child: &Agent) -> Result<()> {
         ensure!(report.code == "token_stolen", "{report}");
     }
     Ok(())
+}
+
+/// The parent's token, alive and with all its rights, in a neighbour's hands.
+fn what_another_jail_gets_for_them(appliance: &mut Appliance, packages: &Path) -> Result<()> {
+    let ctl = appliance.ctl();
+    let parent: Shown = ctl.json(&["token", "inspect", "--agent", "family"])?;
+    let folder = packages::thief(packages, &parent.token)?;
+    let thief: Agent = ctl.json(&["agent", "install", &folder.to_string_lossy()])?;
+    ctl.run(&["agent", "start", "thief"])?.success()?;
+    let own = appliance.until("the thief has asked", BOOT, |ctl| line(ctl, "thief", "own"))?;
+    ensure!(own.starts_with("200 "), "its own token is good for its own rights: {own}");
+    let log = ctl.run(&["agent", "logs", "thief", "--json"])?.success()?;
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<LogLine>(line).ok());
+    let stolen: Vec<String> =
+        lines.map(|line| line.text).filter(|text| text.starts_with("stolen ")).collect();
+    let refused = |text: &String| text.starts_with("stolen 403 ") && text.contains("token_stolen");
+    ensure!(stolen.len() == 4 && stolen.iter().all(refused), "{stolen:?}");
+    let log = ctl.run(&["audit", "ls", "--json", "--limit", "200"])?.success()?;
+    let records = log.lines().filter_map(|line| serde_json::from_str::<Linked>(line).ok());
+    let recorded = records
+        .filter(|linked| {
+            linked.record.action == "token.use" && linked.record.agent_id == Some(thief.agent_id)
+        })
+        .filter(|linked| linked.record.detail.starts_with("token_stolen"))
+        .count();
+    ensure!(recorded > 0, "the theft is not in the log: {log}");
+    ctl.run(&["agent", "rm", "thief"])?.success().map(drop)
 }
 
 fn revoking_ends_both(appliance: &mut Appliance, child: &Agent) -> Result<()> {

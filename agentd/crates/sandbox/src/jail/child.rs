@@ -95,7 +95,7 @@ fn become_agent(child: &AgentChild<'_>) -> Result<std::convert::Infallible, Fail
     if stands(Wall::Seccomp) {
         step("agent: seccomp", filters.install())?;
     }
-    if child.lowered.is_whole() {
+    if child.lowered.is_probed() {
         probe::all_walls_hold(plan)?;
     }
     sys::write_all(REPORT_FD, ABOUT_TO_EXEC);

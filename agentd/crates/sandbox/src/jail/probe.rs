@@ -3,7 +3,8 @@
 //! In:     a process that has just become what the agent will be. Out: Ok, or the first escape that succeeded.
 //! Always: runs at every start, after the last wall. Each attempt must fail with an errno that only the wall gives, so
 //!         that a missing wall is not mistaken for a missing feature. A seccomp answer is EPERM even for a call that
-//!         this kernel does not have.
+//!         this kernel does not have. What no attempt would show, because another wall stands before it, is read from
+//!         what the kernel says about this process (proc_pid_status(5)).
 //! Never:  an attempt that would do harm if it succeeded, beyond ending this process, which happens anyway.
 //! Source: the idea of a live probe is Certora/AutoProver's (pull request 73).
 #![allow(unsafe_code)]
@@ -19,7 +20,9 @@ pub(super) fn all_walls_hold(plan: &SandboxPlan) -> Result<(), Failure> {
     forbidden_calls()?;
     files_outside(plan)?;
     network(plan)?;
-    processes()
+    processes()?;
+    identity(plan)?;
+    interfaces()
 }
 
 /// System calls that the filter must refuse before the kernel looks at their arguments.
@@ -124,6 +127,49 @@ fn processes() -> Result<(), Failure> {
         )?;
     }
     Ok(())
+}
+
+/// Own user and group, no capability in any set, filter and no_new_privs set, and a parent that is the namespace's
+/// pid 1 (the jail) or, for a call that came in from outside, nobody in it.
+fn identity(plan: &SandboxPlan) -> Result<(), Failure> {
+    let text = step("self-probe", std::fs::read_to_string("/proc/self/status"))?;
+    let own = plan.uid.to_string();
+    let values = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+        line.map(|line| line.split_ascii_whitespace())
+    };
+    for (key, wanted) in [
+        ("Uid", [own.as_str()].as_slice()),
+        ("Gid", &[own.as_str()]),
+        ("CapInh", NO_CAPABILITY),
+        ("CapPrm", NO_CAPABILITY),
+        ("CapEff", NO_CAPABILITY),
+        ("CapBnd", NO_CAPABILITY),
+        ("CapAmb", NO_CAPABILITY),
+        ("NoNewPrivs", &["1"]),
+        ("Seccomp", SECCOMP_FILTER),
+        ("PPid", &["1", "0"]),
+    ] {
+        if !values(key).is_some_and(|mut values| values.all(|value| wanted.contains(&value))) {
+            let is = values(key).map(Iterator::collect::<Vec<_>>).unwrap_or_default().join(" ");
+            return step("self-probe", Err(format!("{key} is {is:?} and not {}", wanted.join(" or "))));
+        }
+    }
+    Ok(())
+}
+
+const NO_CAPABILITY: &[&str] = &["0000000000000000"];
+/// `SECCOMP_MODE_FILTER`.
+const SECCOMP_FILTER: &[&str] = &["2"];
+
+/// An empty network has one interface.
+fn interfaces() -> Result<(), Failure> {
+    let text = step("self-probe", std::fs::read_to_string("/proc/self/net/dev"))?;
+    let other = text.lines().filter_map(|line| line.split_once(':')).find(|(name, _)| name.trim() != "lo");
+    match other {
+        None => Ok(()),
+        Some((name, _)) => step("self-probe", Err(format!("the network has the interface {}", name.trim()))),
+    }
 }
 
 fn open(path: &str, flags: OFlags) -> Result<(), Errno> {
