@@ -1,7 +1,7 @@
 //! Which kernel policy follows from which manifest, all of it, for twenty of them?
 //!
-//! For each `snapshots/NN-name.toml` the whole plan is compared with `NN-name.json`, and the three seccomp programs that
-//! are compiled from it with the file that its last line names. Equal programs are one file, `bpf-<hash>.txt`, an
+//! For each `snapshots/NN-name.toml` the whole plan is compared with `NN-name.json`, and the seccomp program that
+//! is compiled from it with the file that its last line names. Equal programs are one file, `bpf-<hash>.txt`, an
 //! instruction a line, so that a change of the policy is a change that a reviewer reads. They are those of x86-64.
 //! Renew them on purpose: `AGENTD_RENEW_SNAPSHOTS=1 cargo test -p agentd snapshots`.
 
@@ -127,36 +127,28 @@ fn twenty_manifests_give_exactly_these_plans_and_programs() {
 }
 
 /// What the kernel gets, an instruction a line: number, code, jumps, value, and the call where a number is compared.
-fn listing(filters: &seccomp::Filters) -> String {
+fn listing(filter: &seccomp::Filter) -> String {
     let mut text = String::new();
-    let programs = [
-        ("guard", Some(&filters.guard)),
-        ("enosys", filters.enosys.as_ref()),
-        ("allow", Some(&filters.allow)),
-    ];
-    for (name, program) in programs {
-        let Some(program) = program else { continue };
-        let _ = writeln!(text, "{name}, {} instructions", program.len());
-        // The accumulator holds the call's number from where it is loaded to the next load.
-        let mut of_number = false;
-        for (at, step) in program.iter().enumerate() {
-            let (k, jt, jf) = (step.k, step.jt, step.jf);
-            let line = match step.code {
-                0x20 => {
-                    of_number = k == 0;
-                    format!("ld [{k}]")
-                }
-                0x54 => format!("and {k:#x}"),
-                0x05 => format!("ja {k}"),
-                0x15 if of_number => format!("jeq {k} {jt} {jf} {}", call(k)),
-                0x15 => format!("jeq {k:#x} {jt} {jf}"),
-                0x25 => format!("jgt {k:#x} {jt} {jf}"),
-                0x35 => format!("jge {k:#x} {jt} {jf}"),
-                0x06 => format!("ret {k:#010x}"),
-                code => format!("{code:#06x} {k:#x} {jt} {jf}"),
-            };
-            let _ = writeln!(text, "{at:4} {line}");
-        }
+    let _ = writeln!(text, "{} instructions", filter.program.len());
+    // The accumulator holds the call's number from where it is loaded to the next load.
+    let mut of_number = false;
+    for (at, step) in filter.program.iter().enumerate() {
+        let (k, jt, jf) = (step.k, step.jt, step.jf);
+        let line = match step.code {
+            0x20 => {
+                of_number = k == 0;
+                format!("ld [{k}]")
+            }
+            0x54 => format!("and {k:#x}"),
+            0x05 => format!("ja {k}"),
+            0x15 if of_number => format!("jeq {k} {jt} {jf} {}", call(k)),
+            0x15 => format!("jeq {k:#x} {jt} {jf}"),
+            0x25 => format!("jgt {k:#x} {jt} {jf}"),
+            0x35 => format!("jge {k:#x} {jt} {jf}"),
+            0x06 => format!("ret {k:#010x}"),
+            code => format!("{code:#06x} {k:#x} {jt} {jf}"),
+        };
+        let _ = writeln!(text, "{at:4} {line}");
     }
     text
 }

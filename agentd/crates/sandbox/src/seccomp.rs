@@ -1,10 +1,10 @@
-//! Which BPF programs say what a seccomp plan says?
+//! Which BPF program says what a seccomp plan says?
 //!
-//! In:     a [`SeccompPlan`]. Out: [`Filters`], plain instructions that a test can compare whole.
-//! Always: three programs, all of which the kernel runs; the strictest answer counts (seccomp(2)).
-//!         1. the guard kills foreign architectures, x32 numbers and the calls of the plan's kill list;
+//! In:     a [`SeccompPlan`]. Out: a [`Filter`], plain instructions that a test can compare whole.
+//! Always: 1. death for foreign architectures, x32 numbers and the calls of the plan's kill list;
 //!         2. ENOSYS for calls whose arguments a filter cannot see;
 //!         3. the allow list, with limits on arguments; everything else is EPERM.
+//!         A call in several lists gets the first of these answers.
 //!         Arguments that the kernel reads as 32 bits are compared as 32 bits: with 64, `TIOCSTI | 1 << 32` passes.
 //! Never:  a call by number alone that the plan does not name.
 
@@ -26,21 +26,17 @@ pub enum SeccompError {
     Architecture { name: &'static str },
 }
 
-/// Programs in the order in which they are installed: the last must come last, as it forbids installing more.
+/// One program, because each costs the kernel pages of its own for what it is translated to, and every system call a
+/// further look.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Filters {
-    pub guard: BpfProgram,
-    pub enosys: Option<BpfProgram>,
-    pub allow: BpfProgram,
+pub struct Filter {
+    pub program: BpfProgram,
 }
 
-impl Filters {
-    /// Sets no_new_privs and installs all programs for the calling thread; irrevocable.
+impl Filter {
+    /// Sets no_new_privs and installs the program for the calling thread; irrevocable.
     pub fn install(&self) -> Result<(), SeccompError> {
-        for program in [Some(&self.guard), self.enosys.as_ref(), Some(&self.allow)].into_iter().flatten() {
-            apply_filter(program).map_err(|source| SeccompError::Install { source })?;
-        }
-        Ok(())
+        apply_filter(&self.program).map_err(|source| SeccompError::Install { source })
     }
 }
 
@@ -62,55 +58,53 @@ pub enum Ioctl {
     None,
 }
 
-pub fn compile(plan: &SeccompPlan) -> Result<Filters, SeccompError> {
+pub fn compile(plan: &SeccompPlan) -> Result<Filter, SeccompError> {
     let names = |list: &[String]| -> Result<Vec<i64>, SeccompError> {
         list.iter().map(|name| number(name)).collect()
     };
-    Ok(Filters {
-        guard: guard(&names(&plan.kill)?)?,
-        enosys: match names(&plan.enosys)?.as_slice() {
-            [] => None,
-            calls => Some(answer(calls, libc::ENOSYS)?),
-        },
-        allow: allow(&names(&plan.allow)?, ArgumentRules::Plan(plan))?,
-    })
+    let calls = Calls { allow: names(&plan.allow)?, enosys: names(&plan.enosys)?, kill: names(&plan.kill)? };
+    Ok(Filter { program: listed(&calls, ArgumentRules::Plan(plan))? })
 }
 
-/// Filters for a program of ours: `calls` and nothing else, and death for `kill`.
-pub fn compile_own(calls: &[&str], kill: &[&str], ioctl: Ioctl) -> Result<Filters, SeccompError> {
+/// A filter for a program of ours: `calls` and nothing else, and death for `kill`.
+pub fn compile_own(calls: &[&str], kill: &[&str], ioctl: Ioctl) -> Result<Filter, SeccompError> {
     let names =
         |list: &[&str]| -> Result<Vec<i64>, SeccompError> { list.iter().map(|name| number(name)).collect() };
-    Ok(Filters {
-        guard: guard(&names(kill)?)?,
-        enosys: Some(answer(&names(&["clone3"])?, libc::ENOSYS)?),
-        allow: allow(&names(calls)?, ArgumentRules::Own { ioctl })?,
-    })
+    let calls = Calls { allow: names(calls)?, enosys: names(&["clone3"])?, kill: names(kill)? };
+    Ok(Filter { program: listed(&calls, ArgumentRules::Own { ioctl })? })
 }
 
 /// For a process whose children have work of their own to do: foreign architectures die, `refuse` fails with EPERM,
 /// all else is left to them. Not a kill: the children's self-probe makes some of these calls to see them fail.
 pub fn install_refusal(refuse: &[&str]) -> Result<(), SeccompError> {
-    let numbers: Vec<i64> = refuse.iter().map(|name| number(name)).collect::<Result<_, _>>()?;
-    for program in [guard(&[])?, answer(&numbers, libc::EPERM)?] {
-        apply_filter(&program).map_err(|source| SeccompError::Install { source })?;
-    }
-    Ok(())
+    let refused = Answer::Always(REFUSED);
+    let answers = refuse
+        .iter()
+        .map(|name| Ok((narrow(number(name)?)?, refused.clone())))
+        .collect::<Result<BTreeMap<_, _>, SeccompError>>()?;
+    Filter { program: guarded(&answers, libc::SECCOMP_RET_ALLOW)? }.install()
+}
+
+const REFUSED: u32 = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
+const MISSING: u32 = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
+
+/// A call that stands in several lists gets the strictest answer: death, then ENOSYS.
+struct Calls {
+    allow: Vec<i64>,
+    enosys: Vec<i64>,
+    kill: Vec<i64>,
 }
 
 fn number(name: &str) -> Result<i64, SeccompError> {
     syscalls::number(name).ok_or_else(|| SeccompError::UnknownCall { name: name.to_owned() })
 }
 
-/// Also for x32, which has x86-64's audit value and bit 30 in the number.
-fn guard(kill: &[i64]) -> Result<BpfProgram, SeccompError> {
+/// Behind a look at the architecture, and at x32, which has x86-64's audit value and bit 30 in the number.
+fn guarded(answers: &BTreeMap<u32, Answer>, otherwise: u32) -> Result<BpfProgram, SeccompError> {
     const X32_BIT: u32 = 0x4000_0000;
     /// Offset of the architecture in `struct seccomp_data`.
     const ARCHITECTURE: u32 = 4;
     let killed = Answer::Always(libc::SECCOMP_RET_KILL_PROCESS);
-    let answers = kill
-        .iter()
-        .map(|&call| Ok((narrow(call)?, killed.clone())))
-        .collect::<Result<BTreeMap<_, _>, SeccompError>>()?;
     let mut program = vec![
         statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, ARCHITECTURE),
         sock_filter {
@@ -119,7 +113,7 @@ fn guard(kill: &[i64]) -> Result<BpfProgram, SeccompError> {
         },
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_KILL_PROCESS),
     ];
-    program.extend(assemble(&answers, libc::SECCOMP_RET_ALLOW, Some((X32_BIT, killed))));
+    program.extend(assemble(answers, otherwise, Some((X32_BIT, killed))));
     Ok(program)
 }
 
@@ -132,17 +126,10 @@ fn audit_architecture() -> Result<u32, SeccompError> {
     }
 }
 
-fn answer(calls: &[i64], errno: i32) -> Result<BpfProgram, SeccompError> {
-    let answer = Answer::Always(libc::SECCOMP_RET_ERRNO | errno as u32);
-    let answers = calls.iter().map(|&call| Ok((narrow(call)?, answer.clone()))).collect::<Result<_, _>>()?;
-    Ok(assemble(&answers, libc::SECCOMP_RET_ALLOW, None))
-}
-
-fn allow(calls: &[i64], rules: ArgumentRules<'_>) -> Result<BpfProgram, SeccompError> {
-    const REFUSED: u32 = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
+fn listed(calls: &Calls, rules: ArgumentRules<'_>) -> Result<BpfProgram, SeccompError> {
     let limits = argument_limits(rules);
     let mut answers = BTreeMap::new();
-    for &call in calls {
+    for &call in &calls.allow {
         let answer = match limits.get(&call) {
             // Also for an empty list of good arguments, which allows none.
             Some(one_of) => {
@@ -153,7 +140,13 @@ fn allow(calls: &[i64], rules: ArgumentRules<'_>) -> Result<BpfProgram, SeccompE
         };
         answers.insert(narrow(call)?, answer);
     }
-    Ok(assemble(&answers, REFUSED, None))
+    for &call in &calls.enosys {
+        answers.insert(narrow(call)?, Answer::Always(MISSING));
+    }
+    for &call in &calls.kill {
+        answers.insert(narrow(call)?, Answer::Always(libc::SECCOMP_RET_KILL_PROCESS));
+    }
+    guarded(&answers, REFUSED)
 }
 
 fn narrow(call: i64) -> Result<u32, SeccompError> {

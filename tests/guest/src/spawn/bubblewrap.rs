@@ -25,25 +25,20 @@ pub enum User {
 pub struct Bubblewrap {
     user: User,
     arguments: Vec<String>,
-    filters: Vec<PathBuf>,
+    filter: PathBuf,
     exec: Vec<String>,
 }
 
 impl Bubblewrap {
     pub fn new(scene: &Scene, plan: &SandboxPlan, user: User) -> Result<Self> {
         let compiled = seccomp::compile(&plan.seccomp).map_err(|error| Error::other(error.to_string()))?;
-        let programs = [Some(&compiled.guard), compiled.enosys.as_ref(), Some(&compiled.allow)];
-        let mut filters = Vec::new();
-        for (number, program) in programs.into_iter().flatten().enumerate() {
-            let path = scene.scratch.join(format!("filter-{number}"));
-            let mut file = File::create(&path)?;
-            for step in program {
-                // `struct sock_filter` of linux/filter.h.
-                file.write_all(&step.code.to_ne_bytes())?;
-                file.write_all(&[step.jt, step.jf])?;
-                file.write_all(&step.k.to_ne_bytes())?;
-            }
-            filters.push(path);
+        let filter = scene.scratch.join("filter");
+        let mut file = File::create(&filter)?;
+        for step in &compiled.program {
+            // `struct sock_filter` of linux/filter.h.
+            file.write_all(&step.code.to_ne_bytes())?;
+            file.write_all(&[step.jt, step.jf])?;
+            file.write_all(&step.k.to_ne_bytes())?;
         }
         let mut words: Vec<String> = Vec::new();
         let mut add = |more: &[&str]| words.extend(more.iter().map(|word| (*word).to_owned()));
@@ -89,7 +84,7 @@ impl Bubblewrap {
             }
         }
         add(&["--remount-ro", "/", "--chdir", &plan.workdir]);
-        Ok(Self { user, arguments: words, filters, exec: plan.exec.clone() })
+        Ok(Self { user, arguments: words, filter, exec: plan.exec.clone() })
     }
 }
 
@@ -102,13 +97,10 @@ impl Contender for Bubblewrap {
     }
 
     fn start(&mut self) -> Result<Duration> {
-        let files: Vec<File> = self.filters.iter().map(File::open).collect::<Result<_>>()?;
+        let filter = File::open(&self.filter)?;
+        rustix::io::fcntl_setfd(&filter, rustix::io::FdFlags::empty())?;
         let mut command = Command::new("bwrap");
-        command.args(&self.arguments);
-        for file in &files {
-            rustix::io::fcntl_setfd(file, rustix::io::FdFlags::empty())?;
-            command.args(["--add-seccomp-fd", &file.as_raw_fd().to_string()]);
-        }
+        command.args(&self.arguments).args(["--seccomp", &filter.as_raw_fd().to_string()]);
         command.arg("--").args(&self.exec);
         until_first_byte(&mut command)
     }

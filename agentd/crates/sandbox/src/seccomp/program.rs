@@ -6,7 +6,7 @@
 //!         that spray (`net.core.bpf_jit_harden`), the kernel rewrites the whole program once per constant, so that its
 //!         cost grows with the square of the length. One after another the same list took 40 million instructions of
 //!         the processor, out of 47 million for a whole start.
-//! Never:  a look at the architecture. The guard, which is a program of its own, does that.
+//! Never:  a look at the architecture, which must come before it.
 
 use seccompiler::{BpfProgram, sock_filter};
 use std::collections::BTreeMap;

@@ -48,14 +48,8 @@ fn run_one(program: &BpfProgram, call: &Call) -> u32 {
     }
 }
 
-/// What the kernel would answer: the strictest of all programs (seccomp(2): the lowest action value, as signed).
-fn run(filters: &Filters, call: &Call) -> u32 {
-    [Some(&filters.guard), filters.enosys.as_ref(), Some(&filters.allow)]
-        .into_iter()
-        .flatten()
-        .map(|program| run_one(program, call))
-        .min_by_key(|action| (action & 0xffff_0000) as i32)
-        .unwrap()
+fn run(filter: &Filter, call: &Call) -> u32 {
+    run_one(&filter.program, call)
 }
 
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
@@ -63,7 +57,7 @@ const KILL: u32 = libc::SECCOMP_RET_KILL_PROCESS;
 const EPERM: u32 = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
 const ENOSYS: u32 = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
 
-fn filters() -> Filters {
+fn filters() -> Filter {
     let names = |list: &[&str]| list.iter().map(|name| (*name).to_owned()).collect();
     compile(&SeccompPlan {
         groups: Vec::new(),
@@ -210,8 +204,8 @@ fn the_search_by_halves_finds_what_the_plan_says() {
         };
         assert_eq!(run(&filters, &call(number, &[])), expected, "call {number}");
     }
-    let steps = filters.allow.len();
-    assert!(steps < 150, "a start pays for the square of the length: {steps}");
+    let steps = filters.program.len();
+    assert!(steps < 200, "a start pays for the square of the length: {steps}");
 }
 
 /// Longer than one conditional jump reaches, and with every kind of answer.
