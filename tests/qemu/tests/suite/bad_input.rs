@@ -68,8 +68,8 @@ fn tokens(appliance: &Appliance) -> Result<()> {
             if (order, name) == ("revoke", "expired") {
                 continue;
             }
-            let option = if order == "revoke" { "--token" } else { "--" };
-            let report = ctl.refused(&["token", order, option, &path])?;
+            let option: &[&str] = if order == "revoke" { &["--token"] } else { &[] };
+            let report = ctl.refused(&[&["token", order], option, &[path.as_str()]].concat())?;
             ensure!(report.code.starts_with(wanted), "{order} {name}: {report}");
             ensure!(!report.why.is_empty() && !report.fix.is_empty(), "{order} {name}: {report}");
         }

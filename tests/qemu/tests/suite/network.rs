@@ -2,6 +2,7 @@
 //! let out by which rule.
 
 use crate::packages;
+use crate::web::Browser;
 use agentd_domain::api::Agent;
 use agentd_domain::audit::{Linked, Verdict};
 use agentd_domain::plan::{NetworkPlan, SandboxPlan};
@@ -145,6 +146,7 @@ fn an_agent_gets_out_by_its_rules_and_by_nothing_else() -> Result<()> {
     })?;
     the_rules_hold(&hosts, &log)?;
     the_log_names_the_rules(&ctl, &hosts, &http_rule)?;
+    the_page_shows_it(&mut appliance)?;
     the_next_agentd_goes_on(&mut appliance, &hosts)
 }
 
@@ -237,6 +239,16 @@ fn the_log_names_the_rules(ctl: &Ctl, hosts: &Hosts, http_rule: &str) -> Result<
     let text = format!("{records:?}");
     ensure!(!text.contains("canary"), "the log holds the secret");
     Ok(())
+}
+
+/// What its owner sees on the agent's page: whom it reached by which rule, and what was denied.
+fn the_page_shows_it(appliance: &mut Appliance) -> Result<()> {
+    let fingerprint = appliance.said("fingerprint: ")?;
+    let browser = Browser::new(appliance, "owner", &fingerprint)?;
+    browser.post("/sign-in", &[("password", PASSWORD)])?.leads_to("/")?;
+    browser.get("/agents/caller")?.with_status(200)?.says(&["Audit trail", "net."])?;
+    let page = browser.get("/audit?agent=caller")?.with_status(200)?;
+    page.says(&["net.connect", "denied", "169.254.169.254:80", "net.request", "nas.example.org"])
 }
 
 /// The run's sockets are its own: a new agentd serves them by the rules that the run was started with.

@@ -206,7 +206,7 @@ fn leaves_and_comes_back(appliance: &mut Appliance, browser: &Browser) -> Result
 // --- The browser -----------------------------------------------------------------------------------------
 
 /// A cookie jar and an authority that is trusted.
-struct Browser {
+pub struct Browser {
     host: String,
     authority: PathBuf,
     jar: PathBuf,
@@ -216,7 +216,7 @@ struct Browser {
 
 impl Browser {
     /// Asks the appliance for its authority and trusts it if its key has this fingerprint.
-    fn new(appliance: &mut Appliance, name: &str, fingerprint: &str) -> Result<Self> {
+    pub fn new(appliance: &mut Appliance, name: &str, fingerprint: &str) -> Result<Self> {
         let host = appliance.ctl().host().to_owned();
         let folder = appliance.file(&format!("browser-{name}"));
         fs::create_dir_all(&folder)?;
@@ -241,12 +241,12 @@ impl Browser {
         Ok(Self { host, authority, jar: jar.to_owned(), folder, requests: Cell::new(0) })
     }
 
-    fn get(&self, path: &str) -> Result<Page> {
+    pub fn get(&self, path: &str) -> Result<Page> {
         self.request(path, &["Sec-Fetch-Site: none"], None)
     }
 
     /// A form of our own pages. They forbid a referrer, so a browser's `Origin` is `null`.
-    fn post(&self, path: &str, fields: &[(&str, &str)]) -> Result<Page> {
+    pub fn post(&self, path: &str, fields: &[(&str, &str)]) -> Result<Page> {
         self.request(path, &["Origin: null", "Sec-Fetch-Site: same-origin"], Some(fields))
     }
 
@@ -289,7 +289,7 @@ impl Browser {
 }
 
 #[derive(Debug)]
-struct Page {
+pub struct Page {
     path: String,
     head: String,
     body: String,
@@ -307,12 +307,12 @@ impl Page {
         pairs.find(|(own, _)| own.eq_ignore_ascii_case(name)).map_or("", |(_, value)| value.trim())
     }
 
-    fn with_status(self, status: u16) -> Result<Self> {
+    pub fn with_status(self, status: u16) -> Result<Self> {
         ensure!(self.status()? == status, "not {status}: {self:?}");
         Ok(self)
     }
 
-    fn leads_to(self, path: &str) -> Result<Self> {
+    pub fn leads_to(self, path: &str) -> Result<Self> {
         ensure!(
             self.status()? == 303 && self.header("location") == path,
             "does not lead to {path}: {self:?}"
@@ -320,7 +320,7 @@ impl Page {
         Ok(self)
     }
 
-    fn says(&self, words: &[&str]) -> Result<()> {
+    pub fn says(&self, words: &[&str]) -> Result<()> {
         for word in words {
             ensure!(self.body.contains(word), "{} does not say {word:?}:\n{}", self.path, self.body);
         }
