@@ -93,6 +93,36 @@ fn agents_outlive_agentd_and_not_the_launcher() {
     kill_launcher(&mut scene, &runs);
 }
 
+/// Nothing waits for ever for what a dead launcher owed: whenever it dies, also while runs and models are half started,
+/// all agents are served by the next one, and the model answers them.
+#[test]
+fn the_launcher_may_die_at_any_moment() {
+    let Size { kills, seed, .. } = size();
+    let mut dice = Dice(!seed);
+    let mut scene = match Scene::new(3) {
+        Ok(scene) => scene,
+        Err(why) => return println!("SKIP: outlive: {why}"),
+    };
+    scene.start_launcher();
+    let begun = scene.start_agentd();
+    assert!(scene.hear_runs(3, begun + LIMIT).is_some(), "the agents were not started:\n{}", scene.tail());
+    let mut longest = Duration::ZERO;
+    for _ in 0..kills {
+        match dice.below(3) {
+            0 => longest = longest.max(answers(&scene)),
+            _ => std::thread::sleep(dice.ms(0, 1_500)),
+        }
+        scene.kill_launcher();
+        std::thread::sleep(dice.ms(0, 400));
+        scene.start_launcher();
+    }
+    longest = longest.max(answers(&scene));
+    println!("RESULT: seed {seed}: {kills} kill -9 of the launcher: models answer all agents within {longest:?}");
+    rest(&scene);
+    scene.kill_agentd();
+    compare(&scene);
+}
+
 /// Kills agentd at random times, also while it is still adopting, and in the end lets it live. How long each adoption
 /// took that was not cut off. Goes on until a kill has hit a completion in its middle.
 fn kill_agentd(
@@ -231,6 +261,17 @@ fn progress(scene: &Scene) {
     scene.until("every agent goes on", || {
         works(scene).iter().zip(&before).all(|(work, before)| told(work).operations >= before + 3)
     });
+}
+
+/// Until each agent has one more whole answer of the model; how long that took.
+fn answers(scene: &Scene) -> Duration {
+    let begun = Instant::now();
+    let before: Vec<usize> = scene.works().values().map(|work| told(work).requests.len()).collect();
+    scene.until("the model answers every agent", || {
+        let mut works = scene.works().into_values().zip(&before);
+        works.all(|(work, before)| told(&work).requests.len() > *before)
+    });
+    begun.elapsed()
 }
 
 /// The stores of all agents against what they were told; agentd must be dead.

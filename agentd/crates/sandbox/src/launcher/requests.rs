@@ -153,7 +153,10 @@ impl Server {
             return Err(broken("launcher_full", "there are too many engines", "stop one first"));
         }
         let set = spec.set.clone();
-        let engine = Engine::start(&self.options, &self.hierarchy, spec)?;
+        let engine = Engine::start(&self.options, &self.hierarchy, spec).map_err(|(report, left)| {
+            self.buried_engines.extend(left);
+            report
+        })?;
         let response = started(&engine);
         self.engines.insert(set, engine);
         Ok(response)
@@ -168,7 +171,7 @@ impl Server {
             ));
         };
         engine.stop();
-        self.buried_engines.extend(engine.into_group());
+        self.buried_engines.extend(engine.into_groups());
         Ok(())
     }
 

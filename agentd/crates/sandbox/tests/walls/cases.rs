@@ -41,6 +41,7 @@ pub(crate) const ALL: &[Case] = &[
     ("limits_of_a_living_run_shrink_and_never_grow", change_limits),
     ("the_data_disk_s_rate_is_limited", disk_rate),
     ("an_engine_is_confined_and_started_again", engine),
+    ("an_engine_comes_after_one_that_still_ends", engine_after_another),
     ("a_call_has_its_run_s_walls_and_ends_with_its_word", calls::walls),
     ("a_call_gives_up_what_it_is_told_to", calls::narrower),
     ("a_call_that_eats_memory_takes_nothing_with_it", calls::out_of_memory),
@@ -722,5 +723,39 @@ fn engine() -> Outcome {
     assert_eq!(code_of(scene.client().start_engine(foreign)), "plan_refused");
     scene.client().stop_engine("host").unwrap();
     assert!(!socket.exists() && scene.client().list().unwrap().engines.is_empty());
+    Outcome::Passed
+}
+
+/// A launcher was killed, and the next one had made an end of its engine's group before all in it was gone: the group
+/// stayed, some kernels kill whatever is cloned into a group that was killed once, and no engine came up any more.
+fn engine_after_another() -> Outcome {
+    let mut scene = scene!();
+    let spec = EngineSpec { set: "host".to_owned(), memory_max_bytes: 1 << 30 };
+    scene.client().start_engine(spec.clone()).unwrap();
+    scene.kill_launcher();
+    // Deeper than the launcher's own trees: it kills what is here and cannot remove it.
+    let group = scene.cgroup_of_engine();
+    let stays: Vec<_> = ["1", "1/x", "1/x/y", "1/x/y/z"].iter().map(|name| group.join(name)).collect();
+    for below in &stays {
+        let made = std::fs::create_dir(below);
+        assert!(made.is_ok() || below.exists(), "{}: {made:?}", below.display());
+    }
+    scene.start_launcher();
+    assert!(stays.iter().all(|below| below.exists()), "this shows nothing: nothing has stayed");
+    assert!(scene.client().start_engine(spec.clone()).unwrap() > 0);
+    let socket = scene.run_dir().join("engines/host.sock");
+    assert_eq!(ask_engine(&socket, "go on")["Uid"], "202 202 202 202");
+    // The one that was stopped may still be ending.
+    for _ in 0..5 {
+        scene.client().stop_engine("host").unwrap();
+        scene.client().start_engine(spec.clone()).unwrap();
+        assert_eq!(ask_engine(&socket, "go on")["Uid"], "202 202 202 202");
+        assert_eq!(scene.client().list().unwrap().engines[0].restarts, 0, "it was killed with the one before it");
+    }
+    for below in stays.iter().rev() {
+        until("what has stayed is removed", || std::fs::remove_dir(below).is_ok() || !below.exists());
+    }
+    scene.client().stop_engine("host").unwrap();
+    until("no group is left", || !group.exists());
     Outcome::Passed
 }
