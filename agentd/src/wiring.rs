@@ -255,10 +255,10 @@ async fn start_agents(
     };
     let egress = {
         let (places, audit, db, board) = (places.clone(), audit.clone(), db.clone(), Arc::clone(board));
-        let (on_data, what) = (data.clone(), "no agent is started");
+        let (on_data, nerves, what) = (data.clone(), nerves.clone(), "no agent is started");
         let opened = tokio::task::spawn_blocking(move || {
             let _on_data = on_data.enter();
-            Egress::open(&places, granted, audit, db, &board)
+            Egress::open(&places, granted, audit, db, nerves, &board)
         });
         opened
             .await

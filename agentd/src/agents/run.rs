@@ -26,7 +26,7 @@ use crate::tokens::Tokens;
 use agentd_capability::Package;
 use agentd_domain::api::AgentState;
 use agentd_domain::fault::Report;
-use agentd_domain::health::{self, Effect, Health, History, NotStarted, Phase};
+use agentd_domain::health::{self, Effect, Health, History, NotStarted, Phase, Renewal};
 use agentd_domain::ids::{AgentId, RunId};
 use agentd_domain::launcher::{ExitCause, ExitRecord, KillReason, Listing, RunInfo};
 use agentd_domain::manifest::Manifest;
@@ -324,9 +324,14 @@ impl Loop {
             // An agent that this version cannot read is shown and not started.
             Err(reports) => (None, Package::Installed, reports.into_iter().next()),
         };
+        let mut problem = problem;
         if let Some(manifest) = &manifest {
             let (wanted, restart, restarts) = (row.wanted, manifest.restart, row.restarts);
             actions = self.decide(Event::Known { agent, wanted, restart, restarts, history: past.history });
+            let phase = self.state.agents.get(&agent).map(|entry| entry.health.phase());
+            if matches!(phase, Some(Phase::Quarantined { .. })) {
+                problem = Some(quarantined(&row, past.exits.first()));
+            }
         }
         self.links.inbox.know(agent, &past.waiting);
         let (refused, remove_after_boot_ms) = (false, 0);
@@ -348,6 +353,8 @@ impl Loop {
             known.problem = None;
         }
         self.step(of(agent, health::Event::Want(wanted))).await;
+        // A wish forgives, and is not to be forgotten with this agentd.
+        self.keep_history(agent).await;
         Ok(())
     }
 
@@ -518,7 +525,6 @@ impl Loop {
             return;
         }
         self.links.board.clear("store");
-        self.order(Order::Forget { run });
         self.detach(run);
         let told = told(&exit);
         tracing::info!(agent_id = %agent, run_id = %run, cause = %told, "a run ended");
@@ -532,9 +538,12 @@ impl Loop {
             known.exits.truncate(EXITS_SHOWN);
         }
         self.limits.remove(&run);
-        self.step(of(agent, health::Event::Ended { run, cause: exit.cause })).await;
+        let (began_ms, ended_ms) = (exit.started_boot_ms, exit.ended_boot_ms);
+        self.step(of(agent, health::Event::Ended { run, cause: exit.cause, began_ms, ended_ms })).await;
         self.after_child_s_end(agent).await;
         self.after_end(agent).await;
+        // When it is counted too: a run's end that is told again counts once, one that was forgotten never.
+        self.order(Order::Forget { run });
     }
 
     /// Says so when the end led into quarantine, and keeps the count of restarts.
@@ -643,7 +652,8 @@ impl Loop {
             // Of a few processes one is much; what has room for a crowd is told when it is nearly there.
             if most >= CROWD_PIDS {
                 let name = "processes".to_owned();
-                self.step(of(agent, health::Event::Budget { name, used: pids, most })).await;
+                let renewal = Renewal::WhenFreed;
+                self.step(of(agent, health::Event::Budget { name, used: pids, most, renewal })).await;
             }
             self.keep_history(agent).await;
             if let (Some(entry), Some(known)) = (self.state.agents.get(&agent), self.known.get(&agent)) {
@@ -658,6 +668,11 @@ impl Loop {
         match felt {
             Felt::Hurt { agent, pain } => {
                 self.step(of(agent, health::Event::Hurt(pain))).await;
+                self.keep_history(agent).await;
+            }
+            Felt::Spent { agent, name, used, most } => {
+                let renewal = Renewal::EachDay;
+                self.step(of(agent, health::Event::Budget { name, used, most, renewal })).await;
                 self.keep_history(agent).await;
             }
         }

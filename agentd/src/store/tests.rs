@@ -243,8 +243,11 @@ fn an_agents_health_is_kept_with_its_agent() {
     let store = scene.open();
     let row = agent_row(&store, 1, "echo");
     let pain = Pain::of_agent("tool.broken", Severity::High, "no", 7).expect("a pain");
-    let history =
-        History { pains: vec![pain], notes: vec![Note { unix_ms: 8, text: "restarted".to_owned() }] };
+    let history = History {
+        pains: vec![pain],
+        notes: vec![Note { unix_ms: 8, text: "restarted".to_owned() }],
+        ..History::default()
+    };
     store.set_health(row.agent_id, history.clone()).expect("nothing of nobody");
     assert_eq!(store.health(row.agent_id).expect("read"), History::default());
     store.add_agent(&row).expect("added");

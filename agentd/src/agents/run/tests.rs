@@ -165,9 +165,15 @@ const MANIFEST: &str = "[agent]\nname = \"parent\"\nexec = [\"/agent/run\"]\n[me
 impl Scene {
     /// With one agent of the image, which wants to run.
     async fn new() -> Self {
+        Self::after(Vec::new()).await
+    }
+
+    /// The same after runs that ended while no agentd lived.
+    async fn after(exits: Vec<ExitRecord>) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("launcher.sock");
         let fake = Fake::serve(&socket);
+        fake.lock().unwrap_or_else(PoisonError::into_inner).exits = exits;
         let launcher = Launcher::at(&socket);
         let db = Db::new(Store::open(&folder.path().join("system.redb")).expect("opens"));
         let row = AgentRow {
@@ -414,4 +420,26 @@ async fn a_run_ends_with_its_token_s_time_and_a_new_token_starts_it_again() {
         }
     }
     scene.until("it runs again", |views| running(views, PARENT)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_ended_while_no_agentd_lived_is_held_against_its_agent() {
+    let ended_boot_ms = clock::boot_ms();
+    let exit = ExitRecord {
+        run_id: RunId(Uuid::from_u128(7)),
+        agent_id: PARENT,
+        cause: ExitCause::Exited { code: 1 },
+        started_boot_ms: ended_boot_ms.saturating_sub(50),
+        ended_boot_ms,
+        memory_peak_bytes: 0,
+    };
+    let scene = Scene::after(vec![exit.clone()]).await;
+    let waited_ms = clock::boot_ms() - ended_boot_ms;
+    assert!(waited_ms >= health::BACKOFF_FIRST_MS, "started again after {waited_ms} ms");
+    let view = &scene.agents.views()[&PARENT];
+    assert_eq!((view.restarts, view.last_exit.as_ref()), (1, Some(&exit)));
+    let kept = scene.db.here().health(PARENT).expect("read");
+    assert_eq!((kept.ends.failed_unix_ms.len(), kept.ends.newest), (1, Some(exit.run_id)));
+    let forgotten = || scene.fake.lock().unwrap_or_else(PoisonError::into_inner).exits.is_empty();
+    assert!(forgotten(), "its record is dropped once it counts");
 }

@@ -117,7 +117,9 @@ fn the_launcher_may_die_at_any_moment() {
         scene.start_launcher();
     }
     longest = longest.max(answers(&scene));
-    println!("RESULT: seed {seed}: {kills} kill -9 of the launcher: models answer all agents within {longest:?}");
+    println!(
+        "RESULT: seed {seed}: {kills} kill -9 of the launcher: models answer all agents within {longest:?}"
+    );
     rest(&scene);
     scene.kill_agentd();
     compare(&scene);

@@ -215,7 +215,8 @@ impl Hierarchy {
                 Err(error) => return Err(not_made(&group, &error)),
             }
         }
-        let why = format!("{ENGINE_GROUPS_MOST} engines before it have not ended yet in {}", of_set.display());
+        let why =
+            format!("{ENGINE_GROUPS_MOST} engines before it have not ended yet in {}", of_set.display());
         Err(broken("cgroup_failed", why, "restart the appliance: a driver's call hangs in the kernel"))
     }
 
@@ -325,7 +326,11 @@ fn make(group: &Path) -> Result<(), Report> {
 }
 
 fn not_made(group: &Path, error: &io::Error) -> Report {
-    broken("cgroup_failed", format!("{} could not be made: {error}", group.display()), "restart the appliance")
+    broken(
+        "cgroup_failed",
+        format!("{} could not be made: {error}", group.display()),
+        "restart the appliance",
+    )
 }
 
 fn open(group: &Path) -> Result<OwnedFd, Report> {

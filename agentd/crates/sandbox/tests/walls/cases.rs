@@ -750,7 +750,11 @@ fn engine_after_another() -> Outcome {
         scene.client().stop_engine("host").unwrap();
         scene.client().start_engine(spec.clone()).unwrap();
         assert_eq!(ask_engine(&socket, "go on")["Uid"], "202 202 202 202");
-        assert_eq!(scene.client().list().unwrap().engines[0].restarts, 0, "it was killed with the one before it");
+        assert_eq!(
+            scene.client().list().unwrap().engines[0].restarts,
+            0,
+            "it was killed with the one before it"
+        );
     }
     for below in stays.iter().rev() {
         until("what has stayed is removed", || std::fs::remove_dir(below).is_ok() || !below.exists());
