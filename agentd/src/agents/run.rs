@@ -10,8 +10,8 @@ use super::nerves::{Felt, Nerves};
 use super::plan::{self, Action, Event, Now, State};
 use super::vitals::{self, Look, Seen};
 use super::words::{
-    hurting, is_about_walls, killed, noted, place_of, quarantined, self_health, shown_health, told,
-    unknown_agent, wall_failed,
+    forbidden, hurting, is_about_walls, killed, noted, place_of, quarantined, self_health, shown_health,
+    told, unknown_agent, wall_failed,
 };
 use super::{Agents, LivingRun, QUEUE, View, Views};
 use crate::audit::Audit;
@@ -28,7 +28,7 @@ use agentd_domain::api::AgentState;
 use agentd_domain::fault::Report;
 use agentd_domain::health::{self, Effect, Health, History, NotStarted, Phase, Renewal};
 use agentd_domain::ids::{AgentId, RunId};
-use agentd_domain::launcher::{ExitCause, ExitRecord, KillReason, Listing, RunInfo};
+use agentd_domain::launcher::{ExitCause, ExitRecord, Forbidden, KillReason, Listing, RunInfo};
 use agentd_domain::manifest::Manifest;
 use agentd_domain::plan::CgroupLimits;
 use agentd_domain::token::Verified;
@@ -50,6 +50,9 @@ const LIST_SOON: Duration = Duration::from_millis(200);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Newest ends that are shown.
 const EXITS_SHOWN: usize = 5;
+
+/// Between two lists; the agent's log has the number.
+const FORBIDDEN_RECORDED_MOST: u64 = 100;
 
 /// Below it one process more or less says nothing.
 const CROWD_PIDS: u64 = 16;
@@ -161,6 +164,7 @@ pub async fn start(links: Links) -> Result<Agents, Report> {
         shown,
         removals: HashMap::new(),
         ending: BTreeSet::new(),
+        forbidden: HashMap::new(),
         held: HashMap::new(),
     };
     for (row, past) in rows {
@@ -191,6 +195,8 @@ struct Loop {
     removals: HashMap<AgentId, Done>,
     /// Runs whose process is gone and whose exit record is awaited.
     ending: BTreeSet<RunId>,
+    /// Processes of each run that seccomp has killed, as far as it was told.
+    forbidden: HashMap<RunId, u64>,
     /// Of runs that were asked for and are not served yet.
     held: HashMap<RunId, Arc<Verified>>,
 }
@@ -496,6 +502,7 @@ impl Loop {
         }
         self.unserved.clear();
         for info in &listing.runs {
+            self.tell_forbidden(info.agent_id, info.run_id, info.forbidden.as_ref());
             match self.runs.get_mut(&info.run_id) {
                 Some(attached) => attached.started_boot_ms = info.started_boot_ms,
                 None => drop(self.unserved.insert(info.run_id, info.clone())),
@@ -503,6 +510,7 @@ impl Loop {
         }
         let living: BTreeSet<RunId> = listing.runs.iter().map(|info| info.run_id).collect();
         self.ending.retain(|run| living.contains(run));
+        self.forbidden.retain(|run, _| living.contains(run));
         let gone: Vec<RunId> = self.runs.keys().filter(|run| !living.contains(run)).copied().collect();
         for run in gone {
             self.detach(run);
@@ -511,9 +519,26 @@ impl Loop {
         self.step(Event::Listed { runs }).await;
     }
 
+    /// A wall held against a process of a run that lives on, or lived on then.
+    fn tell_forbidden(&mut self, agent: AgentId, run: RunId, seen: Option<&Forbidden>) {
+        let Some(seen) = seen else { return };
+        let told = self.forbidden.insert(run, seen.processes).unwrap_or(0);
+        let more = seen.processes.saturating_sub(told);
+        if more == 0 {
+            return;
+        }
+        let what = format!("seccomp killed {more} of its processes, the last for {}", seen.syscall);
+        self.links.logs.say(agent, what);
+        // A fork bomb of these is one line with a count there, and no more than that here.
+        for _ in 0..more.min(FORBIDDEN_RECORDED_MOST) {
+            self.links.audit.report(forbidden(agent, run, seen));
+        }
+    }
+
     /// Stores how a run ended, and only then lets the launcher forget it.
     async fn enter_exit(&mut self, exit: ExitRecord) {
         let (agent, run) = (exit.agent_id, exit.run_id);
+        self.tell_forbidden(agent, run, exit.forbidden.as_ref());
         // Before the launcher forgets the run: twice recorded is better than not at all.
         if let Some(entry) = killed(&exit) {
             self.links.audit.record(entry).await;

@@ -76,6 +76,7 @@ fn what_was_acknowledged_is_there_after_a_reopening() {
             started_boot_ms: 1,
             ended_boot_ms: 2,
             memory_peak_bytes: 3,
+            forbidden: None,
         };
         store.end_run(&exit, 7).expect("entered");
         assert_eq!(store.add_message(row.agent_id, &message("hello", None)).expect("queued"), 1);

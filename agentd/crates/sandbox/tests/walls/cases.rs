@@ -2,7 +2,7 @@
 
 use crate::scene::{LIMIT, Scene, new_run, readable, until};
 use crate::{Case, Outcome, calls};
-use agentd_domain::launcher::{EngineSpec, ExitCause, Request, Response};
+use agentd_domain::launcher::{EngineSpec, ExitCause, Forbidden, Request, Response};
 use agentd_domain::plan::{CgroupLimits, DiskQuota, FsAccess, LandlockRule, Mount, NetworkPlan};
 use agentd_sandbox::client::LauncherError;
 use agentd_sandbox::wire;
@@ -21,6 +21,7 @@ pub(crate) const ALL: &[Case] = &[
     ("a_missing_wall_keeps_every_run_from_starting", fails_closed),
     ("an_agent_that_exits_leaves_its_code", exit_code),
     ("a_forbidden_call_ends_the_run", forbidden_call),
+    ("a_forbidden_call_of_a_child_shows_while_the_run_lives", forbidden_call_of_a_child),
     ("a_program_that_is_not_there_is_a_refusal_and_a_record", missing_program),
     ("an_agent_over_its_memory_limit_is_killed_and_named", out_of_memory),
     ("the_processor_s_share_holds_when_a_run_has_started", processor_share),
@@ -292,6 +293,27 @@ fn forbidden_call() -> Outcome {
     let scene = scene!();
     let run = scene.start(&scene.agent(&["forbidden-call"]));
     assert!(matches!(scene.cause(&run), ExitCause::Seccomp { .. }));
+    Outcome::Passed
+}
+
+fn forbidden_call_of_a_child() -> Outcome {
+    // With auditing in the kernel each process has a login uid, and only then seccomp writes into its log.
+    if !std::path::Path::new("/proc/self/loginuid").exists() || std::fs::File::open("/dev/kmsg").is_err() {
+        return Outcome::Skipped("this kernel does not log what seccomp kills, or not to us".to_owned());
+    }
+    let scene = scene!();
+    let plan = scene.agent(&["forbidden-call-of-a-child"]);
+    let mut run = scene.start(&plan);
+    let seen = || scene.client().list().unwrap().runs.remove(0).forbidden;
+    assert_eq!(run.says("child"), "Some(31)");
+    until("the launcher has read of it", || seen().is_some());
+    let expected = Forbidden { processes: 1, syscall: "reboot".to_owned() };
+    assert_eq!(seen(), Some(expected), "the run lives on");
+    scene.client().kill(run.run_id, 0).unwrap();
+    scene.record(&run);
+    let next = scene.start(&scene.agent(&["wait"]));
+    assert_eq!(seen(), None, "another agent's");
+    drop(next);
     Outcome::Passed
 }
 
