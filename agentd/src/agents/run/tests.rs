@@ -205,6 +205,7 @@ impl Scene {
                 launcher: launcher.clone(),
                 sockets: folder.path().to_owned(),
                 memory_max_bytes: 1,
+                load_patience: std::time::Duration::from_secs(2),
             },
             std::future::pending(),
         );

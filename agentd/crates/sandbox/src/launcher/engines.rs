@@ -239,12 +239,13 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    /// Makes the socket and the first process. An error comes with the groups that a failed process has left.
+    /// Makes the socket and the first process. What a process that failed has left of groups goes to `left`.
     pub(super) fn start(
         options: &Options,
         hierarchy: &Hierarchy,
         spec: EngineSpec,
-    ) -> Result<Self, (Report, Vec<PathBuf>)> {
+        left: &mut Vec<PathBuf>,
+    ) -> Result<Self, Report> {
         let socket_path = options.run_dir.join("engines").join(format!("{}.sock", spec.set));
         let listener = listen_at(&socket_path, options.agentd_uid).map_err(|error| {
             broken(
@@ -252,8 +253,7 @@ impl Engine {
                 format!("{} could not be made: {error}", socket_path.display()),
                 "restart the appliance",
             )
-        });
-        let listener = listener.map_err(|report| (report, Vec::new()))?;
+        })?;
         let mut engine = Self {
             spec,
             socket_path,
@@ -270,7 +270,8 @@ impl Engine {
             Ok(()) => Ok(engine),
             Err(report) => {
                 engine.stop();
-                Err((report, engine.into_groups()))
+                left.extend(engine.into_groups());
+                Err(report)
             }
         }
     }

@@ -157,10 +157,7 @@ impl Server {
             return Err(broken("launcher_full", "there are too many engines", "stop one first"));
         }
         let set = spec.set.clone();
-        let engine = Engine::start(&self.options, &self.hierarchy, spec).map_err(|(report, left)| {
-            self.buried_engines.extend(left);
-            report
-        })?;
+        let engine = Engine::start(&self.options, &self.hierarchy, spec, &mut self.buried_engines)?;
         let response = started(&engine);
         self.engines.insert(set, engine);
         Ok(response)

@@ -226,7 +226,7 @@ fn forbidden_call() {
 fn forbidden_call_of_a_child() {
     let mut child = std::process::Command::new("/agent/probe");
     let status = child.args(["--agent", "forbidden-call"]).status().unwrap();
-    say("child", &format!("{:?}", std::os::unix::process::ExitStatusExt::signal(&status)));
+    say("child", format!("{:?}", std::os::unix::process::ExitStatusExt::signal(&status)));
     loop {
         std::thread::park();
     }
