@@ -574,7 +574,7 @@ impl Loop {
     /// Says so when the end led into quarantine, and keeps the count of restarts.
     async fn after_end(&mut self, agent: AgentId) {
         let Some(entry) = self.state.agents.get(&agent) else { return };
-        let (restarts, phase) = (entry.health.restarts(), entry.health.phase());
+        let phase = entry.health.phase();
         let Some(known) = self.known.get_mut(&agent) else { return };
         if matches!(phase, Phase::Quarantined { .. }) {
             let report = quarantined(&known.row, known.exits.first());
@@ -582,15 +582,6 @@ impl Loop {
             known.problem = Some(report);
         }
         self.keep_history(agent).await;
-        let Some(known) = self.known.get_mut(&agent) else { return };
-        if known.row.restarts != restarts {
-            known.row.restarts = restarts;
-            let counted =
-                self.links.db.call(move |store| store.change_agent(agent, |row| row.restarts = restarts));
-            if let Err(error) = counted.await {
-                self.links.board.set("store", Weight::Broken, error.report("a restart was not counted"));
-            }
-        }
     }
 
     fn detach(&mut self, run: RunId) {
@@ -707,10 +698,12 @@ impl Loop {
     async fn keep_history(&mut self, agent: AgentId) {
         let Some(entry) = self.state.agents.get(&agent) else { return };
         let (version, history) = (entry.health.pains().version(), entry.health.pains().history());
+        let restarts = entry.health.restarts();
         let Some(known) = self.known.get_mut(&agent).filter(|known| known.kept != version) else { return };
         known.kept = version;
+        known.row.restarts = restarts;
         let history = history.clone();
-        let kept = self.links.db.call(move |store| store.set_health(agent, history)).await;
+        let kept = self.links.db.call(move |store| store.set_health(agent, history, restarts)).await;
         if let Err(error) = kept {
             self.links.board.set("store", Weight::Broken, error.report("an agent's health was not kept"));
         }

@@ -249,10 +249,11 @@ fn an_agents_health_is_kept_with_its_agent() {
         notes: vec![Note { unix_ms: 8, text: "restarted".to_owned() }],
         ..History::default()
     };
-    store.set_health(row.agent_id, history.clone()).expect("nothing of nobody");
+    store.set_health(row.agent_id, history.clone(), 1).expect("nothing of nobody");
     assert_eq!(store.health(row.agent_id).expect("read"), History::default());
     store.add_agent(&row).expect("added");
-    store.set_health(row.agent_id, history.clone()).expect("kept");
+    store.set_health(row.agent_id, history.clone(), 3).expect("kept");
+    assert_eq!(store.agents().expect("read")[0].restarts, 3, "with the count of its restarts");
     drop(store);
     let store = scene.open();
     assert_eq!(store.health(row.agent_id).expect("read"), history);

@@ -204,6 +204,8 @@ fn runs_end_while_agentd_is_dead(
         let row =
             ended.get(&victim.run_id).unwrap_or_else(|| panic!("the end of {victim:?} is lost: {ended:?}"));
         assert_eq!(row["exit"]["cause"]["kind"], "signalled", "{row}");
+        let restarts = oracle::restarts(&scene.system_store(), &victim.agent_id);
+        assert_eq!(restarts, 1, "no agentd saw this end, and it counts once: {victim:?}");
     }
     compare(scene);
     let begun = scene.start_agentd();
