@@ -18,6 +18,7 @@ mod secrets;
 mod serve;
 mod world;
 
+use crate::agents::Nerves;
 use crate::audit::Audit;
 use crate::health::{Board, Weight};
 use crate::places::Places;
@@ -62,7 +63,14 @@ pub struct Run {
 
 impl Egress {
     /// Reads what is on the disk. Blocks. Call it on the data plane's runtime.
-    pub fn open(places: &Places, settings: EgressSettings, audit: Audit, db: Db, board: &Board) -> Self {
+    pub fn open(
+        places: &Places,
+        settings: EgressSettings,
+        audit: Audit,
+        db: Db,
+        nerves: Nerves,
+        board: &Board,
+    ) -> Self {
         let ending = authority::open(places, &settings.private);
         let secrets = Secrets::open(places.secrets());
         let problem = ending.as_ref().err().or(secrets.problem());
@@ -72,7 +80,7 @@ impl Egress {
         }
         let resolver = Arc::new(Resolver::new(&settings.private));
         let ending = ending.ok();
-        let book = Book::start(db);
+        let book = Book::start(db, nerves);
         Self(Arc::new(Shared { audit, private: settings.private, resolver, ending, book, secrets }))
     }
 

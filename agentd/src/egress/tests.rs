@@ -39,7 +39,8 @@ async fn scene(rules: &[String], host_authority: Option<&Authority>) -> Scene {
     init_sys::twofile::TwoFile::new(&places.config).write(text.as_bytes()).unwrap();
     let audit = Audit::default();
     let db = Db::new(Store::open(&places.system_store()).unwrap());
-    let egress = Egress::open(&places, settings(&places), audit.clone(), db, &Board::starting());
+    let egress =
+        Egress::open(&places, settings(&places), audit.clone(), db, Nerves::new().0, &Board::starting());
     let (agent, run) = (AgentId(clock::fresh_id()), RunId(clock::fresh_id()));
     let listen = || {
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();

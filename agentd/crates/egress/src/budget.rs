@@ -16,6 +16,8 @@ pub const CHUNK_BYTES: usize = 16 * 1024;
 #[derive(Debug)]
 pub struct ByteBudget {
     left: AtomicU64,
+    /// Settled, since the last refill. What is reserved and not settled is in neither.
+    spent: AtomicU64,
     above: Option<Arc<ByteBudget>>,
 }
 
@@ -28,7 +30,7 @@ pub struct Reserved {
 
 impl ByteBudget {
     pub fn new(bytes: u64) -> Arc<Self> {
-        Arc::new(Self { left: AtomicU64::new(bytes), above: None })
+        Arc::new(Self { left: AtomicU64::new(bytes), spent: AtomicU64::new(0), above: None })
     }
 
     /// No limit in practice: 16 exbibytes.
@@ -37,7 +39,11 @@ impl ByteBudget {
     }
 
     pub fn below(above: &Arc<Self>, bytes: u64) -> Arc<Self> {
-        Arc::new(Self { left: AtomicU64::new(bytes), above: Some(Arc::clone(above)) })
+        Arc::new(Self {
+            left: AtomicU64::new(bytes),
+            spent: AtomicU64::new(0),
+            above: Some(Arc::clone(above)),
+        })
     }
 
     /// What this budget alone has left.
@@ -45,9 +51,15 @@ impl ByteBudget {
         self.left.load(Ordering::Relaxed)
     }
 
+    /// What was moved since it was made or refilled, without what is only reserved.
+    pub fn spent(&self) -> u64 {
+        self.spent.load(Ordering::Relaxed)
+    }
+
     /// Sets what is left, at the start of a new day. Reservations that are still open return later, on top of it.
     pub fn refill(&self, bytes: u64) {
         self.left.store(bytes, Ordering::Relaxed);
+        self.spent.store(0, Ordering::Relaxed);
     }
 
     /// Up to `want` bytes, and at least `least`, from this budget and all above it; or nothing.
@@ -91,7 +103,13 @@ impl Reserved {
 
     /// `moved` bytes were spent; the rest goes back.
     pub fn settle(mut self, moved: u64) {
-        self.bytes = self.bytes.saturating_sub(moved);
+        let moved = moved.min(self.bytes);
+        self.bytes -= moved;
+        let mut budget = Some(&self.budget);
+        while let Some(here) = budget {
+            here.spent.fetch_add(moved, Ordering::Relaxed);
+            budget = here.above.as_ref();
+        }
     }
 }
 
@@ -117,7 +135,7 @@ mod tests {
         assert_eq!(held.len(), 10);
         assert!(budget.reserve(1, 1).is_none());
         drop(held);
-        assert_eq!(budget.left(), 10);
+        assert_eq!((budget.left(), budget.spent()), (10, 0), "what is only reserved is not spent");
     }
 
     #[test]
@@ -152,6 +170,7 @@ mod tests {
                     reserved.settle(moved);
                     spent += moved;
                 }
+                prop_assert_eq!((below.spent(), above.spent()), (spent, spent));
                 prop_assert_eq!(below.left(), 200 - spent);
                 prop_assert_eq!(above.left(), 300 - spent);
             }
