@@ -10,6 +10,7 @@ mod capture;
 mod ctl;
 #[path = "../escape/table.rs"]
 pub mod escapes;
+pub mod tap;
 
 pub use capture::{Capture, Traffic};
 pub use ctl::{Answer, Ctl, Talking, post_zeros};
