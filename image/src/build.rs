@@ -34,7 +34,7 @@ pub fn everything(cache: &Cache) -> Result<Built> {
     assemble(cache, checkout, kernel, programs)
 }
 
-/// The escape suite's image: the same but for a launcher and a jail that can lower walls. For no machine.
+/// The escape suite's image: the same but for an init, a launcher and a jail that can lower walls. For no machine.
 pub fn lowerable(cache: &Cache) -> Result<Built> {
     let _lock = cache.lock()?;
     let checkout = Checkout::find()?;

@@ -214,6 +214,7 @@ fn lowered_spec(mut spec: JailSpec) -> Result<JailSpec, Failure> {
     }
     if lowered.lacks(Wall::Root) {
         step("lowered: root", lower::open_data(&spec.data_dir))?;
+        step("lowered: root", lower::open_way(&spec.plan, &spec.data_dir))?;
         spec.plan = lower::plan_outside(&spec.plan, &spec.data_dir);
         let _ = std::fs::remove_file(inside::API_SOCKET);
     }
