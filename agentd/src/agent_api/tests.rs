@@ -485,6 +485,9 @@ async fn a_request_with_a_narrower_token_is_decided_by_that_one() {
     assert_eq!(scene.with_header("/agent/v1/messages/next", &narrow).await.0, 204);
     let (_, said) = scene.with_header("/agent/v1/self", &narrow).await;
     assert!(said.contains("[\"messages\"]"), "{said}");
+    // The control, with the check replaced by "allow".
+    scene.caller.services.tokens.allow_all();
+    assert_eq!(scene.with_header("/v1/models", &narrow).await.0, 200);
 }
 
 #[tokio::test]

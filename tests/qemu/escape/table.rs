@@ -132,8 +132,7 @@ pub const ROWS: &[Row] = &[
     row("82-chown", "files on the neighbour's account", "capabilities", "seccomp"),
 ];
 
-/// What the suite does not try, why, and what is tried elsewhere. None of them counts as passed here: a test of a check
-/// is no control, which would be the same attempt with the check replaced by allow.
+/// What the suite does not try, and why. Attacks on agentd itself are in `elsewhere.rs`. None of these counts as passed.
 pub const NOT_TRIED: &[(&str, &str)] = &[
     (
         "8",
@@ -146,28 +145,15 @@ pub const NOT_TRIED: &[(&str, &str)] = &[
     ("27", "unproven: the root is a verified read-only image, so no control can succeed"),
     ("31 (kcmp, process_madvise)", "unproven: their effect is not seen from outside"),
     ("43 (modules, swap)", "unproven: the image carries no module, and the kernel no swap, to succeed with"),
-    ("53", "unproven: crates/console/tests/router.rs asks for Host, Origin and a session"),
-    (
-        "55 to 68",
-        "unproven: crates/egress (parsers, names, addresses, relay) and tests/qemu `an_agent_gets_out_by_its_rules_and_by_nothing_else`",
-    ),
+    ("65", "open: feature absent; agentd fetches nothing and follows no redirect"),
     ("66 and 76 (webhooks, MCP, A2A)", "open: feature absent"),
-    (
-        "69 to 73, 90",
-        "unproven: crates/capability/src/token/tests.rs, agentd/src/tokens/tests.rs, tests/qemu `tokens`",
-    ),
     ("74, 75, 87", "open: feature absent"),
-    (
-        "78",
-        "unproven: tests/qemu `an_owners_first_day` is refused another tier; agentd sets where a memory is from",
-    ),
     (
         "82 (project ids)",
         "unproven: the data file system is made without project quotas, so the ioctl cannot succeed as a control",
     ),
     ("84", "unproven: tests/walls `the_data_disk_s_rate_is_limited`"),
     ("85", "unproven: the test's machine has no such device; 17-mknod is the way to one"),
-    ("86", "unproven: crates/egress `a_budget_is_never_overdrawn_by_many_at_once`"),
     ("89", "unproven: tests/qemu `agents_fall_ill`"),
     ("91", "unproven: agentd/src/agents/package.rs"),
 ];

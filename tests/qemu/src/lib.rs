@@ -8,6 +8,8 @@
 
 mod capture;
 mod ctl;
+#[path = "../escape/elsewhere.rs"]
+pub mod elsewhere;
 #[path = "../escape/table.rs"]
 pub mod escapes;
 pub mod tap;
