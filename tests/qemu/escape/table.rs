@@ -74,15 +74,7 @@ pub const ROWS: &[Row] = &[
     row("32-getfd", "take a descriptor by pidfd_getfd", "seccomp", "pid namespace, uid"),
     row("32-signal", "kill by pidfd", "seccomp", "pid namespace, uid"),
     row("33-setns", "enter the neighbour's mount namespace", "seccomp", "capabilities, pid namespace"),
-    Row {
-        id: "34-daemon",
-        what: "live on after the stop",
-        primary: "cgroup.kill",
-        second: "pid namespace",
-        control: Control::Missing(
-            "without walls it was not seen to live on either, for a reason not yet found",
-        ),
-    },
+    row("34-daemon", "live on after the stop", "cgroup.kill", "pid namespace"),
     left_out("36-core", "leave a core dump", "COREDUMP=n", "rlimits"),
     left_out("37-uring", "io_uring", "IO_URING=n", "seccomp"),
     left_out("38-uffd", "userfaultfd", "USERFAULTFD=n", "seccomp"),
