@@ -15,7 +15,7 @@ use std::time::Duration;
 use tests_qemu::setup;
 use tests_qemu::tap::{self, Expected, Outcome};
 
-/// All programs took four minutes under emulation; each test ends itself after half a minute.
+/// All programs took a minute under emulation on an idle machine; each test ends itself after half a minute.
 const PATIENCE: Duration = Duration::from_secs(1500);
 const TABLE: &str = "tests/qemu/kselftest/expected.toml";
 
