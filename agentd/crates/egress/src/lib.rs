@@ -10,6 +10,9 @@
 //!
 //! Decisions are plain functions ([`rules::decide`], [`address::vet`], the parsers); only [`relay`] does I/O.
 //!
+//! A secret that the egress puts into a request is looked for in the answer, in the usual encodings too; what that
+//! can and cannot find is said in [`secret`].
+//!
 //! What a tunnel hides stays hidden: a host that itself relays (an open proxy, a CONNECT inside a CONNECT, a
 //! `Host` inside TLS that differs from the handshake's name) can be seen only where TLS is ended. Allow such
 //! hosts with methods and paths or not at all; byte and time limits bound the rest.

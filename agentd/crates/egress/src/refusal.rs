@@ -86,6 +86,10 @@ pub enum Refusal {
     },
     /// The host's answer is not HTTP that can be passed on.
     Answer(HeadError),
+    /// The request carried a secret, and the answer is compressed: whether the secret stands in it cannot be seen.
+    Coded {
+        coding: String,
+    },
     Budget,
     /// The agent, the resolver or the host took too long.
     Slow(Waiting),
@@ -121,7 +125,8 @@ impl Refusal {
             Self::Head(HeadError::TooLarge) => 431,
             Self::Head(_) | Self::Socks(_) | Self::NotAProxy => 400,
             Self::Slow(Waiting::Head) => 408,
-            Self::Resolve { .. } | Self::Dial { .. } | Self::Answer(_) | Self::HostTls { .. } => 502,
+            Self::Resolve { .. } | Self::Dial { .. } | Self::HostTls { .. } => 502,
+            Self::Answer(_) | Self::Coded { .. } => 502,
             Self::Slow(_) => 504,
             Self::Budget => 429,
             _ => 403,
@@ -137,7 +142,8 @@ impl Refusal {
             Self::Dial { kind: ErrorKind::ConnectionRefused, .. } => 0x05,
             Self::Dial { .. } => 0x04,
             Self::Slow(_) => 0x06,
-            Self::Head(_) | Self::Socks(_) | Self::Answer(_) | Self::NotAProxy => 0x01,
+            Self::Head(_) | Self::Socks(_) | Self::NotAProxy => 0x01,
+            Self::Answer(_) | Self::Coded { .. } => 0x01,
             _ => 0x02,
         }
     }
@@ -242,6 +248,13 @@ impl Refusal {
                 "egress_answer",
                 format!("the host's answer cannot be passed on: {error}"),
                 "ask whoever runs the host",
+            ),
+            Self::Coded { coding } => outside(
+                "egress_answer_coded",
+                format!(
+                    "the answer is coded as `{coding}`, which was not asked for, and could hide the secret"
+                ),
+                "ask whoever runs the host to heed `Accept-Encoding: identity`, or use a rule without a secret",
             ),
             Self::Budget => caller(
                 "egress_budget",

@@ -25,6 +25,7 @@ use crate::http1::{self, Kind, Request};
 use crate::name::{Destination, Host, Name};
 use crate::refusal::{Refusal, Waiting, clip};
 use crate::rules::{self, Allow, Asked, EgressRules, Inside, Way};
+use crate::secret::forms::Forms;
 use crate::secret::{self, Secret};
 use crate::socks5;
 use agentd_domain::ids::AgentId;
@@ -482,10 +483,10 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     }
 }
 
-/// A request as the host gets it, and the secret that must not come back.
+/// A request as the host gets it, and the forms of the secret that must not come back.
 struct Filled<'a> {
     request: std::borrow::Cow<'a, Request>,
-    secret: Option<&'a Secret>,
+    secret: Option<Forms>,
 }
 
 /// With the secret of the rule that has allowed it.
@@ -496,7 +497,10 @@ fn filled<'a>(policy: &'a Policy, request: &'a Request, rule: usize) -> Result<F
     };
     let secret = policy.secrets.get(&rule);
     let secret = secret.ok_or_else(|| Refusal::Secret { rule, name: into.name.to_string() })?;
-    Ok(Filled { request: Owned(secret::put_in(request, into, secret)), secret: Some(secret) })
+    Ok(Filled {
+        request: Owned(secret::put_in(request, into, secret)),
+        secret: Some(Forms::of(secret, into)),
+    })
 }
 
 impl Budgets {

@@ -55,10 +55,14 @@ impl Ends {
 
     /// Sends a request, lets the host answer, and gives what each side has seen.
     async fn exchange(&mut self, request: &str, answer: &str) -> (String, String) {
-        let mut client = self.tls("api.example.org", "api.example.org").await.unwrap();
+        self.exchange_with("api.example.org", request, answer).await
+    }
+
+    async fn exchange_with(&mut self, name: &str, request: &str, answer: &str) -> (String, String) {
+        let mut client = self.tls(name, name).await.unwrap();
         client.write_all(request.as_bytes()).await.unwrap();
         let host = self.scene.host().await;
-        let config = self.hosts.serving(&Host::parse("api.example.org").unwrap()).unwrap();
+        let config = self.hosts.serving(&Host::parse(name).unwrap()).unwrap();
         let mut host = TlsAcceptor::from(config).accept(host).await.unwrap();
         let asked = read_head(&mut host).await;
         host.write_all(answer.as_bytes()).await.unwrap();
@@ -120,6 +124,63 @@ async fn a_secret_in_pieces_of_a_stream_is_found() {
     let (_, seen) = ends.exchange("GET /v1/a HTTP/1.1\r\nHost: api.example.org\r\n\r\n", &answer).await;
     assert!(!seen.contains("canary") && seen.contains("data:"), "{seen}");
     assert_eq!(seen.matches('*').count(), SECRET.len(), "{seen}");
+}
+
+#[tokio::test]
+async fn an_encoded_secret_is_found_in_fields_and_across_chunks() {
+    use base64::Engine;
+    let mut ends = ends();
+    let inner = base64::engine::general_purpose::STANDARD.encode(format!("user:{SECRET}"));
+    let escaped: String = SECRET.bytes().map(|byte| format!("\\u{byte:04x}")).collect();
+    let percent: String = SECRET.bytes().map(|byte| format!("%{byte:02X}")).collect();
+    let mut chunks = String::new();
+    for piece in format!("{{\"a\": \"{escaped}\", \"b\": \"{inner}\"}}").as_bytes().chunks(5) {
+        chunks.push_str(&format!("{:x}\r\n{}\r\n", piece.len(), String::from_utf8_lossy(piece)));
+    }
+    let answer = format!(
+        "HTTP/1.1 302 Found\r\nLocation: https://elsewhere.example/?key={percent}\r\n\
+         WWW-Authenticate: Basic {inner}\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}0\r\n\r\n"
+    );
+    let (_, seen) = ends.exchange("GET /v1/a HTTP/1.1\r\nHost: api.example.org\r\n\r\n", &answer).await;
+    let stars = |length: usize| "*".repeat(length);
+    assert!(seen.contains(&format!("?key={}\r\n", stars(percent.len()))), "{seen}");
+    // The letters of `user:` say nothing of the secret.
+    assert!(seen.contains("Basic dXNlcj*"), "{seen}");
+    let starred = seen.matches('*').count();
+    assert!(starred >= percent.len() + escaped.len() + 2 * 4 * SECRET.len() / 3, "{starred}: {seen}");
+}
+
+#[tokio::test]
+async fn an_answer_that_cannot_be_looked_into_is_refused_and_recorded() {
+    for coding in ["gzip", "br", "zstd", "identity, gzip"] {
+        let mut ends = ends();
+        let answer =
+            format!("HTTP/1.1 200 OK\r\nContent-Encoding: {coding}\r\nContent-Length: 4\r\n\r\n\x1f\u{8}xy");
+        let (asked, seen) = ends
+            .exchange(
+                "GET /v1/a HTTP/1.1\r\nHost: api.example.org\r\nAccept-Encoding: gzip, br\r\n\r\n",
+                &answer,
+            )
+            .await;
+        assert!(asked.contains("Accept-Encoding: identity\r\n") && !asked.contains("br"), "{asked}");
+        assert!(seen.starts_with("HTTP/1.1 502") && seen.contains("egress_answer_coded"), "{seen}");
+        assert!(seen.contains(&format!("`{coding}`")) && !seen.contains("xy"), "{seen}");
+        let events = ends.scene.events(2).await;
+        assert_eq!(end(&events[1]).0, End::Refused(Refusal::Coded { coding: coding.to_owned() }));
+    }
+}
+
+#[tokio::test]
+async fn without_a_secret_an_answer_may_be_compressed() {
+    let mut ends = ends();
+    let answer = "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd";
+    let request = "GET / HTTP/1.1\r\nHost: plain.example.org\r\nAccept-Encoding: gzip\r\n\r\n";
+    let (asked, seen) = ends.exchange_with("plain.example.org", request, answer).await;
+    assert!(asked.contains("Accept-Encoding: gzip\r\n"), "{asked}");
+    assert!(
+        seen.starts_with("HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n") && seen.ends_with("abcd"),
+        "{seen}"
+    );
 }
 
 #[tokio::test]
