@@ -254,11 +254,12 @@ async fn start_agents(
         nerves: nerves.clone(),
     };
     let egress = {
-        let (places, audit, db, board) = (places.clone(), audit.clone(), db.clone(), Arc::clone(board));
+        let (places, audit, board) = (places.clone(), audit.clone(), Arc::clone(board));
+        let of = (db.clone(), tokens.clone());
         let (on_data, what) = (data.clone(), "no agent is started");
         let opened = tokio::task::spawn_blocking(move || {
             let _on_data = on_data.enter();
-            Egress::open(&places, granted, audit, db, &board)
+            Egress::open(&places, granted, audit, of, &board)
         });
         opened
             .await

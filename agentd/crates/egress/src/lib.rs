@@ -1,7 +1,7 @@
 //! What may leave an agent's empty network namespace, and how does it get out?
 //!
 //! In:     a connection from the agent's proxy port, or one caught on a synthetic address; a DNS question; the
-//!         agent's [`EgressRules`] and [`ByteBudget`].
+//!         agent's [`EgressRules`] and [`Purse`]s.
 //! Out:    bytes between that connection and the one address that was decided on; an [`Event`] for each decision.
 //! Always: a name is parsed once, by [`name`], and the parsed value is matched, resolved, vetted and dialled.
 //!         What is absent from the rules is denied. [`Dial`] takes only a [`Vetted`] address.
@@ -37,7 +37,7 @@ pub use agentd_domain::net::{address, name, pattern};
 pub use address::Vetted;
 pub use audit::{Audit, Door, Event};
 pub use authority::Authority;
-pub use budget::ByteBudget;
+pub use budget::{ByteBudget, Purse, Whose};
 pub use ending::Ending;
 pub use name::{Destination, Host, Name};
 pub use pattern::Pattern;

@@ -5,6 +5,7 @@
 //! class of an address that its own allowed name resolved to.
 
 use crate::address::AddressError;
+use crate::budget::Whose;
 use crate::hello::HelloError;
 use crate::http1::HeadError;
 use crate::name::Destination;
@@ -90,7 +91,8 @@ pub enum Refusal {
     Coded {
         coding: String,
     },
-    Budget,
+    /// The bytes of a day are spent.
+    Budget(Whose),
     /// The agent, the resolver or the host took too long.
     Slow(Waiting),
 }
@@ -128,7 +130,7 @@ impl Refusal {
             Self::Resolve { .. } | Self::Dial { .. } | Self::HostTls { .. } => 502,
             Self::Answer(_) | Self::Coded { .. } => 502,
             Self::Slow(_) => 504,
-            Self::Budget => 429,
+            Self::Budget(_) => 429,
             _ => 403,
         }
     }
@@ -256,11 +258,18 @@ impl Refusal {
                 ),
                 "ask whoever runs the host to heed `Accept-Encoding: identity`, or use a rule without a secret",
             ),
-            Self::Budget => caller(
-                "egress_budget",
-                "the byte budget is spent".to_owned(),
-                "wait for the next day, or raise the rule's bytes".to_owned(),
-            ),
+            Self::Budget(whose) => {
+                let (why, key) = match whose {
+                    Whose::Rule => ("the rule's byte budget is spent", "the rule's `bytes_per_day`"),
+                    Whose::Agent => ("the agent's byte budget is spent", "`bytes_per_day` under `[net]`"),
+                    Whose::Family => (
+                        "the byte budget of an agent above this one is spent",
+                        "that agent's `bytes_per_day`, its rule's or under `[net]`",
+                    ),
+                };
+                let fix = format!("wait for the next day of UTC, or raise {key} in the manifest");
+                caller("egress_budget", why.to_owned(), fix)
+            }
             Self::Slow(waiting) => {
                 let why = match waiting {
                     Waiting::Head => "the request did not arrive in time",

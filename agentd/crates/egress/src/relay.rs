@@ -19,7 +19,7 @@ mod tunnel;
 
 use crate::address::{self, Reach, Vetted};
 use crate::audit::{Audit, Door, End, Event};
-use crate::budget::ByteBudget;
+use crate::budget::{ByteBudget, Purse, Whose};
 use crate::ending::{Ended, Ending};
 use crate::http1::{self, Kind, Request};
 use crate::name::{Destination, Host, Name};
@@ -72,11 +72,12 @@ pub struct Policy {
     pub secrets: HashMap<usize, Secret>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Budgets {
-    pub agent: Arc<ByteBudget>,
-    /// By the rule's number; made with [`ByteBudget::below`] the agent's.
-    pub by_rule: HashMap<usize, Arc<ByteBudget>>,
+    /// For whatever the agent moves.
+    pub agent: Vec<(Whose, Arc<ByteBudget>)>,
+    /// By the rule's number; besides those of the agent.
+    pub by_rule: HashMap<usize, Vec<(Whose, Arc<ByteBudget>)>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -504,8 +505,9 @@ fn filled<'a>(policy: &'a Policy, request: &'a Request, rule: usize) -> Result<F
 }
 
 impl Budgets {
-    fn of(&self, rule: usize) -> Arc<ByteBudget> {
-        Arc::clone(self.by_rule.get(&rule).unwrap_or(&self.agent))
+    fn of(&self, rule: usize) -> Purse {
+        let own = self.by_rule.get(&rule).into_iter().flatten();
+        Purse::new(own.chain(&self.agent).cloned())
     }
 }
 
