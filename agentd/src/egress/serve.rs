@@ -12,7 +12,7 @@ use super::record::Recorder;
 use super::world::{Dialler, Names};
 use super::{Egress, Run};
 use agentd_domain::net::{Destination, EgressRules, Host};
-use agentd_egress::{Limits, Pool, Relay, dns};
+use agentd_egress::{Checks, Limits, Pool, Relay, dns};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -76,6 +76,7 @@ pub(super) async fn serve(egress: Egress, run: Run) {
         dial: Dialler,
         audit: recorder.clone(),
         ending: egress.0.ending.clone(),
+        checks: Checks::default(),
     };
     let doors = Arc::new(Doors {
         relay,

@@ -42,7 +42,7 @@ pub use ending::Ending;
 pub use name::{Destination, Host, Name};
 pub use pattern::Pattern;
 pub use refusal::Refusal;
-pub use relay::{Budgets, Dial, Limits, Policy, Relay, Resolve};
+pub use relay::{Budgets, Checks, Dial, Limits, Policy, Relay, Resolve};
 pub use rules::{Decision, EgressRules, Rule, Way, decide};
 pub use secret::Secret;
 pub use synthetic::Pool;

@@ -12,23 +12,25 @@
 //! Never:  a name that is resolved before it is allowed: the question alone would carry data out.
 //!         How many connections an agent may have is decided by who accepts them.
 
+mod checks;
 mod client;
 mod exchange;
 mod meter;
 mod tunnel;
 
-use crate::address::{self, Reach, Vetted};
+use crate::address::{Reach, Vetted};
 use crate::audit::{Audit, Door, End, Event};
 use crate::budget::{ByteBudget, Purse, Whose};
 use crate::ending::{Ended, Ending};
 use crate::http1::{self, Kind, Request};
 use crate::name::{Destination, Host, Name};
 use crate::refusal::{Refusal, Waiting, clip};
-use crate::rules::{self, Allow, Asked, EgressRules, Inside, Way};
+use crate::rules::{Allow, Asked, EgressRules, Inside, Way};
 use crate::secret::forms::Forms;
 use crate::secret::{self, Secret};
 use crate::socks5;
 use agentd_domain::ids::AgentId;
+pub use checks::Checks;
 use client::{Client, Reply};
 use meter::{Meter, Stop};
 use std::collections::HashMap;
@@ -116,6 +118,7 @@ pub struct Relay<R, D, A> {
     pub audit: A,
     /// Without it rules that speak of what is inside TLS are refused.
     pub ending: Option<Ending>,
+    pub checks: Checks,
 }
 
 /// An allowed destination with an open connection.
@@ -174,7 +177,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
         reply: Reply,
     ) {
         let policy = self.policy();
-        let allow = match rules::decide(&policy.rules, &destination, Asked::Stream) {
+        let allow = match self.checks.decide(&policy.rules, &destination, Asked::Stream) {
             Ok(Allow { way: Way::EndTls, rule, .. }) if self.ending.is_none() => {
                 Err(Refusal::EndTls { destination: destination.clone(), rule })
             }
@@ -202,7 +205,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
             };
         }
         self.record(door, Some(&destination), None, Ok(allow.rule));
-        let meter = Meter::new(policy.budgets.of(allow.rule));
+        let meter = Meter::new(self.checks.purse(policy.budgets.of(allow.rule)));
         let mut address = None;
         let result = match self.open(&policy, &destination, allow.reach).await {
             Ok(opened) => {
@@ -228,7 +231,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     ) -> Result<Client<Ended>, Stop> {
         client.accept(reply).await?;
         let slow = || Stop::Refused(Refusal::Slow(Waiting::Head));
-        let named = timeout(self.limits.head, tunnel::handshake(&mut client, destination)).await;
+        let named = timeout(self.limits.head, self.checks.handshake(&mut client, destination)).await;
         if let Err(stop) = named.unwrap_or_else(|_| Err(slow())) {
             client.last_words(&crate::hello::ALERT_ACCESS_DENIED).await;
             return Err(stop);
@@ -259,13 +262,10 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
                 Ok(None) | Err(_) => return,
             };
             let head = begun.unwrap_or(Err(Stop::Refused(Refusal::Slow(Waiting::Head))));
-            let parsed = match (head, &inside) {
-                (Ok(head), None) => http1::parse_proxy(&head).map_err(Refusal::Head),
-                (Ok(head), Some((destination, inside))) => {
-                    http1::parse_inside(&head, destination, *inside).map_err(Refusal::Head)
-                }
-                (Err(Stop::Refused(refusal)), _) => Err(refusal),
-                (Err(_), _) => return,
+            let parsed = match head {
+                Ok(head) => self.checks.head(&head, inside.as_ref()).map_err(Refusal::Head),
+                Err(Stop::Refused(refusal)) => Err(refusal),
+                Err(_) => return,
             };
             match parsed {
                 Ok(request) if request.kind == Kind::Connect => {
@@ -304,7 +304,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
         let destination = &request.destination;
         let asked = Asked::Request { inside: request.inside, method: &request.method, path: &request.path };
         let seen = Some((request.method.as_str(), request.path.as_str()));
-        let allow = match rules::decide(&policy.rules, destination, asked) {
+        let allow = match self.checks.decide(&policy.rules, destination, asked) {
             Ok(allow) => allow,
             Err(refusal) => {
                 self.deny(door, Some(destination), seen, &refusal);
@@ -313,7 +313,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
                 return false;
             }
         };
-        let filled = match filled(&policy, request, allow.rule) {
+        let filled = match filled(&policy, request, allow.rule, self.checks) {
             Ok(filled) => filled,
             Err(refusal) => {
                 self.deny(door, Some(destination), seen, &refusal);
@@ -322,7 +322,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
             }
         };
         self.record(door, Some(destination), seen, Ok(allow.rule));
-        let meter = Meter::new(policy.budgets.of(allow.rule));
+        let meter = Meter::new(self.checks.purse(policy.budgets.of(allow.rule)));
         let mut address = None;
         let result = match self.open(&policy, destination, allow.reach).await {
             Ok(opened) => {
@@ -384,7 +384,9 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
         };
         let mut own = policy.own.clone();
         own.extend(answer.iter().filter(|address| self.dial.is_own(**address)));
-        let vetted = address::vet(destination, &answer, reach, &own)
+        let vetted = self
+            .checks
+            .vet(destination, &answer, reach, &own)
             .map_err(|error| Refusal::Address { destination: destination.clone(), error })?;
         let mut refusal = Refusal::Slow(Waiting::Dial);
         for to in vetted.into_iter().take(ADDRESSES_TRIED) {
@@ -404,7 +406,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
             loop {
                 let now = {
                     let policy = policy.borrow_and_update();
-                    rules::decide(&policy.rules, destination, asked)
+                    self.checks.decide(&policy.rules, destination, asked)
                 };
                 if !now.is_ok_and(|now| now.way == allow.way && now.reach == allow.reach) {
                     return Stop::Revoked;
@@ -491,7 +493,12 @@ struct Filled<'a> {
 }
 
 /// With the secret of the rule that has allowed it.
-fn filled<'a>(policy: &'a Policy, request: &'a Request, rule: usize) -> Result<Filled<'a>, Refusal> {
+fn filled<'a>(
+    policy: &'a Policy,
+    request: &'a Request,
+    rule: usize,
+    checks: Checks,
+) -> Result<Filled<'a>, Refusal> {
     use std::borrow::Cow::{Borrowed, Owned};
     let Some(into) = policy.rules.as_slice().get(rule).and_then(|rule| rule.secret.as_ref()) else {
         return Ok(Filled { request: Borrowed(request), secret: None });
@@ -500,7 +507,7 @@ fn filled<'a>(policy: &'a Policy, request: &'a Request, rule: usize) -> Result<F
     let secret = secret.ok_or_else(|| Refusal::Secret { rule, name: into.name.to_string() })?;
     Ok(Filled {
         request: Owned(secret::put_in(request, into, secret)),
-        secret: Some(Forms::of(secret, into)),
+        secret: checks.hidden(Forms::of(secret, into)),
     })
 }
 
@@ -513,5 +520,7 @@ impl Budgets {
 
 #[cfg(test)]
 mod ended_tests;
+#[cfg(test)]
+mod rows;
 #[cfg(test)]
 mod tests;

@@ -15,9 +15,9 @@ const RULES: &str = r#"[
      "secret": {"name": "mail", "header": "authorization", "template": "Bearer {}"}},
     {"host": "plain.example.org", "methods": ["GET"]},
     {"host": "*.example.net", "paths": ["/a"]}]"#;
-const SECRET: &str = "canary-7f3a9c-secret";
+pub(super) const SECRET: &str = "canary-7f3a9c-secret";
 
-struct Ends {
+pub(super) struct Ends {
     scene: Scene,
     /// What the agent trusts.
     agent: TlsConnector,
@@ -46,15 +46,25 @@ fn ends() -> Ends {
     Ends { scene: scene_ending(RULES, ending, secrets), agent: connector(&own), hosts }
 }
 
+/// With these checks replaced by "allow".
+pub(super) fn ends_without(off: &'static [super::checks::Check]) -> Ends {
+    let Ends { scene, agent, hosts } = ends();
+    Ends { scene: scene.without(off), agent, hosts }
+}
+
 impl Ends {
+    pub(super) fn dialled(&self) -> Vec<String> {
+        self.scene.dialled()
+    }
+
     /// TLS with what answers for `name`, through a CONNECT to `host`.
-    async fn tls(&self, host: &str, name: &str) -> io::Result<TlsStream<DuplexStream>> {
+    pub(super) async fn tls(&self, host: &str, name: &str) -> io::Result<TlsStream<DuplexStream>> {
         let stream = self.scene.connected(&format!("{host}:443")).await;
         self.agent.connect(ServerName::try_from(name.to_owned()).unwrap(), stream).await
     }
 
     /// Sends a request, lets the host answer, and gives what each side has seen.
-    async fn exchange(&mut self, request: &str, answer: &str) -> (String, String) {
+    pub(super) async fn exchange(&mut self, request: &str, answer: &str) -> (String, String) {
         self.exchange_with("api.example.org", request, answer).await
     }
 
