@@ -160,7 +160,7 @@ pub const NOT_TRIED: &[(&str, &str)] = &[
     ("53", "unproven: crates/console/tests/router.rs asks for Host, Origin and a session"),
     (
         "55 to 68",
-        "unproven: crates/egress (parsers, names, addresses, relay) and tests/qemu `an_agent_gets_out_by_its_rules_and_by_nothing_else`",
+        "proven where they are decided, each with its checks replaced by allow: crates/egress/src/relay/rows.rs; 54 and 57 above too",
     ),
     ("66 and 76 (webhooks, MCP, A2A)", "open: feature absent"),
     (

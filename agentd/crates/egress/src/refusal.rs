@@ -125,6 +125,7 @@ impl Refusal {
     pub fn status(&self) -> u16 {
         match self {
             Self::Head(HeadError::TooLarge) => 431,
+            Self::Head(HeadError::Http2) => 505,
             Self::Head(_) | Self::Socks(_) | Self::NotAProxy => 400,
             Self::Slow(Waiting::Head) => 408,
             Self::Resolve { .. } | Self::Dial { .. } | Self::HostTls { .. } => 502,
@@ -205,6 +206,12 @@ impl Refusal {
                 format!("rule {rule} needs the secret `{name}`, which is not set for this agent"),
                 format!("`agentctl secret set {name} --agent AGENT`"),
             ),
+            Self::Head(error @ HeadError::Http2) => caller(
+                "egress_http2",
+                error.to_string(),
+                "speak HTTP/1.1: offer it in the TLS handshake (ALPN), and begin without prior knowledge"
+                    .to_owned(),
+            ),
             Self::Head(error) => caller(
                 "egress_request",
                 error.to_string(),
@@ -219,6 +226,11 @@ impl Refusal {
                 "egress_not_a_proxy_request",
                 "the first byte is neither HTTP's nor SOCKS 5's".to_owned(),
                 "set HTTPS_PROXY to http://, or ALL_PROXY to socks5h://".to_owned(),
+            ),
+            Self::Hello { destination, error: error @ HelloError::Protocol } => caller(
+                "egress_http2",
+                format!("in the TLS handshake to {destination}, {error}"),
+                "offer `http/1.1` in the handshake, beside `h2` or alone".to_owned(),
             ),
             Self::Hello { destination, error } => caller(
                 "egress_handshake",

@@ -22,6 +22,7 @@ use crate::address::{Reach, Vetted};
 use crate::audit::{Audit, Door, End, Event};
 use crate::budget::{ByteBudget, Purse, Whose};
 use crate::ending::{Ended, Ending};
+use crate::hello::{self, HelloError};
 use crate::http1::{self, Kind, Request};
 use crate::name::{Destination, Host, Name};
 use crate::refusal::{Refusal, Waiting, clip};
@@ -233,8 +234,14 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
         let slow = || Stop::Refused(Refusal::Slow(Waiting::Head));
         let named = timeout(self.limits.head, self.checks.handshake(&mut client, destination)).await;
         if let Err(stop) = named.unwrap_or_else(|_| Err(slow())) {
-            client.last_words(&crate::hello::ALERT_ACCESS_DENIED).await;
+            client.last_words(&hello::ALERT_ACCESS_DENIED).await;
             return Err(stop);
+        }
+        if !hello::offers_http1(&client.unread) {
+            // Said before anything else of the handshake, so that no client is writing when it arrives.
+            client.last_words(&hello::ALERT_NO_PROTOCOL).await;
+            let (destination, error) = (destination.clone(), HelloError::Protocol);
+            return Err(Stop::Refused(Refusal::Hello { destination, error }));
         }
         let accepted =
             timeout(self.limits.head, ending.accept(client.into_stream(), &destination.host)).await;

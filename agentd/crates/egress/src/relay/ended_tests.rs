@@ -21,18 +21,25 @@ pub(super) struct Ends {
     scene: Scene,
     /// What the agent trusts.
     agent: TlsConnector,
+    own: Arc<Authority>,
     /// Who issues the hosts' own certificates.
     hosts: Authority,
 }
 
 fn connector(root: &Authority) -> TlsConnector {
+    offering(root, &[])
+}
+
+/// With these protocols in its handshake.
+fn offering(root: &Authority, protocols: &[&str]) -> TlsConnector {
     let mut roots = RootCertStore::empty();
     roots.add(root.certificate().clone()).unwrap();
-    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(roots)
         .with_no_client_auth();
+    config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
     TlsConnector::from(Arc::new(config))
 }
 
@@ -43,13 +50,13 @@ fn ends() -> Ends {
     public.add(hosts.certificate().clone()).unwrap();
     let ending = Ending::new(Arc::clone(&own), &public, Vec::new()).unwrap();
     let secrets = HashMap::from([(0, Secret::new(SECRET.as_bytes().to_vec()).unwrap())]);
-    Ends { scene: scene_ending(RULES, ending, secrets), agent: connector(&own), hosts }
+    Ends { scene: scene_ending(RULES, ending, secrets), agent: connector(&own), own, hosts }
 }
 
 /// With these checks replaced by "allow".
 pub(super) fn ends_without(off: &'static [super::checks::Check]) -> Ends {
-    let Ends { scene, agent, hosts } = ends();
-    Ends { scene: scene.without(off), agent, hosts }
+    let ends = ends();
+    Ends { scene: ends.scene.without(off), ..ends }
 }
 
 impl Ends {
@@ -293,5 +300,41 @@ async fn clear_bytes_are_no_handshake() {
     client.write_all(b"GET /v1/a HTTP/1.1\r\nHost: api.example.org\r\n\r\n").await.unwrap();
     expect(&mut client, &crate::hello::ALERT_ACCESS_DENIED).await;
     assert_eq!(rest(&mut client).await, "");
+    assert_eq!(ends.scene.dialled(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_client_that_knows_http2_as_well_gets_http1() {
+    let mut ends = ends();
+    ends.agent = offering(&ends.own, &["h2", "http/1.1"]);
+    let client = ends.tls("plain.example.org", "plain.example.org").await.unwrap();
+    assert_eq!(client.get_ref().1.alpn_protocol(), Some(&b"http/1.1"[..]));
+    drop(client);
+    let answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+    let request = "GET / HTTP/1.1\r\nHost: plain.example.org\r\n\r\n";
+    let (_, seen) = ends.exchange_with("plain.example.org", request, answer).await;
+    assert!(seen.starts_with("HTTP/1.1 200 OK"), "{seen}");
+}
+
+#[tokio::test]
+async fn a_client_that_insists_on_http2_hears_that_it_is_not_spoken() {
+    let mut ends = ends();
+    ends.agent = offering(&ends.own, &["h2"]);
+    let error = ends.tls("plain.example.org", "plain.example.org").await.unwrap_err();
+    assert!(error.to_string().contains("NoApplicationProtocol"), "{error}");
+    let events = ends.scene.events(1).await;
+    let Err(refusal) = verdict(&events[0]) else { panic!("{events:?}") };
+    assert!(matches!(refusal, Refusal::Hello { error: HelloError::Protocol, .. }), "{refusal:?}");
+    assert_eq!(refusal.report().code, "egress_http2");
+    // Without a word of it in the handshake (prior knowledge).
+    ends.agent = connector(&ends.own);
+    let mut client = ends.tls("plain.example.org", "plain.example.org").await.unwrap();
+    client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let mut seen = String::new();
+    let _ = client.read_to_string(&mut seen).await;
+    assert!(seen.starts_with("HTTP/1.1 505 HTTP Version Not Supported\r\n"), "{seen}");
+    assert!(seen.contains("egress_http2") && seen.contains("speak HTTP/1.1"), "{seen}");
+    let events = ends.scene.events(1).await;
+    assert_eq!(verdict(&events[0]), Err(Refusal::Head(crate::http1::HeadError::Http2)));
     assert_eq!(ends.scene.dialled(), Vec::<String>::new());
 }

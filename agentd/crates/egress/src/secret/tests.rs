@@ -164,31 +164,6 @@ fn a_coded_answer_is_told_from_a_plain_one() {
     assert_eq!(coding(&answer("gzip", Length::Bytes(0))), None, "an answer to HEAD has no content");
 }
 
-/// `cargo test --release -p agentd-egress speed -- --ignored --nocapture`
-#[test]
-#[ignore = "prints how fast it is and asserts nothing"]
-fn speed() {
-    let line = br#"{"id":"msg_01","type":"message","content":[{"type":"text","text":"Half of \"it\" \u2014 done.\n"}]}"#;
-    let prose = line.repeat(4_000);
-    for (name, secret) in [
-        ("40 letters", "k3".repeat(20)),
-        ("1024 letters", (0..1024u32).map(|i| char::from(33 + (i * i % 94) as u8)).collect()),
-        ("4096 times one letter", "a".repeat(4096)),
-    ] {
-        let forms = Forms::of(&self::secret(&secret), &bearer());
-        for (kind, text) in
-            [("JSON", prose.clone()), ("its first letter", secret.as_bytes()[..1].repeat(100_000))]
-        {
-            let began = std::time::Instant::now();
-            let mut search = Search::new(&forms);
-            let passed: usize = text.chunks(16 * 1024).map(|piece| search.piece(piece).len()).sum();
-            let passed = passed + search.rest().len();
-            let seconds = began.elapsed().as_secs_f64();
-            println!("{name}, {kind}: {:.1} MB/s", passed as f64 / 1e6 / seconds);
-        }
-    }
-}
-
 proptest! {
     /// However it is cut, the secret is not in what comes out, and what comes out is as long as what went in.
     #[test]
