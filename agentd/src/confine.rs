@@ -1,13 +1,16 @@
 //! What may agentd itself not do, even if somebody makes it run their code?
 //!
-//! In:    the places it needs and the port it listens on. Out: the walls are up, or an error; then agentd starts
+//! In:    the places it needs, and whether it listens already. Out: the walls are up, or an error; then agentd starts
 //!        no agents and says so (`main.rs`).
 //! Always: called once, before any thread exists: both walls hold for the calling thread and all it makes.
-//! Walls: Landlock lets it read the system and write three folders and listen on one TCP port; no signal and no
-//!        abstract socket reaches outside. It may connect: agents' rules name any port, and Landlock knows no
-//!        addresses. Who is dialled is decided by the egress alone, which somebody with agentd's code is not held to. Seccomp takes away programs, processes, namespaces,
-//!        mounts, kernel interfaces that nothing here needs, and every address family but Unix and IP.
-//! Sources: landlock(7), seccomp(2), Documentation/userspace-api/landlock.rst.
+//! Walls: Landlock lets it read the system and write three folders; no signal and no abstract socket reaches outside.
+//!        The one socket that it listens on was made before: afterwards no TCP port can be bound, and listen(2) fails,
+//!        as it would pick a port by itself for a socket without one, which Landlock does not see. It may connect, and
+//!        use UDP: agents' rules name any host and port, names are asked for by UDP, and Landlock knows no addresses.
+//!        Who is dialled is decided by the egress alone, which somebody with agentd's code is not held to.
+//!        Seccomp takes away programs, processes, namespaces, mounts, kernel interfaces that nothing here needs, every
+//!        address family but Unix and IP, and of IP everything but TCP and UDP.
+//! Sources: landlock(7), seccomp(2), listen(2), ip(7), Documentation/userspace-api/landlock.rst.
 
 use crate::places::Places;
 use agentd_domain::fault::Report;
@@ -23,6 +26,8 @@ use std::path::Path;
 
 /// Where netd's resolv.conf is, to which `/etc/resolv.conf` points.
 const NAME_SERVERS: &str = "/run/netd";
+/// For packets of the link, as it was before AF_PACKET (socket(2)).
+const SOCK_PACKET: i32 = 10;
 /// Scopes for signals and abstract sockets came with Linux 6.12.
 const LANDLOCK_ABI: ABI = ABI::V6;
 
@@ -51,12 +56,20 @@ impl ConfineError {
     }
 }
 
-pub fn confine(places: &Places, port: u16) -> Result<(), ConfineError> {
-    landlock(places, port)?;
-    seccomp()
+/// The console's socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Listening {
+    Begun,
+    /// It could not be made, and will be tried again: this port may be bound.
+    NotYet(u16),
 }
 
-fn landlock(places: &Places, port: u16) -> Result<(), ConfineError> {
+pub fn confine(places: &Places, listening: Listening) -> Result<(), ConfineError> {
+    landlock(places, listening)?;
+    seccomp(listening)
+}
+
+fn landlock(places: &Places, listening: Listening) -> Result<(), ConfineError> {
     let ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::HardRequirement)
         .handle_access(AccessFs::from_all(LANDLOCK_ABI))?
@@ -85,7 +98,10 @@ fn landlock(places: &Places, port: u16) -> Result<(), ConfineError> {
             ruleset = ruleset.add_rule(PathBeneath::new(open(path)?, write))?;
         }
     }
-    let status = ruleset.add_rule(NetPort::new(port, AccessNet::BindTcp))?.restrict_self()?;
+    if let Listening::NotYet(port) = listening {
+        ruleset = ruleset.add_rule(NetPort::new(port, AccessNet::BindTcp))?;
+    }
+    let status = ruleset.restrict_self()?;
     match status.ruleset {
         RulesetStatus::FullyEnforced => Ok(()),
         other => Err(ConfineError::Partly(other)),
@@ -96,11 +112,11 @@ fn open(path: &Path) -> Result<PathFd, ConfineError> {
     PathFd::new(path).map_err(|source| ConfineError::Path { path: path.display().to_string(), source })
 }
 
-fn seccomp() -> Result<(), ConfineError> {
+fn seccomp(listening: Listening) -> Result<(), ConfineError> {
     // First the one call that must fail as if it did not exist: then libc makes threads with `clone`, whose flags
     // the second filter can see.
     let absent = filter([(libc::SYS_clone3, Vec::new())], libc::ENOSYS)?;
-    let forbidden = filter(forbidden()?, libc::EPERM)?;
+    let forbidden = filter(forbidden(listening)?, libc::EPERM)?;
     seccompiler::apply_filter(&absent)?;
     seccompiler::apply_filter(&forbidden)?;
     Ok(())
@@ -118,7 +134,7 @@ fn filter(
 }
 
 /// What nothing in agentd does. An empty rule list means: whatever the arguments are.
-fn forbidden() -> Result<Vec<(i64, Vec<SeccompRule>)>, ConfineError> {
+fn forbidden(listening: Listening) -> Result<Vec<(i64, Vec<SeccompRule>)>, ConfineError> {
     let always = [
         libc::SYS_execve,
         libc::SYS_execveat,
@@ -203,8 +219,43 @@ fn forbidden() -> Result<Vec<(i64, Vec<SeccompRule>)>, ConfineError> {
         )?);
     }
     // All conditions of one rule must hold: none of the three families.
-    rules.push((libc::SYS_socket, vec![SeccompRule::new(foreign)?]));
+    let mut sockets = vec![SeccompRule::new(foreign)?];
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        // A stream is TCP and a datagram UDP, whether by name or by default: Landlock's ports are those of TCP alone,
+        // and another protocol that makes streams would pass it.
+        let mut other = vec![is(0, family)?];
+        for protocol in [0, libc::IPPROTO_TCP, libc::IPPROTO_UDP] {
+            other.push(is_not(2, protocol)?);
+        }
+        sockets.push(SeccompRule::new(other)?);
+        for kind in [libc::SOCK_RAW, libc::SOCK_RDM, libc::SOCK_SEQPACKET, libc::SOCK_DCCP, SOCK_PACKET] {
+            sockets.push(SeccompRule::new(vec![is(0, family)?, kind_is(kind)?])?);
+        }
+    }
+    rules.push((libc::SYS_socket, sockets));
+    if listening == Listening::Begun {
+        rules.push((libc::SYS_listen, Vec::new()));
+    }
     Ok(rules)
+}
+
+fn is(argument: u8, value: i32) -> Result<SeccompCondition, ConfineError> {
+    compared(argument, SeccompCmpOp::Eq, value)
+}
+
+fn is_not(argument: u8, value: i32) -> Result<SeccompCondition, ConfineError> {
+    compared(argument, SeccompCmpOp::Ne, value)
+}
+
+/// The second argument of socket(2) carries flags above the kind.
+fn kind_is(kind: i32) -> Result<SeccompCondition, ConfineError> {
+    const KIND: u64 = 0xf;
+    compared(1, SeccompCmpOp::MaskedEq(KIND), kind)
+}
+
+fn compared(argument: u8, by: SeccompCmpOp, value: i32) -> Result<SeccompCondition, ConfineError> {
+    let value = value.unsigned_abs().into();
+    Ok(SeccompCondition::new(argument, SeccompCmpArgLen::Dword, by, value)?)
 }
 
 #[cfg(test)]
@@ -219,7 +270,7 @@ mod tests {
     /// In a thread of its own: walls cannot be taken down again.
     fn walled<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
         let thread = std::thread::spawn(move || {
-            seccomp().expect("the filter is taken");
+            seccomp(Listening::Begun).expect("the filter is taken");
             work()
         });
         thread.join().expect("no panic")
@@ -238,6 +289,29 @@ mod tests {
     #[test]
     fn only_unix_and_ip_sockets_are_made() {
         use rustix::net::{AddressFamily, SocketType, socket};
+        // Made before, as the console's is: it goes on to be listened on.
+        let begun = std::net::TcpListener::bind("127.0.0.1:0").expect("bound");
+        let at = begun.local_addr().expect("an address");
+        let client = std::thread::spawn(move || std::net::TcpStream::connect(at).is_ok());
+        let heard = walled(move || begun.accept().is_ok());
+        assert!(heard && client.join().expect("joined"));
+        let others = walled(|| {
+            let refused = |kind, protocol: i32| {
+                let protocol =
+                    rustix::net::Protocol::from_raw(protocol.unsigned_abs().try_into().expect("not 0"));
+                socket(AddressFamily::INET, kind, Some(protocol)).err() == Some(rustix::io::Errno::PERM)
+            };
+            [
+                refused(SocketType::RAW, libc::IPPROTO_ICMP),
+                refused(SocketType::DGRAM, libc::IPPROTO_ICMP),
+                refused(SocketType::STREAM, libc::IPPROTO_MPTCP),
+                refused(SocketType::STREAM, libc::IPPROTO_SCTP),
+                refused(SocketType::SEQPACKET, libc::IPPROTO_SCTP),
+            ]
+        });
+        assert_eq!(others, [true; 5]);
+        let listen = walled(|| std::net::TcpListener::bind("127.0.0.1:0").err().map(|error| error.kind()));
+        assert_eq!(listen, Some(io::ErrorKind::PermissionDenied));
         let (netlink, packet, ip, unix) = walled(|| {
             (
                 socket(AddressFamily::NETLINK, SocketType::RAW, None).err(),
@@ -261,8 +335,11 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bound");
         let address = listener.local_addr().expect("an address");
         let top = folder.path().to_owned();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("bound");
+        let permitted = free.local_addr().expect("an address").port();
+        drop(free);
         let thread = std::thread::spawn(move || {
-            match landlock(&places, 8443) {
+            match landlock(&places, Listening::NotYet(permitted)) {
                 Ok(()) => {}
                 // A kernel before 6.12: failing closed is what is asked for, and there is nothing more to see.
                 Err(error) => return Err(error.to_string()),
@@ -273,13 +350,15 @@ mod tests {
             // The egress needs it, and Landlock knows no addresses.
             let connect = std::net::TcpStream::connect(address).is_ok();
             let bind = denied(std::net::TcpListener::bind("127.0.0.1:8444").map(|_| ()));
-            Ok((inside, secret, connect, bind))
+            // A console whose port was taken when agentd started is tried again.
+            let late = std::net::TcpListener::bind(("127.0.0.1", permitted)).is_ok();
+            Ok((inside, secret, connect, bind, late))
         });
         match thread.join().expect("no panic") {
             Err(why) => assert!(why.starts_with("Landlock"), "{why}"),
             Ok(seen) => {
                 let shut = Some(io::ErrorKind::PermissionDenied);
-                assert_eq!(seen, (true, shut, true, shut));
+                assert_eq!(seen, (true, shut, true, shut, true));
             }
         }
     }

@@ -9,7 +9,7 @@ use crate::appliance::{Machine, Parts, thread_lost};
 use crate::audit::{self, Audit};
 use crate::bundled;
 use crate::children::{self, Children};
-use crate::confine;
+use crate::confine::{self, Listening};
 use crate::egress::{self, Egress};
 use crate::engine::{self, Engine, Stage};
 use crate::health::{Board, START, Weight};
@@ -58,13 +58,16 @@ pub fn run(options: &Options) -> Result<(), Report> {
     let places = options.places();
     let port = options.https_port(&places);
     let granted = egress::settings(&places);
+    // Before the walls, which take this from agentd for good.
+    let entrance = Entrance { port, listener: listen(port).ok() };
+    let listening = if entrance.listener.is_some() { Listening::Begun } else { Listening::NotYet(port) };
     let board = Arc::new(Board::starting());
     let walls = match options.walls {
         Walls::Down => {
             board.set("own walls", Weight::Degraded, walls_left_down());
             Ok(())
         }
-        Walls::Up => confine::confine(&places, port).map_err(|error| error.report()),
+        Walls::Up => confine::confine(&places, listening).map_err(|error| error.report()),
     };
     if let Err(report) = &walls {
         board.set("own walls", Weight::Broken, report.clone());
@@ -79,7 +82,7 @@ pub fn run(options: &Options) -> Result<(), Report> {
     };
     let control = runtime("control", 1).map_err(threads_spent)?;
     let data = runtime("data", 2).map_err(threads_spent)?;
-    let result = control.block_on(live(places, port, granted, board, walls, data.handle().clone()));
+    let result = control.block_on(live(places, entrance, granted, board, walls, data.handle().clone()));
     data.shutdown_timeout(Duration::from_secs(1));
     control.shutdown_timeout(Duration::from_secs(1));
     result
@@ -96,9 +99,16 @@ fn runtime(name: &str, workers: usize) -> io::Result<Runtime> {
         .build()
 }
 
+/// Where people knock.
+struct Entrance {
+    port: u16,
+    /// Not when the port was taken; it is tried again.
+    listener: Option<std::net::TcpListener>,
+}
+
 async fn live(
     places: Places,
-    port: u16,
+    entrance: Entrance,
     granted: EgressSettings,
     board: Arc<Board>,
     walls: Result<(), Report>,
@@ -136,7 +146,7 @@ async fn live(
         audit: audit.clone(),
         parts,
     };
-    serve_people(machine, &state, port, init, board, open, over).await;
+    serve_people(machine, &state, entrance, init, board, open, over).await;
     if let Some(egress) = out {
         egress.close().await;
     }
@@ -258,11 +268,12 @@ async fn start_agents(
         nerves: nerves.clone(),
     };
     let egress = {
-        let (places, audit, db, board) = (places.clone(), audit.clone(), db.clone(), Arc::clone(board));
+        let (places, audit, board) = (places.clone(), audit.clone(), Arc::clone(board));
+        let of = (db.clone(), tokens.clone());
         let (on_data, nerves, what) = (data.clone(), nerves.clone(), "no agent is started");
         let opened = tokio::task::spawn_blocking(move || {
             let _on_data = on_data.enter();
-            Egress::open(&places, granted, audit, db, nerves, &board)
+            Egress::open(&places, granted, audit, of, nerves, &board)
         });
         opened
             .await
@@ -367,16 +378,17 @@ async fn end_when_data_comes(places: Places, over: CancellationToken) {
 async fn serve_people(
     machine: Machine,
     state: &Path,
-    port: u16,
+    mut entrance: Entrance,
     init: Init,
     board: Arc<Board>,
     open: CancellationToken,
     over: CancellationToken,
 ) {
     let files: Arc<dyn StateFiles> = Arc::new(TwoFiles { folder: state.to_owned() });
+    let port = entrance.port;
     let mut shown = AgentdReport { https_port: port, ..AgentdReport::default() };
     let (auth, authority, listener) = loop {
-        match open_console(&files, port, &machine.audit).await {
+        match open_console(&files, &mut entrance, &machine.audit).await {
             Ok(opened) => break opened,
             Err(report) => {
                 open.cancel();
@@ -412,7 +424,7 @@ async fn serve_people(
 
 async fn open_console(
     files: &Arc<dyn StateFiles>,
-    port: u16,
+    entrance: &mut Entrance,
     audit: &Audit,
 ) -> Result<(Arc<Auth>, Arc<Authority>, TcpListener), Report> {
     let (for_files, audit) = (Arc::clone(files), audit.clone());
@@ -427,15 +439,9 @@ async fn open_console(
         .await
         .map_err(|error| Report::bug("thread_lost", what, error.to_string(), "reboot the appliance"))?;
     let (auth, authority) = opened?;
-    // One socket for both families, unless the kernel has no IPv6.
-    let everywhere = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-    let listener = match TcpListener::bind(everywhere).await {
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()) => {
-            TcpListener::bind(("0.0.0.0", port)).await
-        }
-        other => other,
-    };
-    let listener = listener.map_err(|error| {
+    let port = entrance.port;
+    let listener = entrance.listener.take().map_or_else(|| listen(port), Ok);
+    let listener = listener.and_then(TcpListener::from_std).map_err(|error| {
         Report::environment(
             "port_taken",
             what,
@@ -444,6 +450,19 @@ async fn open_console(
         )
     })?;
     Ok((auth, authority, listener))
+}
+
+/// One socket for both families, unless the kernel has no IPv6.
+fn listen(port: u16) -> io::Result<std::net::TcpListener> {
+    let everywhere = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+    let listener = match std::net::TcpListener::bind(everywhere) {
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()) => {
+            std::net::TcpListener::bind(("0.0.0.0", port))
+        }
+        other => other,
+    }?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 async fn refresh(authority: &Arc<Authority>, addresses: Vec<IpAddr>) -> Result<(), Report> {

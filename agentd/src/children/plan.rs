@@ -4,7 +4,8 @@
 //! token, or the right or limit that stands against it.
 //! Always: what children have of a shared limit is together at most what their parent has; so is theirs of what they
 //!         have. With `d` generations a family takes at most `d + 1` times what its first agent was given, however
-//!         many agents it becomes. What is asked beyond the parent's rights is refused and not cut: a child that gets
+//!         many agents it becomes. Bytes on the network are counted for all of them when they move (`egress/budgets.rs`).
+//!         What is asked beyond the parent's rights is refused and not cut: a child that gets
 //!         less than was asked would fail later, for a reason nobody sees.
 
 use agentd_domain::fault::Report;

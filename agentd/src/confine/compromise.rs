@@ -4,7 +4,7 @@
 //! tries everything that `SECURITY.md` beside this crate speaks of. Each attempt is judged by its effect on a victim,
 //! and as root without walls each of them succeeds.
 
-use super::confine;
+use super::{Listening, confine};
 use crate::places::Places;
 use agentd_domain::paths;
 use rustix::process::{Pid, Signal, kill_process};
@@ -12,25 +12,34 @@ use rustix::thread::set_thread_res_uid;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Permissions};
 use std::io::{self, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 const SCENE: &str = "AGENTD_COMPROMISED";
 const TEST: &str = "confine::compromise::code_of_a_stranger_in_agentd_reaches_what_is_written_down";
 const AGENT_UID: u32 = paths::UID_AGENTS_FIRST + 1;
 const SECRET: &str = "known to nobody else 5e2a91";
 
+/// For somebody who should knock to do so, on a busy machine too.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// What agentd's user may do, because agentd's work is made of it.
 const REACHABLE: [&str; 5] =
     ["change a package", "change a store", "read a store", "reach the launcher", "read the system"];
 
+/// Of the harm below, what no wall is in the way of: agents' way out goes through agentd, to hosts and ports that only
+/// their manifests know, and it asks for names by UDP. Landlock knows no addresses, and nothing of UDP.
+const OPEN: [&str; 3] = ["connect to a port", "send a datagram", "hear datagrams at a port"];
+
 /// Everything else.
-const HARM: [&str; 13] = [
+const HARM: [&str; 18] = [
     "read an agent's file",
     "write an agent's file",
     "replace an agent's folder",
@@ -40,6 +49,11 @@ const HARM: [&str; 13] = [
     "become root",
     "start a program",
     "connect to a port",
+    "send a datagram",
+    "hear datagrams at a port",
+    "listen on a port",
+    "listen on whatever port is free",
+    "hear what others are sent",
     "connect to an abstract socket",
     "kill an agent",
     "read an agent's environment",
@@ -63,8 +77,7 @@ fn code_of_a_stranger_in_agentd_reaches_what_is_written_down() {
         return;
     }
     let harmed = inside.harmed(&said);
-    // agents' way out goes through agentd, to hosts and ports that only their manifests know.
-    assert_eq!(harmed, BTreeSet::from(["connect to a port"]), "{said:?}");
+    assert_eq!(harmed, OPEN.into(), "{said:?}");
     for reachable in REACHABLE {
         assert_eq!(said.get(reachable).map(String::as_str), Some("done"), "{reachable}: {said:?}");
     }
@@ -78,6 +91,7 @@ struct Scene {
     folder: tempfile::TempDir,
     victim: std::sync::Mutex<Child>,
     tcp: TcpListener,
+    udp: UdpSocket,
     abstract_socket: UnixListener,
 }
 
@@ -136,10 +150,19 @@ impl Scene {
         let address = SocketAddr::from_abstract_name(&name).expect("a name");
         let abstract_socket = UnixListener::bind_addr(&address).expect("bound");
         tcp.set_nonblocking(true).expect("set");
+        let udp = UdpSocket::bind("127.0.0.1:0").expect("bound");
+        udp.set_nonblocking(true).expect("set");
         abstract_socket.set_nonblocking(true).expect("set");
-        let ports = format!("{} {}", tcp.local_addr().expect("an address").port(), victim.id());
-        fs::write(folder.path().join("targets"), ports).expect("written");
-        Self { folder, victim: std::sync::Mutex::new(victim), tcp, abstract_socket }
+        let port = |address: io::Result<std::net::SocketAddr>| address.expect("an address").port();
+        let free = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
+        let targets = [port(tcp.local_addr()), port(udp.local_addr()), port(free)].map(u32::from);
+        let targets = [&targets[..], &[victim.id()]].concat();
+        fs::write(
+            folder.path().join("targets"),
+            targets.iter().map(u32::to_string).collect::<Vec<_>>().join(" "),
+        )
+        .expect("written");
+        Self { folder, victim: std::sync::Mutex::new(victim), tcp, udp, abstract_socket }
     }
 
     /// What the process said that ran as this user, or as root without walls.
@@ -154,12 +177,43 @@ impl Scene {
             // Also empties the supplementary groups.
             command.uid(user).gid(user);
         }
-        let output = command.stdin(Stdio::null()).output().expect("it ran");
+        let over = AtomicBool::new(false);
+        let output = std::thread::scope(|scope| {
+            scope.spawn(|| self.knock_until(&over));
+            let output = command.stdin(Stdio::null()).output().expect("it ran");
+            over.store(true, Ordering::Relaxed);
+            output
+        });
         String::from_utf8_lossy(&output.stdout)
             .lines()
             .filter_map(|line| line.strip_prefix("said ")?.split_once(": "))
             .map(|(name, what)| (name.to_owned(), what.to_owned()))
             .collect()
+    }
+
+    /// Somebody who takes whatever listens for what it should be: knocks wherever the process says that it listens, and
+    /// leaves a mark where something answers. Also sends the secret to somebody else, over and over.
+    fn knock_until(&self, over: &AtomicBool) {
+        let speaker = UdpSocket::bind("127.0.0.1:0").expect("bound");
+        let listener = UdpSocket::bind("127.0.0.1:0").expect("bound");
+        let to = listener.local_addr().expect("an address");
+        while !over.load(Ordering::Relaxed) {
+            let _ = speaker.send_to(SECRET.as_bytes(), to);
+            for entry in fs::read_dir(self.folder.path().join("state/agentd")).expect("read").flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let Some((kind, port)) = name.strip_prefix("port ").and_then(|name| name.split_once(' '))
+                else {
+                    continue;
+                };
+                let port: u16 = port.parse().expect("a port");
+                if kind == "datagrams" {
+                    let _ = speaker.send_to(SECRET.as_bytes(), ("127.0.0.1", port));
+                } else if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+                    fs::write(self.folder.path().join(format!("knocked {kind}")), "").expect("written");
+                }
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// What has really happened to the victims.
@@ -177,6 +231,10 @@ impl Scene {
             "write what init keeps" => changed("state/init/clock"),
             "raise a limit" => changed("sys/fs/cgroup/pids.max"),
             "connect to a port" => self.tcp.accept().is_ok(),
+            "send a datagram" => self.udp.recv(&mut [0; 8]).is_ok(),
+            "hear datagrams at a port" | "hear what others are sent" => told(name),
+            "listen on a port" => at("knocked chosen").exists(),
+            "listen on whatever port is free" => at("knocked free").exists(),
             "connect to an abstract socket" => self.abstract_socket.accept().is_ok(),
             "kill an agent" => self
                 .victim
@@ -214,11 +272,13 @@ fn abstract_name(folder: &Path) -> String {
 /// The second process. As root it is the control and shuts nothing.
 fn stranger(folder: &Path) {
     let targets = fs::read_to_string(folder.join("targets")).expect("targets");
-    let (port, victim) = targets.split_once(' ').expect("two numbers");
-    let (port, victim): (u16, i32) = (port.parse().expect("a port"), victim.parse().expect("a pid"));
+    let targets: Vec<i32> = targets.split(' ').map(|number| number.parse().expect("a number")).collect();
+    let [port, udp_port, free_port, victim] = targets[..] else { panic!("{targets:?}") };
+    let [port, udp_port, free_port] =
+        [port, udp_port, free_port].map(|port| u16::try_from(port).expect("a port"));
     let places = places(folder);
     if !rustix::process::geteuid().is_root()
-        && let Err(error) = confine(&places, paths::HTTPS_PORT)
+        && let Err(error) = confine(&places, Listening::Begun)
     {
         println!("\nsaid walls: {error}");
         return;
@@ -241,6 +301,16 @@ fn stranger(folder: &Path) {
     say("write what init keeps", overwrite(folder.join("state/init/clock")));
     say("raise a limit", overwrite(places.cgroup_root.join("pids.max")));
     say("connect to a port", TcpStream::connect(("127.0.0.1", port)).and_then(send));
+    let datagram = UdpSocket::bind("127.0.0.1:0").and_then(|own| own.send_to(b"x", ("127.0.0.1", udp_port)));
+    say("send a datagram", datagram.map(|_| "done".to_owned()));
+    let say_port =
+        |kind: &str, port: u16| fs::write(folder.join(format!("state/agentd/port {kind} {port}")), "");
+    say("hear datagrams at a port", heard(&say_port));
+    let listening =
+        TcpListener::bind(("127.0.0.1", free_port)).and_then(|own| answered(own, "chosen", &say_port));
+    say("listen on a port", listening);
+    say("listen on whatever port is free", unbound().and_then(|own| answered(own, "free", &say_port)));
+    say("hear what others are sent", overheard());
     let named = SocketAddr::from_abstract_name(abstract_name(folder));
     say(
         "connect to an abstract socket",
@@ -279,4 +349,56 @@ fn mount(folder: &Path) -> io::Result<String> {
 
 fn send(mut stream: impl Write) -> io::Result<String> {
     stream.write_all(b"x").map(|()| "done".to_owned())
+}
+
+/// Waits for somebody who knocks.
+fn answered(
+    own: TcpListener,
+    kind: &str,
+    say_port: &dyn Fn(&str, u16) -> io::Result<()>,
+) -> io::Result<String> {
+    say_port(kind, own.local_addr()?.port())?;
+    own.set_nonblocking(true)?;
+    let until = Instant::now() + PATIENCE;
+    while Instant::now() < until {
+        if own.accept().is_ok() {
+            return Ok("done".to_owned());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Err(io::ErrorKind::TimedOut.into())
+}
+
+/// listen(2) without bind(2): the kernel picks a port.
+fn unbound() -> io::Result<TcpListener> {
+    use rustix::net::{AddressFamily, SocketType, listen, socket};
+    let own = socket(AddressFamily::INET, SocketType::STREAM, None)?;
+    listen(&own, 1)?;
+    Ok(own.into())
+}
+
+fn heard(say_port: &dyn Fn(&str, u16) -> io::Result<()>) -> io::Result<String> {
+    let own = UdpSocket::bind("127.0.0.1:0")?;
+    own.set_read_timeout(Some(PATIENCE))?;
+    say_port("datagrams", own.local_addr()?.port())?;
+    let mut bytes = [0; 256];
+    let count = own.recv(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes[..count]).into_owned())
+}
+
+/// All datagrams of the machine, whoever they are for (raw(7)).
+fn overheard() -> io::Result<String> {
+    use rustix::net::{AddressFamily, SocketType, ipproto, socket};
+    let own = UdpSocket::from(socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::UDP))?);
+    own.set_read_timeout(Some(PATIENCE))?;
+    let until = Instant::now() + PATIENCE;
+    let mut bytes = [0; 256];
+    while Instant::now() < until {
+        let count = own.recv(&mut bytes)?;
+        let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
+        if text.contains(SECRET) {
+            return Ok(text.replace(char::is_control, " "));
+        }
+    }
+    Err(io::ErrorKind::TimedOut.into())
 }

@@ -23,15 +23,17 @@ use crate::audit::Audit;
 use crate::health::{Board, Weight};
 use crate::places::Places;
 use crate::store::Db;
+use crate::tokens::Tokens;
 use agentd_domain::config::{self, EgressSettings, PrivateHost};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, RunId};
 use agentd_domain::net::{EgressRules, Pattern, Reach, Rule};
-use agentd_egress::{Budgets, ByteBudget, Ending, Policy};
+use agentd_domain::plan::ceiling;
+use agentd_domain::rights::Rights;
+use agentd_egress::{Budgets, Ending, Policy};
 use agentd_sandbox::client::EgressSockets;
 use budgets::Book;
 use secrets::Secrets;
-use std::collections::HashMap;
 use std::fs;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -51,6 +53,8 @@ struct Shared {
     ending: Option<Ending>,
     book: Book,
     secrets: Secrets,
+    db: Db,
+    tokens: Tokens,
 }
 
 /// A run whose sockets are served.
@@ -67,7 +71,7 @@ impl Egress {
         places: &Places,
         settings: EgressSettings,
         audit: Audit,
-        db: Db,
+        (db, tokens): (Db, Tokens),
         nerves: Nerves,
         board: &Board,
     ) -> Self {
@@ -80,8 +84,9 @@ impl Egress {
         }
         let resolver = Arc::new(Resolver::new(&settings.private));
         let ending = ending.ok();
-        let book = Book::start(db, nerves);
-        Self(Arc::new(Shared { audit, private: settings.private, resolver, ending, book, secrets }))
+        let book = Book::start(db.clone(), nerves);
+        let private = settings.private;
+        Self(Arc::new(Shared { audit, private, resolver, ending, book, secrets, db, tokens }))
     }
 
     pub fn secrets(&self) -> &Secrets {
@@ -99,21 +104,31 @@ impl Egress {
         self.0.book.close().await;
     }
 
+    /// The agents above this one, the nearest first, with what their tokens give.
+    async fn family(&self, agent: AgentId) -> Result<Vec<(AgentId, Rights)>, Report> {
+        const WHAT: &str = "nothing of it goes out";
+        let mut family = Vec::new();
+        let mut below = agent;
+        for _ in 0..=ceiling::DEPTH_MAX {
+            let row = self.0.db.call(move |store| store.agent(below)).await;
+            let Some(parent) = row.map_err(|error| error.report(WHAT))?.and_then(|row| row.parent) else {
+                break;
+            };
+            family.push((parent, self.0.tokens.says(parent).await?.rights));
+            below = parent;
+        }
+        Ok(family)
+    }
+
     /// All that decides for a run now.
-    fn policy(
-        &self,
-        agent: AgentId,
-        rules: &EgressRules,
-        by_rule: &HashMap<usize, Arc<ByteBudget>>,
-    ) -> Policy {
+    fn policy(&self, agent: AgentId, rules: &EgressRules, budgets: &Budgets) -> Policy {
         let rules = granted(rules, &self.0.private);
         let of = |(number, rule): (usize, &Rule)| {
             let secret = rule.secret.as_ref()?;
             Some((number, self.0.secrets.find(agent, &secret.name, &rule.host)?))
         };
         let secrets = rules.as_slice().iter().enumerate().filter_map(of).collect();
-        let budgets = Budgets { agent: ByteBudget::unlimited(), by_rule: by_rule.clone() };
-        Policy { rules, budgets, own: Vec::new(), secrets }
+        Policy { rules, budgets: budgets.clone(), own: Vec::new(), secrets }
     }
 }
 

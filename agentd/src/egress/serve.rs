@@ -7,12 +7,12 @@
 //! Never:  the same addresses as the agentd before: a program that remembers one would mean another name by it. Each
 //!         run's pool begins at a place of its own.
 
+use super::budgets::Asked;
 use super::record::Recorder;
 use super::world::{Dialler, Names};
 use super::{Egress, Run};
 use agentd_domain::net::{Destination, EgressRules, Host};
-use agentd_egress::{Limits, Pool, Relay, dns};
-use std::collections::HashMap;
+use agentd_egress::{Checks, Limits, Pool, Relay, dns};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -54,10 +54,19 @@ pub(super) async fn serve(egress: Egress, run: Run) {
         }
     };
     let lines = Arc::new(sockets.rules);
-    let by_rule = egress.0.book.of(agent, &rules, &lines).await;
+    let family = match egress.family(agent).await {
+        Ok(family) => family,
+        Err(report) => {
+            // Whose budgets it counts against is not known, so nothing is served.
+            return tracing::error!(agent_id = %agent, run_id = %run_id, why = report.why, "an agent's family is unknown");
+        }
+    };
+    let bytes_per_day = sockets.bytes_per_day;
+    let asked = Asked { agent, rules: &rules, lines: &lines, bytes_per_day, family: &family };
+    let budgets = egress.0.book.of(asked).await;
     let mut changed = egress.0.secrets.watch();
     changed.mark_unchanged();
-    let (set, policy) = watch::channel(Arc::new(egress.policy(agent, &rules, &by_rule)));
+    let (set, policy) = watch::channel(Arc::new(egress.policy(agent, &rules, &budgets)));
     let recorder = Recorder { audit: egress.0.audit.clone(), agent, run: run_id, rules: lines };
     let relay = Relay {
         agent,
@@ -67,6 +76,7 @@ pub(super) async fn serve(egress: Egress, run: Run) {
         dial: Dialler,
         audit: recorder.clone(),
         ending: egress.0.ending.clone(),
+        checks: Checks::default(),
     };
     let doors = Arc::new(Doors {
         relay,
@@ -87,7 +97,7 @@ pub(super) async fn serve(egress: Egress, run: Run) {
             () = over.cancelled() => return,
             alive = changed.changed() => if alive.is_err() { return },
         }
-        set.send_replace(Arc::new(egress.policy(agent, &rules, &by_rule)));
+        set.send_replace(Arc::new(egress.policy(agent, &rules, &budgets)));
     }
 }
 
@@ -223,6 +233,3 @@ fn random_place() -> usize {
     let _ = getrandom::fill(&mut bytes);
     usize::try_from(u64::from_le_bytes(bytes) % (1 << 32)).unwrap_or(0)
 }
-
-/// Budgets of rules by their numbers.
-pub(super) type ByRule = HashMap<usize, Arc<agentd_egress::ByteBudget>>;

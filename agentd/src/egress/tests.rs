@@ -3,6 +3,7 @@
 use super::*;
 use crate::clock;
 use crate::store::Store;
+use agentd_capability::token::RootKey;
 use agentd_domain::audit::{Entry, Verdict};
 use agentd_domain::net::Host;
 use agentd_egress::authority::{Authority, Stored};
@@ -27,6 +28,14 @@ struct Scene {
 
 /// An agent with these rules, and an owner who has granted 127.0.0.1 alone.
 async fn scene(rules: &[String], host_authority: Option<&Authority>) -> Scene {
+    scene_with(rules, host_authority, None).await
+}
+
+async fn scene_with(
+    rules: &[String],
+    host_authority: Option<&Authority>,
+    bytes_per_day: Option<u64>,
+) -> Scene {
     let root = tempfile::tempdir().unwrap();
     let places = Places::below(root.path());
     for folder in [&places.state_agentd, &places.data, &places.run_agentd] {
@@ -39,8 +48,9 @@ async fn scene(rules: &[String], host_authority: Option<&Authority>) -> Scene {
     init_sys::twofile::TwoFile::new(&places.config).write(text.as_bytes()).unwrap();
     let audit = Audit::default();
     let db = Db::new(Store::open(&places.system_store()).unwrap());
-    let egress =
-        Egress::open(&places, settings(&places), audit.clone(), db, Nerves::new().0, &Board::starting());
+    let tokens = Tokens::open(RootKey::from_secret(&[7; 32]).unwrap(), db.clone()).unwrap();
+    let (granted, nerves) = (settings(&places), Nerves::new().0);
+    let egress = Egress::open(&places, granted, audit.clone(), (db, tokens), nerves, &Board::starting());
     let (agent, run) = (AgentId(clock::fresh_id()), RunId(clock::fresh_id()));
     let listen = || {
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -53,6 +63,7 @@ async fn scene(rules: &[String], host_authority: Option<&Authority>) -> Scene {
     let names = udp.local_addr().unwrap();
     let sockets = EgressSockets {
         rules: rules.to_vec(),
+        bytes_per_day,
         proxy: proxy_fd,
         dns_udp: udp.into(),
         dns_tcp,
@@ -240,6 +251,26 @@ async fn a_budget_ends_a_transfer() {
     let entries = scene.recorded(|entry| entry.action == "net.end").await;
     let end = by_rule(&entries, "net.end", Verdict::Denied).unwrap();
     assert!(end.detail.contains("byte budget"), "{end:?}");
+}
+
+#[tokio::test]
+async fn the_agent_s_own_budget_is_one_for_all_rules_and_both_ways() {
+    let (one, other) = (echo_host().await, echo_host().await);
+    let rules = [one, other].map(|host| format!("http://127.0.0.1:{}", host.port()));
+    let scene = scene_with(&rules, None, Some(1000)).await;
+    // What goes out comes back with a head: some 500 bytes in all.
+    let path = "x".repeat(200);
+    let ask = |host: SocketAddr| format!("GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    let ask = |host: SocketAddr| ask(host).replace("GET /", &format!("GET http://{host}/"));
+    let first = scene.ask(&ask(one)).await;
+    assert!(first.starts_with("HTTP/1.1 200") && first.contains(&path), "{first}");
+    let second = scene.ask(&ask(other)).await;
+    assert!(!second.contains(&path), "the rest is not enough for a second answer: {second}");
+    let third = scene.ask(&ask(one)).await;
+    assert!(third.starts_with("HTTP/1.1 429") && third.contains("`bytes_per_day` under `[net]`"), "{third}");
+    let entries = scene.recorded(|entry| entry.action == "net.end").await;
+    let end = by_rule(&entries, "net.end", Verdict::Denied).unwrap();
+    assert!(end.detail.contains("the agent's byte budget is spent (egress_budget)"), "{end:?}");
 }
 
 #[tokio::test]

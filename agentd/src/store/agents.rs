@@ -124,6 +124,14 @@ impl Store {
         })
     }
 
+    /// Nothing when there is no such agent.
+    pub fn agent(&self, agent: AgentId) -> Result<Option<AgentRow>, StoreError> {
+        self.read(|txn| match txn.open_table(AGENT)?.get(agent.0.as_u128())? {
+            None => Ok(Ok(None)),
+            Some(bytes) => Ok(self.decode(&format!("agent {agent}"), bytes.value()).map(Some)),
+        })
+    }
+
     pub fn agents(&self) -> Result<Vec<AgentRow>, StoreError> {
         self.read(|txn| {
             let mut rows = Vec::new();

@@ -151,7 +151,12 @@ fn network(rights: &Rights) -> NetworkPlan {
     }
     let own = [inside::API_PORT, inside::EGRESS_PROXY, inside::EGRESS_DNS];
     let capture_tcp = rule::ports(&rules).into_iter().filter(|port| !own.contains(port)).collect();
-    NetworkPlan::Egress { rules: rules.iter().map(Rule::to_string).collect(), capture_tcp }
+    let bytes = kept(rights, Limit::NetBytes);
+    NetworkPlan::Egress {
+        rules: rules.iter().map(Rule::to_string).collect(),
+        capture_tcp,
+        bytes_per_day: (bytes < UNLIMITED).then_some(bytes),
+    }
 }
 
 /// Fixed for every agent, so that nothing leaks in and every HTTP and model library finds agentd by itself. The

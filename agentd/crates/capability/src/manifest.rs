@@ -44,9 +44,10 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
     }
     let agent = read_agent(top.section("agent", &mut problems), &mut problems);
     let model = read_model(top.section("model", &mut problems), &mut problems);
-    let limits = read_limits(top.section("limits", &mut problems), &mut problems);
+    let mut limits = read_limits(top.section("limits", &mut problems), &mut problems);
     let read = read_fs(top.section("fs", &mut problems), &mut problems);
-    let net = read_net(top.section("net", &mut problems), &mut problems);
+    let (net, net_bytes_per_day) = read_net(top.section("net", &mut problems), &mut problems);
+    limits.net_bytes_per_day = net_bytes_per_day;
     let memory = read_memory(top.section("memory", &mut problems), &mut problems);
     let messages = read_messages(top.section("messages", &mut problems), &mut problems);
     let calls = read_calls(top.section("calls", &mut problems), &mut problems);
@@ -299,6 +300,7 @@ fn read_limits(mut section: Section, problems: &mut Problems) -> Limits {
         // What is in /tmp is memory: more of it than `memory_max` could never be filled.
         tmp_bytes: tmp.unwrap_or(default.tmp_bytes).min(memory_max_bytes),
         io_bytes_per_second: io,
+        net_bytes_per_day: None,
     }
 }
 

@@ -1,6 +1,9 @@
 //! Which rules for the network does a manifest ask for?
 //!
 //! ```toml
+//! [net]
+//! bytes_per_day = "1G"                # of all rules together; absent: no limit
+//!
 //! [[net.allow]]
 //! host = "api.example.org"            # a name, an address, or `*.` and a name: exactly one label
 //! protocol = "https"                  # the default; `http`, or `tcp` for bytes that nobody looks at
@@ -20,19 +23,22 @@ use crate::reader::{Problems, Section};
 use crate::units;
 use agentd_domain::net::rule::{Protocol, SecretName, SecretUse};
 use agentd_domain::net::{EgressRules, Pattern, Reach, Rule};
+use agentd_domain::rights::UNLIMITED;
 use std::num::NonZeroU16;
 
 const HEADER_DEFAULT: &str = "authorization: Bearer {}";
 
-pub(crate) fn read_net(mut section: Section, problems: &mut Problems) -> Vec<Rule> {
+/// The rules, and the bytes of a day that hold for all of them together.
+pub(crate) fn read_net(mut section: Section, problems: &mut Problems) -> (Vec<Rule>, Option<u64>) {
     let before = problems.0.len();
+    let bytes_per_day = read_bytes(&mut section, problems);
     let entries = section.entries("allow", problems);
     let rules: Vec<Option<Rule>> = entries.into_iter().map(|entry| read_rule(entry, problems)).collect();
     section.finish(problems);
     let rules: Vec<Rule> = rules.into_iter().flatten().collect();
     // Numbers of rules would be wrong, and their conflicts perhaps only a typing mistake.
     if problems.0.len() > before {
-        return rules;
+        return (rules, bytes_per_day);
     }
     let mut lines: Vec<String> = rules.iter().map(Rule::to_string).collect();
     lines.sort_unstable();
@@ -44,7 +50,7 @@ pub(crate) fn read_net(mut section: Section, problems: &mut Problems) -> Vec<Rul
             problems.wrong("net.allow", error, "correct the rule; the first one has number 0");
         }
     }
-    rules
+    (rules, bytes_per_day)
 }
 
 fn read_rule(mut entry: Section, problems: &mut Problems) -> Option<Rule> {
@@ -140,7 +146,8 @@ fn read_ports(entry: &mut Section, problems: &mut Problems) -> Vec<NonZeroU16> {
 
 fn read_bytes(entry: &mut Section, problems: &mut Problems) -> Option<u64> {
     let text = entry.text("bytes_per_day", problems)?;
-    let bytes = units::size_bytes(&text).filter(|bytes| *bytes > 0);
+    // The largest number of a token means no limit.
+    let bytes = units::size_bytes(&text).filter(|bytes| (1..UNLIMITED).contains(bytes));
     if bytes.is_none() {
         let why = format!("`{}` is not a size", text.escape_debug());
         problems.wrong(&entry.key("bytes_per_day"), why, "write a size such as `50M`");

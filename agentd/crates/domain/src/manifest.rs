@@ -63,6 +63,8 @@ pub struct Limits {
     pub tmp_bytes: u64,
     /// Each way, on the data disk; `None` is no limit of its own.
     pub io_bytes_per_second: Option<u64>,
+    /// Of a day of UTC, by all rules for the network together and both ways; `None` is no limit of its own.
+    pub net_bytes_per_day: Option<u64>,
 }
 
 impl Default for Limits {
@@ -79,6 +81,7 @@ impl Default for Limits {
             open_files: 512,
             tmp_bytes: 64 * MIB,
             io_bytes_per_second: None,
+            net_bytes_per_day: None,
         }
     }
 }

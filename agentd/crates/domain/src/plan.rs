@@ -136,6 +136,9 @@ pub enum NetworkPlan {
         /// Where connections to synthetic addresses are caught: every port that a rule names, but for those on which
         /// the run's own services listen.
         capture_tcp: Vec<u16>,
+        /// Of a day of UTC, by all rules together and both ways; absent is no limit. Counted by agentd's egress.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        bytes_per_day: Option<u64>,
     },
 }
 

@@ -62,6 +62,9 @@ pub enum Limit {
     /// Per second, each way.
     #[serde(rename = "io.bytes")]
     IoBytes,
+    /// Of a day of UTC, by all rules together and both ways. What its children move counts too.
+    #[serde(rename = "net.bytes")]
+    NetBytes,
     /// Children that an agent may have at a time.
     #[serde(rename = "agents.children")]
     AgentsChildren,
@@ -71,7 +74,7 @@ pub enum Limit {
 }
 
 impl Limit {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::MemoryHigh,
         Self::MemoryMax,
         Self::CpuPercent,
@@ -81,6 +84,7 @@ impl Limit {
         Self::OpenFiles,
         Self::TmpBytes,
         Self::IoBytes,
+        Self::NetBytes,
         Self::AgentsChildren,
         Self::AgentsDepth,
     ];
@@ -96,6 +100,7 @@ impl Limit {
             Self::OpenFiles => "files.open",
             Self::TmpBytes => "tmp.bytes",
             Self::IoBytes => "io.bytes",
+            Self::NetBytes => "net.bytes",
             Self::AgentsChildren => "agents.children",
             Self::AgentsDepth => "agents.depth",
         }
@@ -109,7 +114,7 @@ impl Limit {
             Self::Pids => u64::from(ceiling::PIDS_MIN),
             Self::OpenFiles => u64::from(ceiling::OPEN_FILES_MIN),
             Self::IoBytes => ceiling::IO_MIN_BYTES_PER_SECOND,
-            Self::DiskBytes | Self::DiskInodes | Self::TmpBytes => 0,
+            Self::DiskBytes | Self::DiskInodes | Self::TmpBytes | Self::NetBytes => 0,
             Self::AgentsChildren | Self::AgentsDepth => 0,
         }
     }
@@ -124,7 +129,7 @@ impl Limit {
             Self::DiskInodes => ceiling::INODES_MAX,
             Self::OpenFiles => u64::from(ceiling::OPEN_FILES_MAX),
             Self::TmpBytes => ceiling::TMP_MAX_BYTES,
-            Self::IoBytes => UNLIMITED,
+            Self::IoBytes | Self::NetBytes => UNLIMITED,
             Self::AgentsChildren => u64::from(ceiling::CHILDREN_MAX),
             Self::AgentsDepth => u64::from(ceiling::DEPTH_MAX),
         }
@@ -353,6 +358,7 @@ fn limits(manifest: &Manifest) -> BTreeMap<Limit, u64> {
         Limit::OpenFiles => u64::from(asked.open_files),
         Limit::TmpBytes => asked.tmp_bytes,
         Limit::IoBytes => asked.io_bytes_per_second.unwrap_or(UNLIMITED),
+        Limit::NetBytes => asked.net_bytes_per_day.unwrap_or(UNLIMITED),
         Limit::AgentsChildren => u64::from(manifest.children.most),
         Limit::AgentsDepth => u64::from(manifest.children.depth),
     };

@@ -3,7 +3,10 @@
 //! In:     a connection whose handshake was found to name the host; a connection to the address that was vetted.
 //! Out:    both without TLS, for [`crate::relay`] to read requests from one and write them to the other.
 //! Always: the host is verified by its real name against the public authorities, or those that the owner has given for
-//!         exactly this host; HTTP/1.1 is all that is offered to either side.
+//!         exactly this host; HTTP/1.1 is all that is offered to either side. A client that offers HTTP/2 as well gets
+//!         HTTP/1.1 (ALPN, RFC 7301); one that offers HTTP/2 alone gets the alert `no_application_protocol`; one that
+//!         begins with HTTP/2 unasked gets 505. A host that speaks HTTP/2 alone cannot be reached by a rule that looks
+//!         inside TLS; by one that does not, whatever both sides speak passes.
 //! Never:  a host that could not be verified: the agent's own check has been taken from it, so this one is the only.
 
 use crate::authority::Authority;

@@ -18,6 +18,9 @@ const RECORD_HANDSHAKE: u8 = 22;
 /// A fatal alert `access_denied` in a record of its own (RFC 8446, 6.2): the client reports it as such.
 pub const ALERT_ACCESS_DENIED: [u8; 7] = [21, 3, 3, 0, 2, 2, 49];
 
+/// The same for `no_application_protocol` (RFC 7301, 3.2).
+pub(crate) const ALERT_NO_PROTOCOL: [u8; 7] = [21, 3, 3, 0, 2, 2, 120];
+
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HelloError {
     #[error("the first byte is not TLS's")]
@@ -32,6 +35,8 @@ pub enum HelloError {
     Name(NameError),
     #[error("another host is named: {0}")]
     Differs(Name),
+    #[error("HTTP/1.1 is not among the protocols that it offers (ALPN), and HTTP/2 is not spoken here")]
+    Protocol,
 }
 
 #[derive(Default)]
@@ -62,6 +67,19 @@ impl HelloReader {
         }
         Ok(false)
     }
+}
+
+/// Whether whoever says this complete ClientHello may go on in HTTP/1.1: it offers that, or leaves it open.
+pub(crate) fn offers_http1(mut hello: &[u8]) -> bool {
+    let mut acceptor = Acceptor::default();
+    while !hello.is_empty() && acceptor.read_tls(&mut hello).is_ok() {
+        if let Ok(Some(accepted)) = acceptor.accept() {
+            let offered = accepted.client_hello().alpn();
+            return offered.is_none_or(|mut offered| offered.any(|name| name == b"http/1.1"));
+        }
+    }
+    // What cannot be read is refused by whoever ends TLS.
+    true
 }
 
 fn agrees(host: &Host, sni: Option<&str>) -> Result<(), HelloError> {

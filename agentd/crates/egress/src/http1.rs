@@ -56,6 +56,8 @@ pub enum HeadError {
     Chunk,
     #[error("it switches to another protocol")]
     Upgrade,
+    #[error("it begins with HTTP/2, which is not spoken here")]
+    Http2,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +114,9 @@ pub enum Length {
     /// Answers only.
     UntilClose,
 }
+
+/// What a client begins with that speaks HTTP/2 without having asked (RFC 9113, 3.4).
+const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\n";
 
 /// The length of the head at the start of `buffer`, when its end is there. `searched` bytes were seen before.
 pub fn head_end(buffer: &[u8], searched: usize) -> Result<Option<usize>, HeadError> {
@@ -200,6 +205,9 @@ fn parse_request(
     inside: Inside,
     read_target: impl FnOnce(&str, &str) -> Result<(Kind, Destination, String), HeadError>,
 ) -> Result<Request, HeadError> {
+    if head.starts_with(HTTP2_PREFACE) {
+        return Err(HeadError::Http2);
+    }
     // httparse skips empty lines before a request; here the first byte belongs to the method.
     if !head.first().is_some_and(u8::is_ascii_alphabetic) {
         return Err(HeadError::Grammar("the first byte is no method's"));

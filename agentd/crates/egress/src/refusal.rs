@@ -5,6 +5,7 @@
 //! class of an address that its own allowed name resolved to.
 
 use crate::address::AddressError;
+use crate::budget::Whose;
 use crate::hello::HelloError;
 use crate::http1::HeadError;
 use crate::name::Destination;
@@ -86,7 +87,12 @@ pub enum Refusal {
     },
     /// The host's answer is not HTTP that can be passed on.
     Answer(HeadError),
-    Budget,
+    /// The request carried a secret, and the answer is compressed: whether the secret stands in it cannot be seen.
+    Coded {
+        coding: String,
+    },
+    /// The bytes of a day are spent.
+    Budget(Whose),
     /// The agent, the resolver or the host took too long.
     Slow(Waiting),
 }
@@ -119,11 +125,13 @@ impl Refusal {
     pub fn status(&self) -> u16 {
         match self {
             Self::Head(HeadError::TooLarge) => 431,
+            Self::Head(HeadError::Http2) => 505,
             Self::Head(_) | Self::Socks(_) | Self::NotAProxy => 400,
             Self::Slow(Waiting::Head) => 408,
-            Self::Resolve { .. } | Self::Dial { .. } | Self::Answer(_) | Self::HostTls { .. } => 502,
+            Self::Resolve { .. } | Self::Dial { .. } | Self::HostTls { .. } => 502,
+            Self::Answer(_) | Self::Coded { .. } => 502,
             Self::Slow(_) => 504,
-            Self::Budget => 429,
+            Self::Budget(_) => 429,
             _ => 403,
         }
     }
@@ -137,7 +145,8 @@ impl Refusal {
             Self::Dial { kind: ErrorKind::ConnectionRefused, .. } => 0x05,
             Self::Dial { .. } => 0x04,
             Self::Slow(_) => 0x06,
-            Self::Head(_) | Self::Socks(_) | Self::Answer(_) | Self::NotAProxy => 0x01,
+            Self::Head(_) | Self::Socks(_) | Self::NotAProxy => 0x01,
+            Self::Answer(_) | Self::Coded { .. } => 0x01,
             _ => 0x02,
         }
     }
@@ -197,6 +206,12 @@ impl Refusal {
                 format!("rule {rule} needs the secret `{name}`, which is not set for this agent"),
                 format!("`agentctl secret set {name} --agent AGENT`"),
             ),
+            Self::Head(error @ HeadError::Http2) => caller(
+                "egress_http2",
+                error.to_string(),
+                "speak HTTP/1.1: offer it in the TLS handshake (ALPN), and begin without prior knowledge"
+                    .to_owned(),
+            ),
             Self::Head(error) => caller(
                 "egress_request",
                 error.to_string(),
@@ -211,6 +226,11 @@ impl Refusal {
                 "egress_not_a_proxy_request",
                 "the first byte is neither HTTP's nor SOCKS 5's".to_owned(),
                 "set HTTPS_PROXY to http://, or ALL_PROXY to socks5h://".to_owned(),
+            ),
+            Self::Hello { destination, error: error @ HelloError::Protocol } => caller(
+                "egress_http2",
+                format!("in the TLS handshake to {destination}, {error}"),
+                "offer `http/1.1` in the handshake, beside `h2` or alone".to_owned(),
             ),
             Self::Hello { destination, error } => caller(
                 "egress_handshake",
@@ -243,11 +263,25 @@ impl Refusal {
                 format!("the host's answer cannot be passed on: {error}"),
                 "ask whoever runs the host",
             ),
-            Self::Budget => caller(
-                "egress_budget",
-                "the byte budget is spent".to_owned(),
-                "wait for the next day, or raise the rule's bytes".to_owned(),
+            Self::Coded { coding } => outside(
+                "egress_answer_coded",
+                format!(
+                    "the answer is coded as `{coding}`, which was not asked for, and could hide the secret"
+                ),
+                "ask whoever runs the host to heed `Accept-Encoding: identity`, or use a rule without a secret",
             ),
+            Self::Budget(whose) => {
+                let (why, key) = match whose {
+                    Whose::Rule => ("the rule's byte budget is spent", "the rule's `bytes_per_day`"),
+                    Whose::Agent => ("the agent's byte budget is spent", "`bytes_per_day` under `[net]`"),
+                    Whose::Family => (
+                        "the byte budget of an agent above this one is spent",
+                        "that agent's `bytes_per_day`, its rule's or under `[net]`",
+                    ),
+                };
+                let fix = format!("wait for the next day of UTC, or raise {key} in the manifest");
+                caller("egress_budget", why.to_owned(), fix)
+            }
             Self::Slow(waiting) => {
                 let why = match waiting {
                     Waiting::Head => "the request did not arrive in time",

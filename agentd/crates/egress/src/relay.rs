@@ -12,22 +12,26 @@
 //! Never:  a name that is resolved before it is allowed: the question alone would carry data out.
 //!         How many connections an agent may have is decided by who accepts them.
 
+mod checks;
 mod client;
 mod exchange;
 mod meter;
 mod tunnel;
 
-use crate::address::{self, Reach, Vetted};
+use crate::address::{Reach, Vetted};
 use crate::audit::{Audit, Door, End, Event};
-use crate::budget::ByteBudget;
+use crate::budget::{ByteBudget, Purse, Whose};
 use crate::ending::{Ended, Ending};
+use crate::hello::{self, HelloError};
 use crate::http1::{self, Kind, Request};
 use crate::name::{Destination, Host, Name};
 use crate::refusal::{Refusal, Waiting, clip};
-use crate::rules::{self, Allow, Asked, EgressRules, Inside, Way};
+use crate::rules::{Allow, Asked, EgressRules, Inside, Way};
+use crate::secret::forms::Forms;
 use crate::secret::{self, Secret};
 use crate::socks5;
 use agentd_domain::ids::AgentId;
+pub use checks::Checks;
 use client::{Client, Reply};
 use meter::{Meter, Stop};
 use std::collections::HashMap;
@@ -71,11 +75,12 @@ pub struct Policy {
     pub secrets: HashMap<usize, Secret>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Budgets {
-    pub agent: Arc<ByteBudget>,
-    /// By the rule's number; made with [`ByteBudget::below`] the agent's.
-    pub by_rule: HashMap<usize, Arc<ByteBudget>>,
+    /// For whatever the agent moves.
+    pub agent: Vec<(Whose, Arc<ByteBudget>)>,
+    /// By the rule's number; besides those of the agent.
+    pub by_rule: HashMap<usize, Vec<(Whose, Arc<ByteBudget>)>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -114,6 +119,7 @@ pub struct Relay<R, D, A> {
     pub audit: A,
     /// Without it rules that speak of what is inside TLS are refused.
     pub ending: Option<Ending>,
+    pub checks: Checks,
 }
 
 /// An allowed destination with an open connection.
@@ -172,7 +178,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
         reply: Reply,
     ) {
         let policy = self.policy();
-        let allow = match rules::decide(&policy.rules, &destination, Asked::Stream) {
+        let allow = match self.checks.decide(&policy.rules, &destination, Asked::Stream) {
             Ok(Allow { way: Way::EndTls, rule, .. }) if self.ending.is_none() => {
                 Err(Refusal::EndTls { destination: destination.clone(), rule })
             }
@@ -200,7 +206,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
             };
         }
         self.record(door, Some(&destination), None, Ok(allow.rule));
-        let meter = Meter::new(policy.budgets.of(allow.rule));
+        let meter = Meter::new(self.checks.purse(policy.budgets.of(allow.rule)));
         let mut address = None;
         let result = match self.open(&policy, &destination, allow.reach).await {
             Ok(opened) => {
@@ -226,10 +232,16 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     ) -> Result<Client<Ended>, Stop> {
         client.accept(reply).await?;
         let slow = || Stop::Refused(Refusal::Slow(Waiting::Head));
-        let named = timeout(self.limits.head, tunnel::handshake(&mut client, destination)).await;
+        let named = timeout(self.limits.head, self.checks.handshake(&mut client, destination)).await;
         if let Err(stop) = named.unwrap_or_else(|_| Err(slow())) {
-            client.last_words(&crate::hello::ALERT_ACCESS_DENIED).await;
+            client.last_words(&hello::ALERT_ACCESS_DENIED).await;
             return Err(stop);
+        }
+        if !hello::offers_http1(&client.unread) {
+            // Said before anything else of the handshake, so that no client is writing when it arrives.
+            client.last_words(&hello::ALERT_NO_PROTOCOL).await;
+            let (destination, error) = (destination.clone(), HelloError::Protocol);
+            return Err(Stop::Refused(Refusal::Hello { destination, error }));
         }
         let accepted =
             timeout(self.limits.head, ending.accept(client.into_stream(), &destination.host)).await;
@@ -257,13 +269,10 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
                 Ok(None) | Err(_) => return,
             };
             let head = begun.unwrap_or(Err(Stop::Refused(Refusal::Slow(Waiting::Head))));
-            let parsed = match (head, &inside) {
-                (Ok(head), None) => http1::parse_proxy(&head).map_err(Refusal::Head),
-                (Ok(head), Some((destination, inside))) => {
-                    http1::parse_inside(&head, destination, *inside).map_err(Refusal::Head)
-                }
-                (Err(Stop::Refused(refusal)), _) => Err(refusal),
-                (Err(_), _) => return,
+            let parsed = match head {
+                Ok(head) => self.checks.head(&head, inside.as_ref()).map_err(Refusal::Head),
+                Err(Stop::Refused(refusal)) => Err(refusal),
+                Err(_) => return,
             };
             match parsed {
                 Ok(request) if request.kind == Kind::Connect => {
@@ -302,7 +311,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
         let destination = &request.destination;
         let asked = Asked::Request { inside: request.inside, method: &request.method, path: &request.path };
         let seen = Some((request.method.as_str(), request.path.as_str()));
-        let allow = match rules::decide(&policy.rules, destination, asked) {
+        let allow = match self.checks.decide(&policy.rules, destination, asked) {
             Ok(allow) => allow,
             Err(refusal) => {
                 self.deny(door, Some(destination), seen, &refusal);
@@ -311,7 +320,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
                 return false;
             }
         };
-        let filled = match filled(&policy, request, allow.rule) {
+        let filled = match filled(&policy, request, allow.rule, self.checks) {
             Ok(filled) => filled,
             Err(refusal) => {
                 self.deny(door, Some(destination), seen, &refusal);
@@ -320,7 +329,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
             }
         };
         self.record(door, Some(destination), seen, Ok(allow.rule));
-        let meter = Meter::new(policy.budgets.of(allow.rule));
+        let meter = Meter::new(self.checks.purse(policy.budgets.of(allow.rule)));
         let mut address = None;
         let result = match self.open(&policy, destination, allow.reach).await {
             Ok(opened) => {
@@ -382,7 +391,9 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
         };
         let mut own = policy.own.clone();
         own.extend(answer.iter().filter(|address| self.dial.is_own(**address)));
-        let vetted = address::vet(destination, &answer, reach, &own)
+        let vetted = self
+            .checks
+            .vet(destination, &answer, reach, &own)
             .map_err(|error| Refusal::Address { destination: destination.clone(), error })?;
         let mut refusal = Refusal::Slow(Waiting::Dial);
         for to in vetted.into_iter().take(ADDRESSES_TRIED) {
@@ -402,7 +413,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
             loop {
                 let now = {
                     let policy = policy.borrow_and_update();
-                    rules::decide(&policy.rules, destination, asked)
+                    self.checks.decide(&policy.rules, destination, asked)
                 };
                 if !now.is_ok_and(|now| now.way == allow.way && now.reach == allow.reach) {
                     return Stop::Revoked;
@@ -482,30 +493,41 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     }
 }
 
-/// A request as the host gets it, and the secret that must not come back.
+/// A request as the host gets it, and the forms of the secret that must not come back.
 struct Filled<'a> {
     request: std::borrow::Cow<'a, Request>,
-    secret: Option<&'a Secret>,
+    secret: Option<Forms>,
 }
 
 /// With the secret of the rule that has allowed it.
-fn filled<'a>(policy: &'a Policy, request: &'a Request, rule: usize) -> Result<Filled<'a>, Refusal> {
+fn filled<'a>(
+    policy: &'a Policy,
+    request: &'a Request,
+    rule: usize,
+    checks: Checks,
+) -> Result<Filled<'a>, Refusal> {
     use std::borrow::Cow::{Borrowed, Owned};
     let Some(into) = policy.rules.as_slice().get(rule).and_then(|rule| rule.secret.as_ref()) else {
         return Ok(Filled { request: Borrowed(request), secret: None });
     };
     let secret = policy.secrets.get(&rule);
     let secret = secret.ok_or_else(|| Refusal::Secret { rule, name: into.name.to_string() })?;
-    Ok(Filled { request: Owned(secret::put_in(request, into, secret)), secret: Some(secret) })
+    Ok(Filled {
+        request: Owned(secret::put_in(request, into, secret)),
+        secret: checks.hidden(Forms::of(secret, into)),
+    })
 }
 
 impl Budgets {
-    fn of(&self, rule: usize) -> Arc<ByteBudget> {
-        Arc::clone(self.by_rule.get(&rule).unwrap_or(&self.agent))
+    fn of(&self, rule: usize) -> Purse {
+        let own = self.by_rule.get(&rule).into_iter().flatten();
+        Purse::new(own.chain(&self.agent).cloned())
     }
 }
 
 #[cfg(test)]
 mod ended_tests;
+#[cfg(test)]
+mod rows;
 #[cfg(test)]
 mod tests;

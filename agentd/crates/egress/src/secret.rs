@@ -3,15 +3,25 @@
 //! In:     the owner's secret and the rule that names it; a request that the rule has allowed; the host's answer.
 //! Out:    the request with the secret in its field; the answer in which the secret stands no more.
 //! Always: whatever the agent has written into that field is replaced. The answer is asked for without compression and
-//!         as a whole, so that the secret is found where it stands; what is found is overwritten with as many stars, so
-//!         no length changes.
+//!         as a whole, and one that is compressed all the same is refused ([`coding`]), so that the secret is found
+//!         where it stands: as it is, in base64 or hexadecimal digits ([`forms`]), escaped as in URLs, JSON and HTML
+//!         or not ([`escape`]), in however many pieces it comes ([`search`]). What is found is overwritten with as many
+//!         stars, so no length changes.
 //! Never:  a copy of the secret in a log, an audit, an error or a `Debug`.
 //!
-//! What comes back in another form (encoded, split by the host into two fields, one letter at a time) is not found. A
-//! secret is given to its host; what that host does with it is the host's affair.
+//! What cannot be found: a secret that the host has encrypted, compressed inside an answer that says nothing of it (an
+//! archive), spelled in base32, in numbers or backwards, cut into two fields or two answers, or told one bit at a time. So
+//! this keeps a secret from an agent whose host is honest: from echoes, errors, redirects and logs. A host that works
+//! for the agent can always send back what it was sent; the owner has chosen that exact host, and gave the secret to it.
 
-use crate::http1::{Header, Request, Response};
+mod escape;
+pub(crate) mod forms;
+mod search;
+
+use crate::http1::{Header, Length, Request, Response};
 use agentd_domain::net::rule::SecretUse;
+use forms::Forms;
+use search::Search;
 use std::fmt;
 
 /// Shorter ones stand in answers by chance, and can be guessed.
@@ -66,116 +76,61 @@ pub(crate) fn put_in(request: &Request, into: &SecretUse, secret: &Secret) -> Re
     request
 }
 
+/// How an answer's content is coded, where that is anything that cannot be looked into (RFC 9110, 8.4).
+pub(crate) fn coding(response: &Response) -> Option<String> {
+    let is_coded = |value: &[u8]| {
+        value.split(|byte| *byte == b',').any(|token| {
+            let token = token.trim_ascii();
+            !token.is_empty() && !token.eq_ignore_ascii_case(b"identity")
+        })
+    };
+    let coding = response
+        .headers
+        .iter()
+        .find(|header| header.name.eq_ignore_ascii_case("content-encoding") && is_coded(&header.value))?;
+    (response.body != Length::Bytes(0)).then(|| String::from_utf8_lossy(&coding.value).into_owned())
+}
+
 /// Overwrites a secret in what passes, in however many pieces it comes.
 pub(crate) struct Scrubber<'a> {
-    secret: Option<&'a Secret>,
-    /// The beginning of the secret, perhaps.
-    held: Vec<u8>,
+    forms: Option<&'a Forms>,
+    body: Option<Search<'a>>,
 }
 
 impl<'a> Scrubber<'a> {
-    pub(crate) fn new(secret: Option<&'a Secret>) -> Self {
-        Self { secret, held: Vec::new() }
+    pub(crate) fn new(forms: Option<&'a Forms>) -> Self {
+        Self { forms, body: forms.map(Search::new) }
+    }
+
+    /// Whether there is anything to find.
+    pub(crate) fn looks(&self) -> bool {
+        self.forms.is_some()
     }
 
     pub(crate) fn head(&self, response: &mut Response) {
-        let Some(Secret(secret)) = self.secret else { return };
-        let mut reason = std::mem::take(&mut response.reason).into_bytes();
-        overwrite(&mut reason, secret);
-        response.reason = String::from_utf8(reason).unwrap_or_default();
+        let Some(forms) = self.forms else { return };
+        // Stars in the place of whole letters leave a text a text; what would not be one is emptied.
+        let text = |text: &str| String::from_utf8(Search::whole(forms, text.as_bytes())).unwrap_or_default();
+        response.reason = text(&response.reason);
         for header in &mut response.headers {
-            overwrite(&mut header.value, secret);
-            let mut name = std::mem::take(&mut header.name).into_bytes();
-            overwrite(&mut name, secret);
-            header.name = String::from_utf8(name).unwrap_or_default();
+            header.value = Search::whole(forms, &header.value);
+            header.name = text(&header.name);
         }
     }
 
     /// What can be passed on now. Only what may be the beginning of the secret is held back.
     pub(crate) fn piece(&mut self, content: Vec<u8>) -> Vec<u8> {
-        let Some(Secret(secret)) = self.secret else { return content };
-        let mut all = std::mem::take(&mut self.held);
-        all.extend_from_slice(&content);
-        overwrite(&mut all, secret);
-        let begins = |length: &usize| all.ends_with(secret.get(..*length).unwrap_or_default());
-        let kept = (1..secret.len().min(all.len() + 1)).rev().find(begins).unwrap_or(0);
-        self.held = all.split_off(all.len() - kept);
-        all
+        match &mut self.body {
+            Some(search) => search.piece(&content),
+            None => content,
+        }
     }
 
     /// What was held back and turned out to be no secret.
     pub(crate) fn rest(&mut self) -> Vec<u8> {
-        std::mem::take(&mut self.held)
-    }
-}
-
-fn overwrite(bytes: &mut [u8], secret: &[u8]) {
-    let mut at = 0;
-    while let Some(found) =
-        bytes.get(at..).and_then(|rest| rest.windows(secret.len()).position(|w| w == secret))
-    {
-        let end = at + found + secret.len();
-        if let Some(place) = bytes.get_mut(at + found..end) {
-            place.fill(b'*');
-        }
-        at = end;
+        self.body.as_mut().map(Search::rest).unwrap_or_default()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn scrubbed(secret: &Secret, pieces: &[&[u8]]) -> Vec<u8> {
-        let mut scrubber = Scrubber::new(Some(secret));
-        let mut out: Vec<u8> = pieces.iter().flat_map(|piece| scrubber.piece(piece.to_vec())).collect();
-        out.extend(scrubber.rest());
-        out
-    }
-
-    #[test]
-    fn a_secret_has_a_length_and_letters_that_a_field_can_carry() {
-        assert!(Secret::new(b"correct-horse".to_vec()).is_ok());
-        assert_eq!(Secret::new(b"short".to_vec()), Err(SecretError::Length(5)));
-        assert_eq!(Secret::new(vec![b'x'; 4097]), Err(SecretError::Length(4097)));
-        for bad in ["two words here", "line\r\nX: injected", "naïve-secret", "nul\0nul\0nul"] {
-            assert_eq!(Secret::new(bad.as_bytes().to_vec()), Err(SecretError::Character), "{bad:?}");
-        }
-        assert_eq!(format!("{:?}", Secret::new(b"correct-horse".to_vec()).unwrap()), "Secret");
-    }
-
-    #[test]
-    fn only_what_may_begin_the_secret_waits() {
-        let secret = Secret::new(b"abcabcabd".to_vec()).unwrap();
-        let mut scrubber = Scrubber::new(Some(&secret));
-        assert_eq!(scrubber.piece(b"data: x\n\n".to_vec()), b"data: x\n\n");
-        assert_eq!(scrubber.piece(b"data: abcab".to_vec()), b"data: ");
-        assert_eq!(scrubber.piece(b"cabcabd.".to_vec()), b"abc*********.");
-        assert_eq!(scrubber.rest(), b"");
-    }
-
-    proptest! {
-        /// However it is cut, the secret is not in what comes out, and what comes out is as long as what went in.
-        #[test]
-        fn no_cut_lets_the_secret_through(
-            secret in "[ab]{8,12}",
-            text in proptest::collection::vec("[ab]{0,6}|SECRET|SECRET", 0..8),
-            cuts in proptest::collection::vec(0usize..40, 0..8),
-        ) {
-            let value = Secret::new(secret.clone().into_bytes()).unwrap();
-            let text = text.concat().replace("SECRET", &secret).into_bytes();
-            let mut pieces = Vec::new();
-            let mut rest = text.as_slice();
-            for cut in cuts {
-                let (piece, after) = rest.split_at(cut.min(rest.len()));
-                pieces.push(piece);
-                rest = after;
-            }
-            pieces.push(rest);
-            let out = scrubbed(&value, &pieces);
-            prop_assert_eq!(out.len(), text.len());
-            prop_assert!(!out.windows(secret.len()).any(|window| window == secret.as_bytes()));
-        }
-    }
-}
+mod tests;

@@ -316,7 +316,7 @@ fn may_be_source(plan: &SandboxPlan, source: &str) -> bool {
 /// Names, addresses and rules are agentd's business: nothing leaves the namespace but through its sockets. What the
 /// launcher must know is how many there are, and that none is in the way of another.
 fn check_network(network: &NetworkPlan) -> Result<(), Report> {
-    let NetworkPlan::Egress { rules, capture_tcp } = network else { return Ok(()) };
+    let NetworkPlan::Egress { rules, capture_tcp, .. } = network else { return Ok(()) };
     let own = [inside::API_PORT, inside::EGRESS_PROXY, inside::EGRESS_DNS];
     let bytes: usize = rules.iter().map(String::len).sum();
     let ports: BTreeSet<u16> = capture_tcp.iter().copied().collect();

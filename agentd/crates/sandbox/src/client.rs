@@ -86,6 +86,8 @@ pub struct RunSockets {
 pub struct EgressSockets {
     /// The plan's rules, each as [`agentd_domain::net::Rule`] is written.
     pub rules: Vec<String>,
+    /// The plan's, for all rules together.
+    pub bytes_per_day: Option<u64>,
     /// Listens on 127.0.0.1:7071.
     pub proxy: OwnedFd,
     /// Is bound to 127.0.0.1:53.
@@ -260,11 +262,11 @@ fn egress_sockets(
     if count != network.egress_sockets() {
         return Err(WireError::TooManyFds { count }.into());
     }
-    let NetworkPlan::Egress { rules, capture_tcp } = network else { return Ok(None) };
+    let NetworkPlan::Egress { rules, capture_tcp, bytes_per_day } = network else { return Ok(None) };
     let listeners = fds.split_off(EGRESS_FIXED_SOCKETS.min(count));
     let [proxy, dns_udp, dns_tcp] = wire::exactly::<EGRESS_FIXED_SOCKETS>(fds)?;
     let captured = capture_tcp.into_iter().zip(listeners).collect();
-    Ok(Some(EgressSockets { rules, proxy, dns_udp, dns_tcp, captured }))
+    Ok(Some(EgressSockets { rules, bytes_per_day, proxy, dns_udp, dns_tcp, captured }))
 }
 
 fn unexpected<T>(response: &Response) -> Result<T, LauncherError> {

@@ -20,6 +20,7 @@ fn parent(children: u64, depth: u64) -> Rights {
         (Limit::OpenFiles, 512),
         (Limit::TmpBytes, 16 * MIB),
         (Limit::IoBytes, UNLIMITED),
+        (Limit::NetBytes, 1000),
         (Limit::AgentsChildren, children),
         (Limit::AgentsDepth, depth),
     ];

@@ -191,6 +191,7 @@ fn any_limits() -> impl Strategy<Value = Limits> {
         open_files: counts[2],
         tmp_bytes: sizes[4],
         io_bytes_per_second: io,
+        net_bytes_per_day: io,
     })
 }
 

@@ -69,6 +69,7 @@ fn every_key_is_read() {
                 open_files: 128,
                 tmp_bytes: 32 << 20,
                 io_bytes_per_second: Some(20 << 20),
+                net_bytes_per_day: None,
             },
             read: vec!["/usr/share/dict".to_owned()],
             net: vec![],

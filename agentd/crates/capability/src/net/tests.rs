@@ -14,6 +14,8 @@ fn whys(net: &str) -> Vec<String> {
 }
 
 const MAIL: &str = r#"
+[net]
+bytes_per_day = "1G"
 [[net.allow]]
 host = "api.example.org"
 ports = [8443, 443]
@@ -40,9 +42,11 @@ fn every_key_is_read_and_every_rule_is_a_right_and_a_line_of_the_plan() {
     ];
     assert_eq!(asked(&manifest).net.iter().map(String::as_str).collect::<Vec<_>>(), lines);
     let plan = compile(&manifest, &crate::Subject::nobody());
-    let NetworkPlan::Egress { rules, capture_tcp } = &plan.network else { panic!("no network") };
+    let NetworkPlan::Egress { rules, capture_tcp, bytes_per_day } = &plan.network else {
+        panic!("no network")
+    };
     assert_eq!(rules, &lines);
-    assert_eq!(capture_tcp, &[443, 993, 8443]);
+    assert_eq!((&capture_tcp[..], *bytes_per_day), (&[443, 993, 8443][..], Some(1 << 30)));
     assert_eq!(plan.landlock.connect_tcp, [53, 443, 993, 7070, 7071, 8443]);
     assert_eq!(plan.seccomp.datagram_families, [2]);
     let variable = |name: &str| plan.env.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
@@ -149,4 +153,22 @@ fn a_rule_that_allows_more_is_a_widening_and_one_within_another_is_not() {
     let none = manifest("");
     let first = difference(&none, &get);
     assert!(first.wider.contains(&"net https://api.example.org:443 GET".to_owned()), "{first:?}");
+}
+
+#[test]
+fn a_larger_budget_of_the_agent_is_a_widening_and_none_at_all_the_largest() {
+    let with =
+        |budget: &str| manifest(&format!("[net]\n{budget}\n[[net.allow]]\nhost = \"a.example.org\"\n"));
+    let (small, large, free) = (with("bytes_per_day = \"1M\""), with("bytes_per_day = \"2M\""), with(""));
+    assert_eq!(difference(&small, &large).wider, ["net.bytes 2097152 instead of 1048576"]);
+    assert_eq!(difference(&large, &free).wider, ["net.bytes no limit instead of 2097152"]);
+    let back = difference(&large, &small);
+    assert_eq!(
+        (back.wider, back.narrower),
+        (vec![], vec!["net.bytes 2097152 instead of 1048576".to_owned()])
+    );
+    for wrong in ["0", "much", "9223372036854775807"] {
+        let why = whys(&format!("[net]\nbytes_per_day = \"{wrong}\"\n"));
+        assert_eq!(why, [format!("`net.bytes_per_day`: `{wrong}` is not a size")]);
+    }
 }

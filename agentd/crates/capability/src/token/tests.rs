@@ -351,6 +351,11 @@ fn limit_given(plan: &SandboxPlan, rights: &Rights, limit: Limit, value: u64) ->
         // Of the volume, which is prepared apart from a run.
         Limit::DiskBytes => quota.bytes,
         Limit::DiskInodes => quota.inodes,
+        // Where there is no way out there is nothing to count.
+        Limit::NetBytes => match &plan.network {
+            NetworkPlan::Egress { bytes_per_day, .. } => bytes_per_day.unwrap_or(UNLIMITED),
+            NetworkPlan::LoopbackOnly => return value <= rights.limit(limit),
+        },
         // No wall: agentd counts children when one is to be started.
         Limit::AgentsChildren | Limit::AgentsDepth => return value <= rights.limit(limit),
     };

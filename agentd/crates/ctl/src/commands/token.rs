@@ -181,13 +181,19 @@ fn rights(rights: &Rights) -> String {
     for (name, set) in [("api", &rights.api), ("read", &rights.read), ("calls", &rights.calls)] {
         let _ = writeln!(text, "{name:<10} {}", list(set));
     }
+    for rule in &rights.net {
+        let _ = writeln!(text, "net        {rule}");
+    }
     for limit in Limit::ALL {
         let value = rights.limit(limit);
         let shown = match limit {
             _ if value >= UNLIMITED => "no limit".to_owned(),
-            Limit::MemoryHigh | Limit::MemoryMax | Limit::DiskBytes | Limit::TmpBytes | Limit::IoBytes => {
-                human::bytes(value)
-            }
+            Limit::MemoryHigh
+            | Limit::MemoryMax
+            | Limit::DiskBytes
+            | Limit::TmpBytes
+            | Limit::IoBytes
+            | Limit::NetBytes => human::bytes(value),
             _ => value.to_string(),
         };
         let _ = writeln!(text, "limit      {limit} {shown}");

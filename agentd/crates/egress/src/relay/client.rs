@@ -155,6 +155,7 @@ fn http_refusal(refusal: &Refusal) -> Vec<u8> {
         431 => "Request Header Fields Too Large",
         502 => "Bad Gateway",
         504 => "Gateway Timeout",
+        505 => "HTTP Version Not Supported",
         _ => "Refused",
     };
     let body =

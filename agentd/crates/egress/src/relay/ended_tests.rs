@@ -15,24 +15,31 @@ const RULES: &str = r#"[
      "secret": {"name": "mail", "header": "authorization", "template": "Bearer {}"}},
     {"host": "plain.example.org", "methods": ["GET"]},
     {"host": "*.example.net", "paths": ["/a"]}]"#;
-const SECRET: &str = "canary-7f3a9c-secret";
+pub(super) const SECRET: &str = "canary-7f3a9c-secret";
 
-struct Ends {
+pub(super) struct Ends {
     scene: Scene,
     /// What the agent trusts.
     agent: TlsConnector,
+    own: Arc<Authority>,
     /// Who issues the hosts' own certificates.
     hosts: Authority,
 }
 
 fn connector(root: &Authority) -> TlsConnector {
+    offering(root, &[])
+}
+
+/// With these protocols in its handshake.
+fn offering(root: &Authority, protocols: &[&str]) -> TlsConnector {
     let mut roots = RootCertStore::empty();
     roots.add(root.certificate().clone()).unwrap();
-    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(roots)
         .with_no_client_auth();
+    config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
     TlsConnector::from(Arc::new(config))
 }
 
@@ -43,22 +50,36 @@ fn ends() -> Ends {
     public.add(hosts.certificate().clone()).unwrap();
     let ending = Ending::new(Arc::clone(&own), &public, Vec::new()).unwrap();
     let secrets = HashMap::from([(0, Secret::new(SECRET.as_bytes().to_vec()).unwrap())]);
-    Ends { scene: scene_ending(RULES, ending, secrets), agent: connector(&own), hosts }
+    Ends { scene: scene_ending(RULES, ending, secrets), agent: connector(&own), own, hosts }
+}
+
+/// With these checks replaced by "allow".
+pub(super) fn ends_without(off: &'static [super::checks::Check]) -> Ends {
+    let ends = ends();
+    Ends { scene: ends.scene.without(off), ..ends }
 }
 
 impl Ends {
+    pub(super) fn dialled(&self) -> Vec<String> {
+        self.scene.dialled()
+    }
+
     /// TLS with what answers for `name`, through a CONNECT to `host`.
-    async fn tls(&self, host: &str, name: &str) -> io::Result<TlsStream<DuplexStream>> {
+    pub(super) async fn tls(&self, host: &str, name: &str) -> io::Result<TlsStream<DuplexStream>> {
         let stream = self.scene.connected(&format!("{host}:443")).await;
         self.agent.connect(ServerName::try_from(name.to_owned()).unwrap(), stream).await
     }
 
     /// Sends a request, lets the host answer, and gives what each side has seen.
-    async fn exchange(&mut self, request: &str, answer: &str) -> (String, String) {
-        let mut client = self.tls("api.example.org", "api.example.org").await.unwrap();
+    pub(super) async fn exchange(&mut self, request: &str, answer: &str) -> (String, String) {
+        self.exchange_with("api.example.org", request, answer).await
+    }
+
+    async fn exchange_with(&mut self, name: &str, request: &str, answer: &str) -> (String, String) {
+        let mut client = self.tls(name, name).await.unwrap();
         client.write_all(request.as_bytes()).await.unwrap();
         let host = self.scene.host().await;
-        let config = self.hosts.serving(&Host::parse("api.example.org").unwrap()).unwrap();
+        let config = self.hosts.serving(&Host::parse(name).unwrap()).unwrap();
         let mut host = TlsAcceptor::from(config).accept(host).await.unwrap();
         let asked = read_head(&mut host).await;
         host.write_all(answer.as_bytes()).await.unwrap();
@@ -120,6 +141,63 @@ async fn a_secret_in_pieces_of_a_stream_is_found() {
     let (_, seen) = ends.exchange("GET /v1/a HTTP/1.1\r\nHost: api.example.org\r\n\r\n", &answer).await;
     assert!(!seen.contains("canary") && seen.contains("data:"), "{seen}");
     assert_eq!(seen.matches('*').count(), SECRET.len(), "{seen}");
+}
+
+#[tokio::test]
+async fn an_encoded_secret_is_found_in_fields_and_across_chunks() {
+    use base64::Engine;
+    let mut ends = ends();
+    let inner = base64::engine::general_purpose::STANDARD.encode(format!("user:{SECRET}"));
+    let escaped: String = SECRET.bytes().map(|byte| format!("\\u{byte:04x}")).collect();
+    let percent: String = SECRET.bytes().map(|byte| format!("%{byte:02X}")).collect();
+    let mut chunks = String::new();
+    for piece in format!("{{\"a\": \"{escaped}\", \"b\": \"{inner}\"}}").as_bytes().chunks(5) {
+        chunks.push_str(&format!("{:x}\r\n{}\r\n", piece.len(), String::from_utf8_lossy(piece)));
+    }
+    let answer = format!(
+        "HTTP/1.1 302 Found\r\nLocation: https://elsewhere.example/?key={percent}\r\n\
+         WWW-Authenticate: Basic {inner}\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}0\r\n\r\n"
+    );
+    let (_, seen) = ends.exchange("GET /v1/a HTTP/1.1\r\nHost: api.example.org\r\n\r\n", &answer).await;
+    let stars = |length: usize| "*".repeat(length);
+    assert!(seen.contains(&format!("?key={}\r\n", stars(percent.len()))), "{seen}");
+    // The letters of `user:` say nothing of the secret.
+    assert!(seen.contains("Basic dXNlcj*"), "{seen}");
+    let starred = seen.matches('*').count();
+    assert!(starred >= percent.len() + escaped.len() + 2 * 4 * SECRET.len() / 3, "{starred}: {seen}");
+}
+
+#[tokio::test]
+async fn an_answer_that_cannot_be_looked_into_is_refused_and_recorded() {
+    for coding in ["gzip", "br", "zstd", "identity, gzip"] {
+        let mut ends = ends();
+        let answer =
+            format!("HTTP/1.1 200 OK\r\nContent-Encoding: {coding}\r\nContent-Length: 4\r\n\r\n\x1f\u{8}xy");
+        let (asked, seen) = ends
+            .exchange(
+                "GET /v1/a HTTP/1.1\r\nHost: api.example.org\r\nAccept-Encoding: gzip, br\r\n\r\n",
+                &answer,
+            )
+            .await;
+        assert!(asked.contains("Accept-Encoding: identity\r\n") && !asked.contains("br"), "{asked}");
+        assert!(seen.starts_with("HTTP/1.1 502") && seen.contains("egress_answer_coded"), "{seen}");
+        assert!(seen.contains(&format!("`{coding}`")) && !seen.contains("xy"), "{seen}");
+        let events = ends.scene.events(2).await;
+        assert_eq!(end(&events[1]).0, End::Refused(Refusal::Coded { coding: coding.to_owned() }));
+    }
+}
+
+#[tokio::test]
+async fn without_a_secret_an_answer_may_be_compressed() {
+    let mut ends = ends();
+    let answer = "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd";
+    let request = "GET / HTTP/1.1\r\nHost: plain.example.org\r\nAccept-Encoding: gzip\r\n\r\n";
+    let (asked, seen) = ends.exchange_with("plain.example.org", request, answer).await;
+    assert!(asked.contains("Accept-Encoding: gzip\r\n"), "{asked}");
+    assert!(
+        seen.starts_with("HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n") && seen.ends_with("abcd"),
+        "{seen}"
+    );
 }
 
 #[tokio::test]
@@ -222,5 +300,41 @@ async fn clear_bytes_are_no_handshake() {
     client.write_all(b"GET /v1/a HTTP/1.1\r\nHost: api.example.org\r\n\r\n").await.unwrap();
     expect(&mut client, &crate::hello::ALERT_ACCESS_DENIED).await;
     assert_eq!(rest(&mut client).await, "");
+    assert_eq!(ends.scene.dialled(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_client_that_knows_http2_as_well_gets_http1() {
+    let mut ends = ends();
+    ends.agent = offering(&ends.own, &["h2", "http/1.1"]);
+    let client = ends.tls("plain.example.org", "plain.example.org").await.unwrap();
+    assert_eq!(client.get_ref().1.alpn_protocol(), Some(&b"http/1.1"[..]));
+    drop(client);
+    let answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+    let request = "GET / HTTP/1.1\r\nHost: plain.example.org\r\n\r\n";
+    let (_, seen) = ends.exchange_with("plain.example.org", request, answer).await;
+    assert!(seen.starts_with("HTTP/1.1 200 OK"), "{seen}");
+}
+
+#[tokio::test]
+async fn a_client_that_insists_on_http2_hears_that_it_is_not_spoken() {
+    let mut ends = ends();
+    ends.agent = offering(&ends.own, &["h2"]);
+    let error = ends.tls("plain.example.org", "plain.example.org").await.unwrap_err();
+    assert!(error.to_string().contains("NoApplicationProtocol"), "{error}");
+    let events = ends.scene.events(1).await;
+    let Err(refusal) = verdict(&events[0]) else { panic!("{events:?}") };
+    assert!(matches!(refusal, Refusal::Hello { error: HelloError::Protocol, .. }), "{refusal:?}");
+    assert_eq!(refusal.report().code, "egress_http2");
+    // Without a word of it in the handshake (prior knowledge).
+    ends.agent = connector(&ends.own);
+    let mut client = ends.tls("plain.example.org", "plain.example.org").await.unwrap();
+    client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let mut seen = String::new();
+    let _ = client.read_to_string(&mut seen).await;
+    assert!(seen.starts_with("HTTP/1.1 505 HTTP Version Not Supported\r\n"), "{seen}");
+    assert!(seen.contains("egress_http2") && seen.contains("speak HTTP/1.1"), "{seen}");
+    let events = ends.scene.events(1).await;
+    assert_eq!(verdict(&events[0]), Err(Refusal::Head(crate::http1::HeadError::Http2)));
     assert_eq!(ends.scene.dialled(), Vec::<String>::new());
 }

@@ -6,9 +6,9 @@ use super::client::{Client, fill};
 use super::meter::{Meter, Stop};
 use crate::budget::CHUNK_BYTES;
 use crate::http1::{self, Body, HeadError, Length, Piece, Request, Strictness, Version};
-use crate::refusal::Refusal;
+use crate::refusal::{Refusal, clip};
 use crate::relay::Filled;
-use crate::secret::Scrubber;
+use crate::secret::{self, Scrubber};
 use std::future::Future;
 use std::pin::pin;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split};
@@ -33,7 +33,7 @@ where
 {
     let (host_read, mut host_write) = split(host);
     let request = &*filled.request;
-    let scrubber = Scrubber::new(filled.secret);
+    let scrubber = Scrubber::new(filled.secret.as_ref());
     let (read, write, unread) = (&mut client.read, &mut client.write, &mut client.unread);
     let mut up = pin!(upload(read, unread, &mut host_write, request, meter));
     let mut down = pin!(download(host_read, write, request, scrubber, meter));
@@ -111,6 +111,9 @@ where
             say(write, &response.to_agent(true, request.version), meter).await?;
         }
     };
+    if let (true, Some(coding)) = (scrubber.looks(), secret::coding(&response)) {
+        return Err(Stop::Refused(Refusal::Coded { coding: clip(&coding) }));
+    }
     let keep_alive = request.keep_alive && response.body != Length::UntilClose;
     let chunked = response.body == Length::Chunked && request.version == Version::Http11;
     meter.set_answered();

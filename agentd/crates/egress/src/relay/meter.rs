@@ -1,8 +1,7 @@
 //! Every byte between the appliance and a host passes here: reserved, moved, settled, counted.
 
-use crate::budget::{ByteBudget, CHUNK_BYTES};
+use crate::budget::{CHUNK_BYTES, Purse, Whose};
 use crate::refusal::{Refusal, Waiting};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -20,7 +19,7 @@ pub(super) enum Stop {
 }
 
 pub(super) struct Meter {
-    budget: Arc<ByteBudget>,
+    purse: Purse,
     out: AtomicU64,
     into: AtomicU64,
     began: Instant,
@@ -31,9 +30,9 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    pub(super) fn new(budget: Arc<ByteBudget>) -> Self {
+    pub(super) fn new(purse: Purse) -> Self {
         Self {
-            budget,
+            purse,
             out: AtomicU64::new(0),
             into: AtomicU64::new(0),
             began: Instant::now(),
@@ -47,7 +46,7 @@ impl Meter {
     pub(super) async fn write<W: AsyncWrite + Unpin>(&self, host: &mut W, bytes: &[u8]) -> Result<(), Stop> {
         for chunk in bytes.chunks(CHUNK_BYTES) {
             let length = chunk.len() as u64;
-            let reserved = self.budget.reserve(length, length).ok_or(Stop::Refused(Refusal::Budget))?;
+            let reserved = self.purse.reserve(length, length).map_err(spent)?;
             let written = host.write_all(chunk).await;
             reserved.settle(length);
             self.out.fetch_add(length, Ordering::Relaxed);
@@ -63,7 +62,7 @@ impl Meter {
         host: &mut R,
         buffer: &mut [u8; CHUNK_BYTES],
     ) -> Result<usize, Stop> {
-        let reserved = self.budget.reserve(1, CHUNK_BYTES as u64).ok_or(Stop::Refused(Refusal::Budget))?;
+        let reserved = self.purse.reserve(1, CHUNK_BYTES as u64).map_err(spent)?;
         let room = usize::try_from(reserved.bytes()).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
         let space = buffer.get_mut(..room).unwrap_or_default();
         let count = host.read(space).await.map_err(|_| Stop::HostLost)?;
@@ -101,4 +100,8 @@ impl Meter {
     pub(super) fn bytes(&self) -> (u64, u64) {
         (self.out.load(Ordering::Relaxed), self.into.load(Ordering::Relaxed))
     }
+}
+
+fn spent(whose: Whose) -> Stop {
+    Stop::Refused(Refusal::Budget(whose))
 }

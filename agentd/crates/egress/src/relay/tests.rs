@@ -57,7 +57,7 @@ pub(super) struct Scene {
 fn policy(rules: &str, bytes: u64) -> Arc<Policy> {
     Arc::new(Policy {
         rules: serde_json::from_str(rules).unwrap(),
-        budgets: Budgets { agent: ByteBudget::new(bytes), by_rule: HashMap::new() },
+        budgets: Budgets { agent: vec![(Whose::Agent, ByteBudget::new(bytes))], by_rule: HashMap::new() },
         own: vec!["198.41.0.4".parse().unwrap()],
         secrets: HashMap::new(),
     })
@@ -93,6 +93,7 @@ fn scene_of(policy: Arc<Policy>, answers: &[(&str, &[&str])], ending: Option<End
         dial: Arc::clone(&world),
         audit: Arc::clone(&world),
         ending,
+        checks: Checks::default(),
     };
     Scene { world, relay: Arc::new(relay), policy, hosts }
 }
@@ -104,6 +105,12 @@ fn scene(rules: &str) -> Scene {
 }
 
 impl Scene {
+    /// With these checks replaced by "allow".
+    pub(super) fn without(mut self, off: &'static [super::checks::Check]) -> Self {
+        Arc::get_mut(&mut self.relay).expect("nothing is served yet").checks.off = off;
+        self
+    }
+
     pub(super) async fn host(&mut self) -> DuplexStream {
         timeout(DEADLINE, self.hosts.recv()).await.expect("in time").unwrap()
     }
@@ -225,7 +232,7 @@ async fn a_tunnel_carries_bytes_and_says_how_many() {
     assert_eq!(verdict(&events[0]), Ok(0));
     assert_eq!(end(&events[1]), (End::Finished, 5, 12));
     // What was reserved and not moved has gone back.
-    assert_eq!(scene.relay.policy().budgets.agent.left(), (1 << 30) - 5 - 12);
+    assert_eq!(scene.relay.policy().budgets.agent[0].1.left(), (1 << 30) - 5 - 12);
     assert_eq!(scene.resolved(), ["example.org"]);
     assert_eq!(scene.dialled(), ["93.184.216.34:993"]);
 }
@@ -390,7 +397,7 @@ async fn requests_are_written_anew_and_each_is_decided() {
     assert!(matches!(verdict(&events[4]), Err(Refusal::Method { .. })));
     assert_eq!(scene.resolved(), ["example.org"; 2], "once for each request");
     let moved: u64 = [&events[1], &events[3]].map(|event| end(event).1 + end(event).2).iter().sum();
-    assert_eq!(scene.relay.policy().budgets.agent.left(), (1 << 30) - moved);
+    assert_eq!(scene.relay.policy().budgets.agent[0].1.left(), (1 << 30) - moved);
 }
 
 #[tokio::test(start_paused = true)]
@@ -574,7 +581,9 @@ async fn a_budget_is_never_overdrawn_by_many_at_once() {
     }
     assert!(arrived <= 1_000, "{arrived}");
     let events = scene.events(20).await;
-    let spent = events.iter().any(|e| matches!(e, Event::Closed { end: End::Refused(Refusal::Budget), .. }));
+    let spent = events
+        .iter()
+        .any(|e| matches!(e, Event::Closed { end: End::Refused(Refusal::Budget(Whose::Agent)), .. }));
     assert!(spent, "{events:#?}");
 }
 
@@ -582,7 +591,7 @@ async fn a_budget_is_never_overdrawn_by_many_at_once() {
 async fn a_rule_has_a_budget_of_its_own() {
     let mut scene = scene(HTTP);
     let mut changed = Policy::clone(&scene.relay.policy());
-    changed.budgets.by_rule.insert(0, ByteBudget::below(&changed.budgets.agent, 10));
+    changed.budgets.by_rule.insert(0, vec![(Whose::Rule, ByteBudget::new(10))]);
     scene.policy.send_replace(Arc::new(changed));
     let said = scene.ask(b"GET http://example.org/v1/a HTTP/1.1\r\nHost: example.org\r\n\r\n").await;
     assert!(said.starts_with("HTTP/1.1 429 Too Many Requests"), "{said}");

@@ -32,7 +32,7 @@ impl<R: Resolve, D: Dial, A: Audit> Relay<R, D, A> {
     {
         client.accept(reply).await?;
         if way == Way::Tls {
-            let checked = timeout(self.limits.head, handshake(&mut client, destination)).await;
+            let checked = timeout(self.limits.head, self.checks.handshake(&mut client, destination)).await;
             if let Err(stop) = checked.unwrap_or(Err(Stop::Refused(Refusal::Slow(Waiting::Head)))) {
                 client.last_words(&ALERT_ACCESS_DENIED).await;
                 return Err(stop);

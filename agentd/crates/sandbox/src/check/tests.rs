@@ -163,8 +163,11 @@ fn programs_and_variables_are_sane() {
 }
 
 fn with_network(plan: &mut SandboxPlan) {
-    plan.network =
-        NetworkPlan::Egress { rules: vec!["https://api.example.org:443".to_owned()], capture_tcp: vec![443] };
+    plan.network = NetworkPlan::Egress {
+        rules: vec!["https://api.example.org:443".to_owned()],
+        capture_tcp: vec![443],
+        bytes_per_day: None,
+    };
     plan.landlock.connect_tcp = vec![53, 443, 7070, 7071];
     plan.seccomp.datagram_families = vec![2];
     let text = "nameserver 127.0.0.1\n".to_owned();
@@ -190,14 +193,16 @@ fn a_plan_with_rules_for_the_network_opens_the_egress_s_ports_and_no_other() {
         let why = super::check(&{
             let mut plan = good();
             with_network(&mut plan);
-            plan.network = NetworkPlan::Egress { rules: vec!["x".to_owned()], capture_tcp: ports };
+            plan.network =
+                NetworkPlan::Egress { rules: vec!["x".to_owned()], capture_tcp: ports, bytes_per_day: None };
             plan
         });
         assert!(why.unwrap_err().why.contains("`network`"));
     }
     assert!(
-        refused(|plan| plan.network = NetworkPlan::Egress { rules: vec![], capture_tcp: vec![443] })
-            .contains("`network`")
+        refused(|plan| plan.network =
+            NetworkPlan::Egress { rules: vec![], capture_tcp: vec![443], bytes_per_day: None })
+        .contains("`network`")
     );
     assert!(
         refused(|plan| {

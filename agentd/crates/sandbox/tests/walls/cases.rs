@@ -466,6 +466,7 @@ fn egress_sockets() -> Outcome {
     plan.network = NetworkPlan::Egress {
         rules: vec!["https://api.example.org:443,8443".to_owned()],
         capture_tcp: vec![443, 8443],
+        bytes_per_day: Some(5_000_000),
     };
     plan.landlock.connect_tcp = vec![53, 443, 7070, 7071, 8443];
     plan.landlock.rules.push(LandlockRule { path: "/etc/resolv.conf".to_owned(), access: FsAccess::Read });
@@ -475,6 +476,7 @@ fn egress_sockets() -> Outcome {
     let mut run = scene.start(&plan);
     let first = run.handles.sockets.egress.take().unwrap();
     assert_eq!(first.rules, ["https://api.example.org:443,8443"]);
+    assert_eq!(first.bytes_per_day, Some(5_000_000));
     drop(first);
     // They are the run's, and whoever adopts it gets them again.
     let handles = scene.client().handover(run.run_id).unwrap();
