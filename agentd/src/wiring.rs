@@ -171,6 +171,9 @@ fn end_on_signal(over: CancellationToken) -> Result<(), Report> {
     Ok(())
 }
 
+/// A small model takes a second, under plain emulation some; a large one has more (`engine::run`).
+const LOAD_PATIENCE: Duration = Duration::from_secs(120);
+
 fn start_engine(places: &Places, data: &Handle, open: CancellationToken) -> Engine {
     let memory = readings::memory().total_bytes;
     let links = engine::Links {
@@ -178,6 +181,7 @@ fn start_engine(places: &Places, data: &Handle, open: CancellationToken) -> Engi
         sockets: places.engine_sockets.clone(),
         // On the smallest machine half of its memory: what is swapped in and out would be slower than none.
         memory_max_bytes: memory.saturating_sub(SYSTEM_BYTES).max(memory / 2),
+        load_patience: LOAD_PATIENCE,
     };
     let _on_data = data.enter();
     engine::start(links, open.cancelled_owned())
@@ -266,10 +270,10 @@ async fn start_agents(
     let egress = {
         let (places, audit, board) = (places.clone(), audit.clone(), Arc::clone(board));
         let of = (db.clone(), tokens.clone());
-        let (on_data, what) = (data.clone(), "no agent is started");
+        let (on_data, nerves, what) = (data.clone(), nerves.clone(), "no agent is started");
         let opened = tokio::task::spawn_blocking(move || {
             let _on_data = on_data.enter();
-            Egress::open(&places, granted, audit, of, &board)
+            Egress::open(&places, granted, audit, of, nerves, &board)
         });
         opened
             .await

@@ -5,6 +5,7 @@
 
 use crate::cache::{Cache, Line};
 use crate::disk::{self, Disk};
+use crate::kernel::selftests::SelfTests;
 use crate::kernel::{self, Kernel};
 use crate::models;
 use crate::programs::{self, Programs};
@@ -33,7 +34,7 @@ pub fn everything(cache: &Cache) -> Result<Built> {
     assemble(cache, checkout, kernel, programs)
 }
 
-/// The escape suite's image: the same but for a launcher and a jail that can lower walls. For no machine.
+/// The escape suite's image: the same but for an init, a launcher and a jail that can lower walls. For no machine.
 pub fn lowerable(cache: &Cache) -> Result<Built> {
     let _lock = cache.lock()?;
     let checkout = Checkout::find()?;
@@ -52,6 +53,12 @@ fn assemble(cache: &Cache, checkout: Checkout, kernel: Kernel, programs: Program
 pub fn kernel_only(cache: &Cache, extra: &[PathBuf]) -> Result<Kernel> {
     let _lock = cache.lock()?;
     kernel::ensure_kernel(cache, &Checkout::find()?, extra)
+}
+
+/// The kernel's own self-tests, as programs for a guest.
+pub fn selftests(cache: &Cache) -> Result<SelfTests> {
+    let _lock = cache.lock()?;
+    kernel::selftests::ensure_selftests(cache)
 }
 
 /// The root alone, with its models. `prebuilt` programs are taken as they are; else they are compiled.

@@ -69,9 +69,13 @@ const ENGINE: Group =
 
 /// For the escape suite's image alone: the programs that raise the walls, with a switch for each wall.
 const LOWERABLE: Group = Group {
-    packages: &["agentd-sandbox"],
-    features: &["agentd-sandbox/walls-can-be-lowered"],
-    programs: &[("agent-launcher", paths::BIN_LAUNCHER), ("agent-jail", paths::BIN_JAIL)],
+    packages: &["init", "agentd-sandbox"],
+    features: &["init/walls-can-be-lowered", "agentd-sandbox/walls-can-be-lowered"],
+    programs: &[
+        ("init", "/usr/sbin/init"),
+        ("agent-launcher", paths::BIN_LAUNCHER),
+        ("agent-jail", paths::BIN_JAIL),
+    ],
 };
 
 /// Compiles all of them.
@@ -114,7 +118,7 @@ pub fn static_programs(
     Ok(names.iter().map(|name| target.join(TARGET).join("release").join(name)).collect())
 }
 
-/// The same programs, but with a launcher and a jail that can lower walls: the escape suite's control. They are
+/// The same programs, but with an init, a launcher and a jail that can lower walls: the escape suite's control. They are
 /// compiled in a folder of their own, so that they can never be taken for the appliance's.
 pub fn build_lowerable(cache: &Cache, checkout: &Checkout) -> Result<Programs> {
     let mut all = build(cache, checkout)?;

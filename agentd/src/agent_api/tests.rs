@@ -44,6 +44,7 @@ impl Scene {
                 launcher: Launcher::at(folder.path().join("none")),
                 sockets: folder.path().to_owned(),
                 memory_max_bytes: 1,
+                load_patience: std::time::Duration::from_secs(2),
             },
             std::future::ready(()),
         );
@@ -190,12 +191,20 @@ async fn every_route_needs_its_right() {
         (Method::POST, "/v1/chat/completions", "{}".to_owned()),
         (Method::POST, "/v1/embeddings", "{}".to_owned()),
     ];
-    for (method, path, body) in cases {
+    for (method, path, body) in cases.clone() {
         let (status, text) = scene.ask(method, path, None, body).await;
         assert_eq!(status, 403, "{path}: {text}");
         assert!(text.contains("\"forbidden\""), "{path}: {text}");
     }
     assert_eq!(scene.ask(Method::GET, "/agent/v1/self", None, String::new()).await.0, 200);
+    assert_eq!(scene.memories().await, Vec::<String>::new());
+    // The control: with the check replaced by "allow" the same requests are let in, and the memory is made.
+    scene.caller.services.tokens.allow_all();
+    for (method, path, body) in cases {
+        let (status, text) = scene.ask(method, path, None, body).await;
+        assert_ne!(status, 403, "{path}: {text}");
+    }
+    assert_eq!(scene.memories().await, ["x"]);
 }
 
 #[tokio::test]
@@ -224,8 +233,12 @@ async fn a_right_for_one_tier_is_none_for_another() {
     let scene = Scene::new(&ALL).await;
     let body = json!({ "tier": "working", "text": "x" });
     assert_eq!(scene.post("/agent/v1/memory/remember", None, &body).await.0, 403);
-    let body = json!({ "query": "x", "tiers": ["spirit", "working"] });
-    assert_eq!(scene.post("/agent/v1/memory/recall", None, &body).await.0, 403);
+    let both = json!({ "query": "x", "tiers": ["spirit", "working"] });
+    assert_eq!(scene.post("/agent/v1/memory/recall", None, &both).await.0, 403);
+    // The control, with the check replaced by "allow".
+    scene.caller.services.tokens.allow_all();
+    assert_eq!(scene.post("/agent/v1/memory/remember", None, &body).await.0, 200);
+    assert_eq!(scene.post("/agent/v1/memory/recall", None, &both).await.0, 200);
 }
 
 #[tokio::test]
@@ -354,7 +367,9 @@ async fn a_pain_reaches_the_loop_and_the_eleventh_of_a_minute_does_not() {
     for _ in 0..10 {
         assert_eq!(scene.post("/agent/v1/self/pain", None, &pain).await.0, 204);
     }
-    let crate::agents::nerves::Felt::Hurt { agent, pain: felt } = scene.felt.try_recv().expect("felt");
+    let Ok(crate::agents::nerves::Felt::Hurt { agent, pain: felt }) = scene.felt.try_recv() else {
+        panic!("nothing was felt");
+    };
     assert_eq!(
         (agent, felt.kind.as_str(), felt.message.as_str()),
         (scene.caller.agent, "tool.broken", "<b>no</b>")
@@ -445,6 +460,14 @@ impl Scene {
         (status, String::from_utf8(bytes.to_vec()).expect("utf-8"))
     }
 
+    /// What the agent's memory holds, by its own store and not by what it was told.
+    async fn memories(&self) -> Vec<String> {
+        let recall = json!({ "query": "x", "tiers": ["spirit"] });
+        let recall: Recall = serde_json::from_value(recall).expect("a query");
+        let found = self.caller.services.memories.recall(self.caller.agent, recall).await.expect("recalled");
+        found.hits.into_iter().map(|hit| hit.text).collect()
+    }
+
     fn last_record(&self) -> Entry {
         self.caller.services.audit.reported().pop().expect("a record").0
     }
@@ -465,6 +488,9 @@ async fn a_request_with_a_narrower_token_is_decided_by_that_one() {
     assert_eq!(scene.with_header("/agent/v1/messages/next", &narrow).await.0, 204);
     let (_, said) = scene.with_header("/agent/v1/self", &narrow).await;
     assert!(said.contains("[\"messages\"]"), "{said}");
+    // The control, with the check replaced by "allow".
+    scene.caller.services.tokens.allow_all();
+    assert_eq!(scene.with_header("/v1/models", &narrow).await.0, 200);
 }
 
 #[tokio::test]
@@ -486,6 +512,10 @@ async fn a_stolen_token_is_worth_nothing_and_is_recorded() {
         let (status, said) = scene.with_header("/agent/v1/self", bad).await;
         assert!(status == 400 && said.contains("token_"), "{said}");
     }
+    // The control, with the check replaced by "allow": the token is worth what it says.
+    scene.caller.services.tokens.allow_all();
+    let (status, said) = scene.with_header("/v1/models", &theirs).await;
+    assert!(status == 200 && said.contains("tiny"), "{said}");
 }
 
 #[tokio::test]
@@ -502,6 +532,9 @@ async fn a_revoked_token_denies_every_call_at_once() {
     }
     assert!(scene.caller.may("messages").is_err(), "also where a request was let in before");
     assert_eq!(scene.last_record().detail, "token_revoked");
+    // The control, with the check replaced by "allow".
+    services.tokens.allow_all();
+    assert_eq!(scene.ask(Method::GET, "/v1/models", None, String::new()).await.0, 200);
 }
 
 #[tokio::test]
@@ -511,6 +544,9 @@ async fn a_token_that_is_over_its_time_denies_every_call() {
     scene.caller.held = Arc::new(held);
     let (status, said) = scene.ask(Method::GET, "/agent/v1/self", None, String::new()).await;
     assert!(status == 403 && said.contains("token_expired"), "{said}");
+    // The control, with the check replaced by "allow".
+    scene.caller.services.tokens.allow_all();
+    assert_eq!(scene.ask(Method::GET, "/agent/v1/self", None, String::new()).await.0, 200);
 }
 
 #[tokio::test]
@@ -526,6 +562,10 @@ async fn without_the_right_there_are_no_children() {
         assert_eq!(status, 403, "{path}: {said}");
     }
     assert_eq!(scene.last_record().right.as_deref(), Some("agents.start"));
+    // The control, with the check replaced by "allow": it is let in as far as the agents' loop, which does not run.
+    scene.caller.services.tokens.allow_all();
+    let (status, said) = scene.ask(Method::GET, "/agent/v1/agents", None, String::new()).await;
+    assert!(status == 503 && said.contains("agents_loop"), "{status} {said}");
 }
 
 /// `scripts/bench rights` runs this with optimisation and says so; otherwise few rounds show that it works.

@@ -23,7 +23,17 @@ const QUEUE: usize = 64;
 /// Something to tell the loop.
 #[derive(Debug)]
 pub enum Felt {
-    Hurt { agent: AgentId, pain: Pain },
+    Hurt {
+        agent: AgentId,
+        pain: Pain,
+    },
+    /// Of what an agent has for a day, so much is spent.
+    Spent {
+        agent: AgentId,
+        name: String,
+        used: u64,
+        most: u64,
+    },
 }
 
 /// All agents' nerves. Cheap to clone.
@@ -75,6 +85,11 @@ impl Nerves {
             return Err(spared());
         }
         self.0.felt.try_send(Felt::Hurt { agent, pain }).map_err(|_| spared())
+    }
+
+    /// False when the way is full: to be said again.
+    pub fn spent(&self, agent: AgentId, name: String, used: u64, most: u64) -> bool {
+        self.0.felt.try_send(Felt::Spent { agent, name, used, most }).is_ok()
     }
 }
 

@@ -10,8 +10,8 @@ use super::nerves::{Felt, Nerves};
 use super::plan::{self, Action, Event, Now, State};
 use super::vitals::{self, Look, Seen};
 use super::words::{
-    hurting, is_about_walls, killed, noted, place_of, quarantined, self_health, shown_health, told,
-    unknown_agent, wall_failed,
+    forbidden, hurting, is_about_walls, killed, noted, place_of, quarantined, self_health, shown_health,
+    told, unknown_agent, wall_failed,
 };
 use super::{Agents, LivingRun, QUEUE, View, Views};
 use crate::audit::Audit;
@@ -26,9 +26,9 @@ use crate::tokens::Tokens;
 use agentd_capability::Package;
 use agentd_domain::api::AgentState;
 use agentd_domain::fault::Report;
-use agentd_domain::health::{self, Effect, Health, History, NotStarted, Phase};
+use agentd_domain::health::{self, Effect, Health, History, NotStarted, Phase, Renewal};
 use agentd_domain::ids::{AgentId, RunId};
-use agentd_domain::launcher::{ExitCause, ExitRecord, KillReason, Listing, RunInfo};
+use agentd_domain::launcher::{ExitCause, ExitRecord, Forbidden, KillReason, Listing, RunInfo};
 use agentd_domain::manifest::Manifest;
 use agentd_domain::plan::CgroupLimits;
 use agentd_domain::token::Verified;
@@ -50,6 +50,9 @@ const LIST_SOON: Duration = Duration::from_millis(200);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Newest ends that are shown.
 const EXITS_SHOWN: usize = 5;
+
+/// Between two lists; the agent's log has the number.
+const FORBIDDEN_RECORDED_MOST: u64 = 100;
 
 /// Below it one process more or less says nothing.
 const CROWD_PIDS: u64 = 16;
@@ -161,6 +164,7 @@ pub async fn start(links: Links) -> Result<Agents, Report> {
         shown,
         removals: HashMap::new(),
         ending: BTreeSet::new(),
+        forbidden: HashMap::new(),
         held: HashMap::new(),
     };
     for (row, past) in rows {
@@ -191,6 +195,8 @@ struct Loop {
     removals: HashMap<AgentId, Done>,
     /// Runs whose process is gone and whose exit record is awaited.
     ending: BTreeSet<RunId>,
+    /// Processes of each run that seccomp has killed, as far as it was told.
+    forbidden: HashMap<RunId, u64>,
     /// Of runs that were asked for and are not served yet.
     held: HashMap<RunId, Arc<Verified>>,
 }
@@ -324,9 +330,14 @@ impl Loop {
             // An agent that this version cannot read is shown and not started.
             Err(reports) => (None, Package::Installed, reports.into_iter().next()),
         };
+        let mut problem = problem;
         if let Some(manifest) = &manifest {
             let (wanted, restart, restarts) = (row.wanted, manifest.restart, row.restarts);
             actions = self.decide(Event::Known { agent, wanted, restart, restarts, history: past.history });
+            let phase = self.state.agents.get(&agent).map(|entry| entry.health.phase());
+            if matches!(phase, Some(Phase::Quarantined { .. })) {
+                problem = Some(quarantined(&row, past.exits.first()));
+            }
         }
         self.links.inbox.know(agent, &past.waiting);
         let (refused, remove_after_boot_ms) = (false, 0);
@@ -348,6 +359,8 @@ impl Loop {
             known.problem = None;
         }
         self.step(of(agent, health::Event::Want(wanted))).await;
+        // A wish forgives, and is not to be forgotten with this agentd.
+        self.keep_history(agent).await;
         Ok(())
     }
 
@@ -489,6 +502,7 @@ impl Loop {
         }
         self.unserved.clear();
         for info in &listing.runs {
+            self.tell_forbidden(info.agent_id, info.run_id, info.forbidden.as_ref());
             match self.runs.get_mut(&info.run_id) {
                 Some(attached) => attached.started_boot_ms = info.started_boot_ms,
                 None => drop(self.unserved.insert(info.run_id, info.clone())),
@@ -496,6 +510,7 @@ impl Loop {
         }
         let living: BTreeSet<RunId> = listing.runs.iter().map(|info| info.run_id).collect();
         self.ending.retain(|run| living.contains(run));
+        self.forbidden.retain(|run, _| living.contains(run));
         let gone: Vec<RunId> = self.runs.keys().filter(|run| !living.contains(run)).copied().collect();
         for run in gone {
             self.detach(run);
@@ -504,9 +519,26 @@ impl Loop {
         self.step(Event::Listed { runs }).await;
     }
 
+    /// A wall held against a process of a run that lives on, or lived on then.
+    fn tell_forbidden(&mut self, agent: AgentId, run: RunId, seen: Option<&Forbidden>) {
+        let Some(seen) = seen else { return };
+        let told = self.forbidden.insert(run, seen.processes).unwrap_or(0);
+        let more = seen.processes.saturating_sub(told);
+        if more == 0 {
+            return;
+        }
+        let what = format!("seccomp killed {more} of its processes, the last for {}", seen.syscall);
+        self.links.logs.say(agent, what);
+        // A fork bomb of these is one line with a count there, and no more than that here.
+        for _ in 0..more.min(FORBIDDEN_RECORDED_MOST) {
+            self.links.audit.report(forbidden(agent, run, seen));
+        }
+    }
+
     /// Stores how a run ended, and only then lets the launcher forget it.
     async fn enter_exit(&mut self, exit: ExitRecord) {
         let (agent, run) = (exit.agent_id, exit.run_id);
+        self.tell_forbidden(agent, run, exit.forbidden.as_ref());
         // Before the launcher forgets the run: twice recorded is better than not at all.
         if let Some(entry) = killed(&exit) {
             self.links.audit.record(entry).await;
@@ -518,7 +550,6 @@ impl Loop {
             return;
         }
         self.links.board.clear("store");
-        self.order(Order::Forget { run });
         self.detach(run);
         let told = told(&exit);
         tracing::info!(agent_id = %agent, run_id = %run, cause = %told, "a run ended");
@@ -532,15 +563,18 @@ impl Loop {
             known.exits.truncate(EXITS_SHOWN);
         }
         self.limits.remove(&run);
-        self.step(of(agent, health::Event::Ended { run, cause: exit.cause })).await;
+        let (began_ms, ended_ms) = (exit.started_boot_ms, exit.ended_boot_ms);
+        self.step(of(agent, health::Event::Ended { run, cause: exit.cause, began_ms, ended_ms })).await;
         self.after_child_s_end(agent).await;
         self.after_end(agent).await;
+        // When it is counted too: a run's end that is told again counts once, one that was forgotten never.
+        self.order(Order::Forget { run });
     }
 
     /// Says so when the end led into quarantine, and keeps the count of restarts.
     async fn after_end(&mut self, agent: AgentId) {
         let Some(entry) = self.state.agents.get(&agent) else { return };
-        let (restarts, phase) = (entry.health.restarts(), entry.health.phase());
+        let phase = entry.health.phase();
         let Some(known) = self.known.get_mut(&agent) else { return };
         if matches!(phase, Phase::Quarantined { .. }) {
             let report = quarantined(&known.row, known.exits.first());
@@ -548,15 +582,6 @@ impl Loop {
             known.problem = Some(report);
         }
         self.keep_history(agent).await;
-        let Some(known) = self.known.get_mut(&agent) else { return };
-        if known.row.restarts != restarts {
-            known.row.restarts = restarts;
-            let counted =
-                self.links.db.call(move |store| store.change_agent(agent, |row| row.restarts = restarts));
-            if let Err(error) = counted.await {
-                self.links.board.set("store", Weight::Broken, error.report("a restart was not counted"));
-            }
-        }
     }
 
     fn detach(&mut self, run: RunId) {
@@ -643,7 +668,8 @@ impl Loop {
             // Of a few processes one is much; what has room for a crowd is told when it is nearly there.
             if most >= CROWD_PIDS {
                 let name = "processes".to_owned();
-                self.step(of(agent, health::Event::Budget { name, used: pids, most })).await;
+                let renewal = Renewal::WhenFreed;
+                self.step(of(agent, health::Event::Budget { name, used: pids, most, renewal })).await;
             }
             self.keep_history(agent).await;
             if let (Some(entry), Some(known)) = (self.state.agents.get(&agent), self.known.get(&agent)) {
@@ -660,6 +686,11 @@ impl Loop {
                 self.step(of(agent, health::Event::Hurt(pain))).await;
                 self.keep_history(agent).await;
             }
+            Felt::Spent { agent, name, used, most } => {
+                let renewal = Renewal::EachDay;
+                self.step(of(agent, health::Event::Budget { name, used, most, renewal })).await;
+                self.keep_history(agent).await;
+            }
         }
     }
 
@@ -667,10 +698,12 @@ impl Loop {
     async fn keep_history(&mut self, agent: AgentId) {
         let Some(entry) = self.state.agents.get(&agent) else { return };
         let (version, history) = (entry.health.pains().version(), entry.health.pains().history());
+        let restarts = entry.health.restarts();
         let Some(known) = self.known.get_mut(&agent).filter(|known| known.kept != version) else { return };
         known.kept = version;
+        known.row.restarts = restarts;
         let history = history.clone();
-        let kept = self.links.db.call(move |store| store.set_health(agent, history)).await;
+        let kept = self.links.db.call(move |store| store.set_health(agent, history, restarts)).await;
         if let Err(error) = kept {
             self.links.board.set("store", Weight::Broken, error.report("an agent's health was not kept"));
         }

@@ -9,7 +9,7 @@ use agentd_domain::audit::{Actor, Entry, Verdict};
 use agentd_domain::fault::{Fault, Report};
 use agentd_domain::health::{About, Health, Notice, PainFrom, QUARANTINE_MS, Severity};
 use agentd_domain::ids::{AgentId, RunId};
-use agentd_domain::launcher::{ExitCause, ExitRecord};
+use agentd_domain::launcher::{ExitCause, ExitRecord, Forbidden};
 use agentd_domain::manifest::Limits;
 
 /// On the board.
@@ -50,6 +50,13 @@ pub(super) fn killed(exit: &ExitRecord) -> Option<Entry> {
         let entry = Entry::new(Actor::Appliance, "run.end", Verdict::Killed);
         entry.of_run(exit.agent_id, exit.run_id).detail(&format!("SIGSYS: {}", told(exit)))
     })
+}
+
+/// What the audit log holds of a process that seccomp killed while its run lived on. The agent can cause it at will:
+/// the log counts repetitions.
+pub(super) fn forbidden(agent: AgentId, run: RunId, seen: &Forbidden) -> Entry {
+    let detail = format!("SIGSYS: the system call {}, which is forbidden", seen.syscall);
+    Entry::new(Actor::Agent, "run.process", Verdict::Killed).of_run(agent, run).detail(&detail)
 }
 
 /// What the audit log holds of what was done about an agent. What an agent wrote itself is not in it.
@@ -169,6 +176,7 @@ mod tests {
             started_boot_ms: 1,
             ended_boot_ms: 2,
             memory_peak_bytes: 3,
+            forbidden: None,
         };
         let ptrace = ExitCause::Seccomp { syscall: Some("ptrace".to_owned()) };
         let entry = killed(&exit(ptrace)).expect("a kill");

@@ -4,13 +4,15 @@
 //!        that writes what was moved.
 //! Always: a day is one of UTC. A clock that is set back does not begin a day anew: only a later day than the one on
 //!         the disk refills. What was moved is written once a second and at agentd's end, so a power cut or a kill
-//!         gives back what was moved in the last second at most.
+//!         gives back what was moved in the last second at most. Who comes near a budget's end feels it (`agents::nerves`).
 //!         What a child moves counts in the budgets of the agents above it too, so a family moves no more than its first
 //!         agent may, however many agents it becomes.
 //! Never:  a byte without a reservation: `agentd_egress::budget` counts, this remembers.
 
+use crate::agents::Nerves;
 use crate::clock;
 use crate::store::{Db, Moved};
+use agentd_domain::health::BUDGET_NEAR_PERMILLE;
 use agentd_domain::ids::AgentId;
 use agentd_domain::net::EgressRules;
 use agentd_domain::rights::{Limit, Rights, UNLIMITED};
@@ -30,6 +32,7 @@ pub(super) struct Book(Arc<Shared>);
 
 struct Shared {
     db: Db,
+    nerves: Nerves,
     accounts: Mutex<HashMap<(AgentId, String), Account>>,
 }
 
@@ -48,12 +51,16 @@ struct Account {
     limit: u64,
     budget: Arc<ByteBudget>,
     written: Moved,
+    /// What of today's was moved before this agentd.
+    before: u64,
+    /// Told when it was last near the end.
+    told: Option<u64>,
 }
 
 impl Book {
     /// Call it on the data plane's runtime.
-    pub(super) fn start(db: Db) -> Self {
-        let book = Self(Arc::new(Shared { db, accounts: Mutex::default() }));
+    pub(super) fn start(db: Db, nerves: Nerves) -> Self {
+        let book = Self(Arc::new(Shared { db, nerves, accounts: Mutex::default() }));
         let weak = Arc::downgrade(&book.0);
         tokio::spawn(keep_writing(weak));
         book
@@ -101,9 +108,26 @@ impl Book {
             }
         };
         let budget = ByteBudget::new(limit.saturating_sub(written.bytes));
-        let account = Account { limit, budget, written };
+        let before = written.bytes.min(limit);
+        let account = Account { limit, budget, written, before, told: None };
         // Another run of the agent may have been quicker.
         self.accounts().entry(key).or_insert(account).limited(limit)
+    }
+
+    /// Lets agents feel what comes near its end, and what has been given anew.
+    fn tell(&self) {
+        for ((agent, line), account) in self.accounts().iter_mut() {
+            let used = account.before.saturating_add(account.budget.spent());
+            let near =
+                u128::from(used) * 1000 >= u128::from(account.limit) * u128::from(BUDGET_NEAR_PERMILLE);
+            let changed = match account.told {
+                Some(told) => told != used,
+                None => near,
+            };
+            if changed && self.0.nerves.spent(*agent, name_of(line), used, account.limit) {
+                account.told = near.then_some(used);
+            }
+        }
     }
 
     /// Writes what has changed.
@@ -122,7 +146,10 @@ impl Book {
                     }
                 }
                 // What no run uses any more is on the disk; its agent may be gone for good.
-                accounts.retain(|_, account| account.is_used() || account.moved() != account.written.bytes);
+                // What its agent feels of it has to be taken back one day.
+                accounts.retain(|_, account| {
+                    account.is_used() || account.told.is_some() || account.moved() != account.written.bytes
+                });
             }
             // The next time writes the same and more.
             Err(error) => tracing::warn!(%error, "what agents have moved was not written"),
@@ -136,10 +163,11 @@ impl Book {
     /// What is not on the disk as it is. Begins a new day where one has come.
     fn changed(&self, today: i64) -> Vec<(AgentId, String, Moved)> {
         let mut rows = Vec::new();
-        for ((agent, line), account) in self.accounts().iter() {
+        for ((agent, line), account) in self.accounts().iter_mut() {
             let day = account.written.day.max(today);
             if day > account.written.day {
                 account.budget.refill(account.limit);
+                account.before = 0;
             }
             let moved = Moved { v: 1, day, bytes: account.moved() };
             if moved != account.written {
@@ -160,6 +188,8 @@ impl Account {
         if self.limit != limit {
             self.budget.change(self.limit, limit);
             self.limit = limit;
+            // Near the old one's end is not near this one's: it is told anew.
+            self.told = self.told.map(|_| u64::MAX);
         }
         Arc::clone(&self.budget)
     }
@@ -177,8 +207,15 @@ async fn keep_writing(shared: Weak<Shared>) {
     loop {
         tokio::time::sleep(WRITE_EVERY).await;
         let Some(shared) = shared.upgrade() else { return };
-        Book(shared).write().await;
+        let book = Book(shared);
+        book.write().await;
+        book.tell();
     }
+}
+
+/// Without its number of bytes, which is told anyway.
+fn name_of(line: &str) -> String {
+    format!("{}, bytes a day", line.split(' ').next().unwrap_or(line))
 }
 
 fn today() -> i64 {
@@ -229,13 +266,52 @@ mod tests {
         }
     }
 
+    /// What its agent was told of the budget: used, and of how much.
+    fn felt(
+        feel: &mut tokio::sync::mpsc::Receiver<crate::agents::nerves::Felt>,
+    ) -> Option<(String, u64, u64)> {
+        match feel.try_recv().ok()? {
+            crate::agents::nerves::Felt::Spent { name, used, most, .. } => Some((name, used, most)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_budget_is_felt_and_so_is_the_next_day() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("system.redb")).unwrap();
+        let (nerves, mut feel) = Nerves::new();
+        let book = Book::start(Db::new(store), nerves);
+        let agent = AgentId(clock::fresh_id());
+        let of = budgets(&book, agent, None, &[]).await;
+        let held = Purse::new(of.by_rule[&0].iter().cloned()).reserve(1000, 1000).unwrap();
+        book.tell();
+        assert_eq!(felt(&mut feel), None, "what is only reserved is not spent");
+        held.settle(799);
+        book.tell();
+        assert_eq!(felt(&mut feel), None);
+        let told = |used| Some(("https://api.example.org:443, bytes a day".to_owned(), used, 1000));
+        for spent in [1, 200] {
+            spend(&of.by_rule[&0], spent);
+            book.tell();
+            assert_eq!(felt(&mut feel), told(1000 - left(&of.by_rule[&0])[0]));
+            book.tell();
+            assert_eq!(felt(&mut feel), None, "nothing has changed");
+        }
+        book.changed(today() + 1);
+        book.tell();
+        assert_eq!(felt(&mut feel), told(0), "a new day");
+        book.tell();
+        assert_eq!(felt(&mut feel), None);
+    }
+
     #[tokio::test]
     async fn what_was_moved_today_is_remembered_and_the_next_day_begins_anew() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("system.redb");
         let agent = AgentId(clock::fresh_id());
         {
-            let book = Book::start(Db::new(Store::open(&path).unwrap()));
+            let book = Book::start(Db::new(Store::open(&path).unwrap()), Nerves::new().0);
             let first = budgets(&book, agent, Some(5000), &[]).await;
             assert_eq!(
                 first.by_rule.keys().collect::<Vec<_>>(),
@@ -252,7 +328,7 @@ mod tests {
             assert_eq!((left(&other.by_rule[&0]), left(&other.agent)), (vec![1000], vec![5000]));
             book.close().await;
         }
-        let book = Book::start(Db::new(opened(&path).await));
+        let book = Book::start(Db::new(opened(&path).await), Nerves::new().0);
         // As after a kill: another process, and a token that gives less.
         let again = budgets(&book, agent, Some(2000), &[]).await;
         assert_eq!((left(&again.by_rule[&0]), left(&again.agent)), (vec![400], vec![1400]));
@@ -270,7 +346,10 @@ mod tests {
     #[tokio::test]
     async fn what_a_child_moves_counts_for_every_agent_above_it() {
         let folder = tempfile::tempdir().unwrap();
-        let book = Book::start(Db::new(Store::open(&folder.path().join("system.redb")).unwrap()));
+        let book = Book::start(
+            Db::new(Store::open(&folder.path().join("system.redb")).unwrap()),
+            Nerves::new().0,
+        );
         let [first, parent, child] = [(); 3].map(|()| AgentId(clock::fresh_id()));
         let rights = |bytes: u64| Rights {
             api: Default::default(),

@@ -18,6 +18,7 @@ mod secrets;
 mod serve;
 mod world;
 
+use crate::agents::Nerves;
 use crate::audit::Audit;
 use crate::health::{Board, Weight};
 use crate::places::Places;
@@ -71,6 +72,7 @@ impl Egress {
         settings: EgressSettings,
         audit: Audit,
         (db, tokens): (Db, Tokens),
+        nerves: Nerves,
         board: &Board,
     ) -> Self {
         let ending = authority::open(places, &settings.private);
@@ -82,7 +84,7 @@ impl Egress {
         }
         let resolver = Arc::new(Resolver::new(&settings.private));
         let ending = ending.ok();
-        let book = Book::start(db.clone());
+        let book = Book::start(db.clone(), nerves);
         let private = settings.private;
         Self(Arc::new(Shared { audit, private, resolver, ending, book, secrets, db, tokens }))
     }

@@ -49,8 +49,8 @@ async fn scene_with(
     let audit = Audit::default();
     let db = Db::new(Store::open(&places.system_store()).unwrap());
     let tokens = Tokens::open(RootKey::from_secret(&[7; 32]).unwrap(), db.clone()).unwrap();
-    let granted = settings(&places);
-    let egress = Egress::open(&places, granted, audit.clone(), (db, tokens), &Board::starting());
+    let (granted, nerves) = (settings(&places), Nerves::new().0);
+    let egress = Egress::open(&places, granted, audit.clone(), (db, tokens), nerves, &Board::starting());
     let (agent, run) = (AgentId(clock::fresh_id()), RunId(clock::fresh_id()));
     let listen = || {
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();

@@ -11,7 +11,8 @@
 //! ```
 //!
 //! Always: a model that the engine holds already (agentd was restarted) is not loaded again. A request given to
-//!         an engine that died is answered with an error that says so; nothing waits for ever.
+//!         an engine that died is answered with an error that says so; nothing waits for ever: an engine that does not
+//!         come to an end of a load is ended, and the next one starts.
 //! Threads: one task on the data plane owns the connection; everything else talks to it over a bounded channel.
 
 mod plan;

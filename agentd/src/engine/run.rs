@@ -26,6 +26,9 @@ const GREETING_LIMIT: Duration = Duration::from_secs(20);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MOST: Duration = Duration::from_secs(5);
 
+/// The slowest disk that models are read from.
+const READ_LEAST_BYTES_PER_S: u64 = 5_000_000;
+
 /// A file that ended so many engines in a row is to blame.
 const DEATHS_MOST: u32 = 2;
 
@@ -39,6 +42,8 @@ pub struct Links {
     pub sockets: PathBuf,
     /// Of the engine's cgroup.
     pub memory_max_bytes: u64,
+    /// How long a load may take, besides the time for reading the file.
+    pub load_patience: Duration,
 }
 
 /// Starts the task on the current runtime. A new engine's process is asked for when `begin` is over: loading models
@@ -54,7 +59,8 @@ pub fn start(links: Links, begin: impl Future<Output = ()> + Send + 'static) -> 
         failed: BTreeMap::new(),
     };
     let (shown, view) = watch::channel(Arc::new(start));
-    let task = Task { links, queue, wish, shown, failed: BTreeMap::new(), deaths: BTreeMap::new() };
+    let (failed, deaths) = (BTreeMap::new(), BTreeMap::new());
+    let task = Task { links, queue, wish, shown, failed, deaths, suspect: None, restarts: None };
     let launcher = task.links.launcher.clone();
     tokio::spawn(async move {
         tokio::select! {
@@ -85,6 +91,10 @@ struct Task {
     failed: BTreeMap<String, Report>,
     /// How often in a row an engine ended while it loaded this model.
     deaths: BTreeMap<String, u32>,
+    /// An engine was lost while it loaded this model, and it is not known yet what ended it.
+    suspect: Option<String>,
+    /// How often its launcher had started the engine again when it was reached last. A new launcher begins with 0.
+    restarts: Option<u32>,
 }
 
 /// Why a connection's life ended.
@@ -102,6 +112,7 @@ impl Task {
                 Ok((reader, session)) => {
                     pause = RETRY_FIRST;
                     tracing::info!(models = session.loaded.len(), "engine connected");
+                    self.judge().await;
                     match self.serve(reader, session).await {
                         End::NoMoreCommands => return,
                         End::Lost(error) => self.show_down(&lost_report(&error)),
@@ -189,12 +200,22 @@ impl Task {
                 Event::Status(status) => status.models,
                 _ => return Err(WireError::Closed),
             };
-            Ok((reader, Session { writer, devices, loaded, busy: None, open: HashMap::new(), last_id: 0 }))
+            let busy_until = tokio::time::Instant::now();
+            let open = HashMap::new();
+            Ok((reader, Session { writer, devices, loaded, busy: None, busy_until, open, last_id: 0 }))
         };
         match tokio::time::timeout(GREETING_LIMIT, attempt).await {
             Ok(Ok(session)) => Ok(session),
             Ok(Err(error)) => Err(launcher_says.unwrap_or_else(|| lost_report(&error))),
             Err(_) => Err(lost_report(&WireError::Silent(GREETING_LIMIT.as_secs()))),
+        }
+    }
+
+    async fn end_engine(&self) {
+        let launcher = self.links.launcher.clone();
+        let ended = tokio::task::spawn_blocking(move || launcher.stop_engine(SET)).await;
+        if let Ok(Err(error)) = ended {
+            tracing::warn!(%error, "an engine that does nothing any more was not ended");
         }
     }
 
@@ -214,7 +235,13 @@ impl Task {
             if let Err(error) = self.load_next(&mut session).await {
                 break End::Lost(error);
             }
+            let (busy_until, waits) = (session.busy_until, session.busy.is_some());
             let outcome = tokio::select! {
+                () = tokio::time::sleep_until(busy_until), if waits => {
+                    // It lives, and nothing will come of it: the next attempt has a new one.
+                    self.end_engine().await;
+                    break End::Lost(WireError::Stuck);
+                }
                 frame = frames.recv() => match frame {
                     Some(Ok(frame)) => { self.take(&mut session, frame); Ok(()) }
                     Some(Err(error)) => Err(error),
@@ -238,13 +265,14 @@ impl Task {
         pump.abort();
         if let End::Lost(error) = &end {
             // Whatever else it was doing may have ended it as well: then nobody is blamed.
-            let alone = session.open.values().all(|open| matches!(open, Open::Models | Open::Cancel));
+            let alone = matches!(error, WireError::Stuck)
+                || session.open.values().all(|open| matches!(open, Open::Models | Open::Cancel));
             if let (Some(Busy::Loading(name)), true) = (session.busy.take(), alone) {
-                let deaths = self.deaths.entry(name.clone()).or_default();
-                *deaths += 1;
-                // Once may be chance; it is tried again when the owner changes the models.
-                if *deaths >= DEATHS_MOST {
-                    self.failed.insert(name.clone(), killed_report(&name));
+                match error {
+                    WireError::Stuck => {
+                        self.blame(name, "the engine did not come to an end of loading the file")
+                    }
+                    _ => self.suspect = Some(name),
                 }
             }
             for (_, open) in session.open.drain() {
@@ -254,6 +282,31 @@ impl Task {
         end
     }
 
+    /// What ended the engine before this one? Its launcher has counted if the engine ended by itself; an engine that
+    /// died with its launcher says nothing about a file.
+    async fn judge(&mut self) {
+        let launcher = self.links.launcher.clone();
+        let listing = tokio::task::spawn_blocking(move || launcher.list()).await;
+        let of_set = |listing: Listing| listing.engines.into_iter().find(|engine| engine.set == SET);
+        let restarts = listing.ok().and_then(Result::ok).and_then(of_set).map(|engine| engine.restarts);
+        let before = std::mem::replace(&mut self.restarts, restarts);
+        if let Some(name) = self.suspect.take()
+            && restarts.is_none_or(|restarts| restarts > before.unwrap_or(0))
+        {
+            self.blame(name, "the engine ended while it was loading the file");
+        }
+    }
+
+    fn blame(&mut self, name: String, why: &str) {
+        let deaths = self.deaths.entry(name.clone()).or_default();
+        *deaths += 1;
+        // Once may be chance; it is tried again when the owner changes the models.
+        if *deaths >= DEATHS_MOST {
+            let report = killed_report(&name, why);
+            self.failed.insert(name, report);
+        }
+    }
+
     /// Keeps the engine's models what is wanted, one step at a time, and shows how far that is.
     async fn load_next(&mut self, session: &mut Session) -> Result<(), WireError> {
         let wish = self.wish.borrow().clone();
@@ -261,11 +314,16 @@ impl Task {
             match plan::next(wish, &session.loaded, &self.failed) {
                 Next::Settled => {}
                 Next::Unload(name) => {
+                    session.busy_until = tokio::time::Instant::now() + self.links.load_patience;
                     session.send(Request::Unload { model: name.clone() }, Open::Models).await?;
                     session.busy = Some(Busy::Unloading(name));
                 }
                 Next::Load(choice) => {
                     tracing::info!(model = %choice.name, path = %choice.path, "a model is being loaded");
+                    let file = tokio::fs::metadata(&choice.path).await;
+                    let reading = file.map_or(0, |file| file.len() / READ_LEAST_BYTES_PER_S);
+                    let patience = self.links.load_patience + Duration::from_secs(reading);
+                    session.busy_until = tokio::time::Instant::now() + patience;
                     session.send(Request::Load(plan::load(&choice)), Open::Models).await?;
                     session.busy = Some(Busy::Loading(choice.name));
                 }
@@ -346,6 +404,8 @@ struct Session {
     devices: Vec<agentd_domain::engine::Device>,
     loaded: Vec<LoadedModel>,
     busy: Option<Busy>,
+    /// When what it is busy with will not be waited for any longer.
+    busy_until: tokio::time::Instant,
     open: HashMap<u64, Open>,
     last_id: u64,
 }
@@ -459,11 +519,11 @@ fn lost_report(error: &WireError) -> Report {
     )
 }
 
-fn killed_report(name: &str) -> Report {
+fn killed_report(name: &str, why: &str) -> Report {
     Report::environment(
         "model_ended_engine",
         format!("the model {name} was not loaded"),
-        "the engine ended while it was loading the file",
+        why,
         format!(
             "the file may be too large for this machine's memory, or damaged: `agentctl model rm {name}` removes it"
         ),

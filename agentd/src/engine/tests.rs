@@ -1,7 +1,9 @@
 use super::testing::{FakeEngine, Seen, done};
 use super::*;
 use agentd_domain::engine::{ChatMessage, Prompt, Sampling};
+use agentd_domain::launcher::{EngineInfo, Listing, Request as Ask, Response};
 use agentd_sandbox::client::Launcher;
+use agentd_sandbox::wire as launcher_wire;
 use futures::StreamExt;
 use std::sync::Mutex;
 
@@ -25,6 +27,7 @@ impl Scene {
                 launcher: Launcher::at(self.folder.path().join("none")),
                 sockets: self.folder.path().to_owned(),
                 memory_max_bytes: 1,
+                load_patience: std::time::Duration::from_secs(2),
             },
             std::future::ready(()),
         )
@@ -62,6 +65,33 @@ fn generate(key: &str, stop: &str) -> Generate {
         max_tokens: 0,
         stop: vec![stop.to_owned()],
     }
+}
+
+/// A launcher that says how often it has started the engine again; after each question `step` more.
+fn launcher(path: &std::path::Path, step: Arc<std::sync::atomic::AtomicU32>) {
+    use rustix::net::{
+        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, socket_with,
+    };
+    use std::os::fd::AsFd;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+    let socket = socket.expect("a socket");
+    bind(&socket, &SocketAddrUnix::new(path).expect("a path")).expect("bound");
+    listen(&socket, 8).expect("listening");
+    std::thread::spawn(move || {
+        let mut restarts = 0;
+        while let Ok(peer) = accept(&socket) {
+            let response = match launcher_wire::receive::<Ask>(peer.as_fd()) {
+                Ok((Ask::List { .. }, _)) => {
+                    let engine = EngineInfo { set: "host".to_owned(), pid: 1, started_boot_ms: 1, restarts };
+                    restarts += step.load(std::sync::atomic::Ordering::Relaxed);
+                    Response::Listing(Listing { engines: vec![engine], ..Listing::default() })
+                }
+                Ok((Ask::StartEngine(_), _)) => Response::EngineStarted { pid: 1 },
+                _ => Response::Done,
+            };
+            let _ = launcher_wire::send(peer.as_fd(), &response, &[]);
+        }
+    });
 }
 
 /// The limit is only reached by a broken test.
@@ -155,6 +185,38 @@ async fn a_file_that_ends_engines_is_given_up() {
     assert_eq!(view.default_chat.as_deref(), Some("tiny"));
     assert_eq!(view.failed["hostile"].code, "model_ended_engine");
     assert_eq!(scene.loads().iter().filter(|name| *name == "hostile").count(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_died_with_its_launcher_is_not_the_file_s_fault() {
+    let scene = Scene::new();
+    let step = Arc::<std::sync::atomic::AtomicU32>::default();
+    launcher(&scene.folder.path().join("none"), Arc::clone(&step));
+    let engine = scene.engine();
+    // Each time it is lost there is a launcher that has never started it again: a new one.
+    engine.want(wanted(&[("unlucky", "/kills"), ("tiny", "/tiny")]));
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while scene.loads().iter().filter(|name| *name == "unlucky").count() < 5 {
+        assert!(std::time::Instant::now() < deadline, "given up: {:?}", engine.view().failed);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(engine.view().failed.is_empty());
+    // Now it is the same launcher's engine each time.
+    step.store(1, std::sync::atomic::Ordering::Relaxed);
+    let view = ready(&engine).await;
+    assert_eq!(view.failed["unlucky"].code, "model_ended_engine");
+}
+
+#[tokio::test]
+async fn a_file_that_an_engine_never_finishes_loading_is_given_up() {
+    let scene = Scene::new();
+    let engine = scene.engine();
+    engine.want(wanted(&[("endless", "/hangs"), ("tiny", "/tiny")]));
+    let view = ready(&engine).await;
+    assert_eq!(view.default_chat.as_deref(), Some("tiny"));
+    assert_eq!(view.failed["endless"].code, "model_ended_engine");
+    assert!(view.failed["endless"].why.contains("did not come to an end"), "{}", view.failed["endless"]);
+    assert_eq!(scene.loads().iter().filter(|name| *name == "endless").count(), 2);
 }
 
 #[tokio::test]

@@ -23,6 +23,8 @@ pub enum WireError {
     Version { engine: u32 },
     #[error("the engine did not answer within {0} s")]
     Silent(u64),
+    #[error("the engine did not come to an end of what it was told")]
+    Stuck,
 }
 
 pub struct Reader(FramedRead<OwnedReadHalf, LengthDelimitedCodec>);

@@ -20,6 +20,7 @@ impl Scene {
                 launcher: Launcher::at(folder.path().join("none")),
                 sockets: folder.path().to_owned(),
                 memory_max_bytes: 1,
+                load_patience: std::time::Duration::from_secs(2),
             },
             std::future::ready(()),
         );

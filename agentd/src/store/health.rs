@@ -1,5 +1,6 @@
 //! Rows of what hurt an agent and what was done about it.
 
+use super::agents::{AGENT, AgentRow};
 use super::{Store, StoreError, encode};
 use agentd_domain::health::History;
 use agentd_domain::ids::AgentId;
@@ -37,13 +38,26 @@ impl Store {
         })
     }
 
-    /// Nothing is kept of an agent that is not there any more.
-    pub fn set_health(&self, agent: AgentId, history: History) -> Result<(), StoreError> {
-        let row = encode(&HealthRow { v: 1, history });
+    /// With how often it was started again: an end counts in both or in neither. Nothing is kept of an agent that is not
+    /// there any more.
+    pub fn set_health(&self, agent: AgentId, history: History, restarts: u32) -> Result<(), StoreError> {
+        let key = agent.0.as_u128();
+        let health = encode(&HealthRow { v: 1, history });
         self.write(|txn| {
-            if txn.open_table(super::agents::AGENT)?.get(agent.0.as_u128())?.is_some() {
-                txn.open_table(HEALTH)?.insert(agent.0.as_u128(), row.as_slice())?;
+            let mut agents = txn.open_table(AGENT)?;
+            let found = match agents.get(key)? {
+                Some(bytes) => self.decode::<AgentRow>(&format!("agent {agent}"), bytes.value()),
+                None => return Ok(Ok(())),
+            };
+            let mut row = match found {
+                Ok(row) => row,
+                Err(error) => return Ok(Err(error)),
+            };
+            if row.restarts != restarts {
+                row.restarts = restarts;
+                agents.insert(key, encode(&row).as_slice())?;
             }
+            txn.open_table(HEALTH)?.insert(key, health.as_slice())?;
             Ok(Ok(()))
         })
     }

@@ -76,6 +76,7 @@ fn what_was_acknowledged_is_there_after_a_reopening() {
             started_boot_ms: 1,
             ended_boot_ms: 2,
             memory_peak_bytes: 3,
+            forbidden: None,
         };
         store.end_run(&exit, 7).expect("entered");
         assert_eq!(store.add_message(row.agent_id, &message("hello", None)).expect("queued"), 1);
@@ -243,12 +244,16 @@ fn an_agents_health_is_kept_with_its_agent() {
     let store = scene.open();
     let row = agent_row(&store, 1, "echo");
     let pain = Pain::of_agent("tool.broken", Severity::High, "no", 7).expect("a pain");
-    let history =
-        History { pains: vec![pain], notes: vec![Note { unix_ms: 8, text: "restarted".to_owned() }] };
-    store.set_health(row.agent_id, history.clone()).expect("nothing of nobody");
+    let history = History {
+        pains: vec![pain],
+        notes: vec![Note { unix_ms: 8, text: "restarted".to_owned() }],
+        ..History::default()
+    };
+    store.set_health(row.agent_id, history.clone(), 1).expect("nothing of nobody");
     assert_eq!(store.health(row.agent_id).expect("read"), History::default());
     store.add_agent(&row).expect("added");
-    store.set_health(row.agent_id, history.clone()).expect("kept");
+    store.set_health(row.agent_id, history.clone(), 3).expect("kept");
+    assert_eq!(store.agents().expect("read")[0].restarts, 3, "with the count of its restarts");
     drop(store);
     let store = scene.open();
     assert_eq!(store.health(row.agent_id).expect("read"), history);

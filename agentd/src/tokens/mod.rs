@@ -34,13 +34,22 @@ struct Inner {
     key: RootKey,
     db: Db,
     revoked: RwLock<HashSet<RevocationId>>,
+    /// The control of the tests that attack: every check replaced by "allow".
+    #[cfg(test)]
+    allows_all: std::sync::atomic::AtomicBool,
 }
 
 impl Tokens {
     /// Blocks for the store.
     pub fn open(key: RootKey, db: Db) -> Result<Self, StoreError> {
         let revoked = db.here().revoked()?.into_iter().map(|entry| entry.id).collect();
-        Ok(Self(Arc::new(Inner { key, db, revoked: RwLock::new(revoked) })))
+        Ok(Self(Arc::new(Inner {
+            key,
+            db,
+            revoked: RwLock::new(revoked),
+            #[cfg(test)]
+            allows_all: Default::default(),
+        })))
     }
 
     pub fn public(&self) -> RootPublic {
@@ -85,6 +94,11 @@ impl Tokens {
 
     /// Whether this text is a token that holds now, and may be shown by this agent.
     pub fn verify(&self, token: &str, caller: AgentId) -> Result<Verified, Report> {
+        #[cfg(test)]
+        if self.allows_all() {
+            let Inspected { rights, revocation_ids, .. } = token::inspect(token)?;
+            return Ok(Verified { holder: caller, rights, expires_unix_s: None, revocation_ids });
+        }
         // The lock is not held while signatures are checked: to revoke waits for nobody.
         let at = Circumstances { caller, now_unix_s: now_unix_s(), revoked: &HashSet::new() };
         let verified = token::verify(token, self.public(), &at)?;
@@ -117,11 +131,19 @@ impl Tokens {
 
     /// Whether what was verified once holds now.
     pub fn in_force(&self, held: &Verified) -> Result<(), Report> {
+        #[cfg(test)]
+        if self.allows_all() {
+            return Ok(());
+        }
         held.in_force(now_unix_s(), &self.revoked())
     }
 
     /// The one place where a call of an agent is decided.
     pub fn may(&self, held: &Verified, request: &Request) -> Result<bool, Report> {
+        #[cfg(test)]
+        if self.allows_all() {
+            return Ok(true);
+        }
         held.may(request, now_unix_s(), &self.revoked())
     }
 
@@ -154,6 +176,17 @@ impl Tokens {
             self.note(&revoked.id);
         }
         Ok(())
+    }
+
+    /// From here on whatever is shown is believed and whatever is asked is allowed.
+    #[cfg(test)]
+    pub fn allow_all(&self) {
+        self.0.allows_all.store(true, std::sync::atomic::Ordering::SeqCst);
+    }
+
+    #[cfg(test)]
+    fn allows_all(&self) -> bool {
+        self.0.allows_all.load(std::sync::atomic::Ordering::SeqCst)
     }
 
     fn note(&self, id: &RevocationId) {

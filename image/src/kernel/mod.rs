@@ -7,6 +7,7 @@
 //!         only inputs show in the result.
 
 pub mod fragments;
+pub mod selftests;
 
 use crate::cache::{Cache, Inputs, sha256_file};
 use crate::command;

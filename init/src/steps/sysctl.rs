@@ -74,6 +74,9 @@ const SETTINGS: &[Setting] = &[
     optional("net.ipv6.conf.default.accept_redirects", "0", "no stranger changes routes"),
 ];
 
+/// Of these, what can be set and never unset.
+const LASTING: &[&str] = &["kernel.kexec_load_disabled"];
+
 /// Descriptors that a child of init may hold. The launcher and agentd need about eight for each run, and the kernel's own
 /// limit of 1024 ends with the hundred-and-fiftieth agent. An agent's limit is its plan's.
 const OPEN_FILES: u64 = 65_536;
@@ -88,7 +91,9 @@ pub fn apply(machine: &mut Machine) -> Outcome {
     }
     let mut failed = Vec::new();
     let mut absent = Vec::new();
-    for setting in SETTINGS {
+    // For the escape suite's control: what can be switched off again, the launcher switches off there.
+    let is_left_out = |setting: &Setting| init_sys::lower::is_lowered() && LASTING.contains(&setting.key);
+    for setting in SETTINGS.iter().filter(|setting| !is_left_out(setting)) {
         match set(Path::new("/proc/sys"), setting.key, setting.value) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => absent.push(setting.key),

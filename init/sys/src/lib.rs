@@ -14,6 +14,7 @@
 #[allow(unsafe_code)]
 pub mod block;
 pub mod clock;
+pub mod lower;
 pub mod mounts;
 pub mod packet;
 #[allow(unsafe_code)]

@@ -73,6 +73,8 @@ struct Setup {
     cgroup_procs: Option<OwnedFd>,
     passed: Vec<i32>,
     passed_owners: Vec<OwnedFd>,
+    /// True but for the escape suite's control.
+    no_new_privs: bool,
 }
 
 struct User {
@@ -106,6 +108,7 @@ impl Setup {
             cgroup_procs,
             passed: passed.iter().map(AsRawFd::as_raw_fd).collect(),
             passed_owners: Vec::new(),
+            no_new_privs: !crate::lower::is_lowered(),
         })
     }
 
@@ -126,7 +129,9 @@ impl Setup {
         if let Some(user) = &self.user {
             user.become_it()?;
         }
-        rustix::thread::set_no_new_privs(true)?;
+        if self.no_new_privs {
+            rustix::thread::set_no_new_privs(true)?;
+        }
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use crate::report::result;
 use crate::spawn::Scene;
 use agentd_domain::api::{Agent, ApplianceStatus};
 use anyhow::{Context, Result, ensure};
-use image::qemu::{Accelerator, Time};
+use image::qemu::Accelerator;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -36,7 +36,7 @@ fn alone(agents: usize) -> Result<Vec<Row>> {
     let frozen = agents / 2;
     let arguments = format!("--idle {agents},{frozen}");
     let within = BOOT + EACH * u32::try_from(agents)?;
-    let said = Scene::prepare()?.guest(Time::Passing, &arguments, MEMORY_MIB, within)?;
+    let said = Scene::prepare()?.guest(&arguments, MEMORY_MIB, within)?;
     let lines = said.lines().filter_map(|line| line.split_once("idle: ")).map(|(_, rest)| rest.trim());
     let told: Vec<Value> = lines.map(serde_json::from_str).collect::<Result<_, _>>()?;
     let [memory, freezing] = told.as_slice() else { anyhow::bail!("the driver told something else: {said}") };

@@ -101,6 +101,9 @@ pub const ATTEMPTS: &[Attempt] = &[
     ("44-key", |_| family(libc::AF_KEY, libc::SOCK_RAW, 2)),
     ("44-can", |_| family(libc::AF_CAN, libc::SOCK_RAW, 1)),
     ("44-sctp", |_| family(libc::AF_INET, libc::SOCK_SEQPACKET, libc::IPPROTO_SCTP)),
+    ("44-xdp", |_| family(libc::AF_XDP, libc::SOCK_RAW, 0)),
+    // BTPROTO_HCI.
+    ("44-bluetooth", |_| family(libc::AF_BLUETOOTH, libc::SOCK_RAW, 1)),
     ("45-tiocsti", |_| type_into_terminal(TIOCSTI, b"1")),
     ("45-high", |_| type_into_terminal(TIOCSTI | 1 << 32, b"2")),
     ("47-pids", |scene| {

@@ -8,8 +8,11 @@
 
 mod capture;
 mod ctl;
+#[path = "../escape/elsewhere.rs"]
+pub mod elsewhere;
 #[path = "../escape/table.rs"]
 pub mod escapes;
+pub mod tap;
 
 pub use capture::{Capture, Traffic};
 pub use ctl::{Answer, Ctl, Talking, post_zeros};

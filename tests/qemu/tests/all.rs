@@ -20,6 +20,8 @@ mod escape_ways;
 mod first_day;
 #[path = "suite/health.rs"]
 mod health;
+#[path = "suite/kselftest.rs"]
+mod kselftest;
 #[path = "suite/network.rs"]
 mod network;
 #[path = "suite/packages.rs"]

@@ -18,8 +18,10 @@
 //! Who may use a token is the holder that its last such block names. Whoever has a token's text could append a block;
 //! one that names himself only the appliance can make, for a child that it starts.
 
+mod checks;
 mod datalog;
 
+use self::checks::{Check, stands};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_domain::rights::{Narrowing, Request};
@@ -139,13 +141,13 @@ pub fn hand_on(
 
 /// Reads a token without a key.
 pub fn inspect(token: &str) -> Result<Inspected, Report> {
-    if token.len() > TOKEN_MAX_BYTES {
+    if token.len() > TOKEN_MAX_BYTES && stands(Check::Size) {
         let why = format!("it has {} bytes", token.len());
         return Err(refused("token_too_large", why, "a token is at most 32 KiB of text: send it alone"));
     }
     let token = UnverifiedBiscuit::from_base64(token).map_err(|error| unreadable(&error))?;
     let blocks = token.block_count();
-    if blocks > BLOCKS_MAX {
+    if blocks > BLOCKS_MAX && stands(Check::Depth) {
         return Err(too_deep(blocks));
     }
     let grant: Grant = meaning(&token, 0)?;
@@ -161,7 +163,7 @@ pub fn inspect(token: &str) -> Result<Inspected, Report> {
         let block: Later = meaning(&token, index)?;
         block.by.check()?;
         // Whose signature it is, `verify` looks at.
-        if signer.is_some() != block.to.is_some() {
+        if signer.is_some() != block.to.is_some() && stands(Check::Kind) {
             return Err(not_ours(format!("block {index} is not signed as its kind is")));
         }
         if block.to.is_some_and(|to| said.holders().contains(&to)) {
@@ -170,6 +172,8 @@ pub fn inspect(token: &str) -> Result<Inspected, Report> {
         said.holder = block.to.unwrap_or(said.holder);
         said.rights = said.rights.narrowed(&block.by);
         said.expires_unix_s = [said.expires_unix_s, block.by.expires_unix_s].into_iter().flatten().min();
+        #[cfg(test)]
+        checks::believe(&mut said, &block.by);
         said.later.push(block);
     }
     Ok(said)
@@ -182,7 +186,9 @@ fn revocation_ids(token: &UnverifiedBiscuit) -> Vec<RevocationId> {
 /// Reads a token of this key, whoever shows it and whenever.
 pub fn genuine(token: &str, key: RootPublic) -> Result<Inspected, Report> {
     let inspected = inspect(token)?;
-    signed(token, key)?;
+    if stands(Check::Signature) {
+        signed(token, key)?;
+    }
     Ok(inspected)
 }
 
@@ -190,8 +196,10 @@ pub fn genuine(token: &str, key: RootPublic) -> Result<Inspected, Report> {
 pub fn verify(token: &str, key: RootPublic, at: &Circumstances<'_>) -> Result<Verified, Report> {
     let Inspected { holder, rights, expires_unix_s, revocation_ids, .. } = genuine(token, key)?;
     let verified = Verified { holder, rights, expires_unix_s, revocation_ids };
-    verified.in_force(at.now_unix_s, at.revoked)?;
-    if holder != at.caller {
+    if stands(Check::InForce) {
+        verified.in_force(at.now_unix_s, at.revoked)?;
+    }
+    if holder != at.caller && stands(Check::Holder) {
         let why = format!("it is bound to the agent {holder}, and was shown by {}", at.caller);
         return Err(refused("token_stolen", why, "use the token that was given to this agent"));
     }
@@ -230,7 +238,9 @@ fn signed(token: &str, key: RootPublic) -> Result<Biscuit, Report> {
         }
         other => unreadable(&other),
     })?;
-    if token.external_public_keys().into_iter().flatten().any(|signer| signer != key.0) {
+    if token.external_public_keys().into_iter().flatten().any(|signer| signer != key.0)
+        && stands(Check::Signer)
+    {
         return Err(foreign("somebody else than this appliance has handed it on"));
     }
     Ok(token)
@@ -243,7 +253,7 @@ fn meaning<T: Meaning>(token: &UnverifiedBiscuit, index: usize) -> Result<T, Rep
         datalog::said(&found).ok_or_else(|| not_ours(format!("block {index} does not say what it means")))?;
     let value: T = serde_json::from_slice(&said)
         .map_err(|error| not_ours(format!("block {index} says what this version cannot read: {error}")))?;
-    if value.source()? != found {
+    if value.source()? != found && stands(Check::Profile) {
         return Err(not_ours(format!("block {index} holds other Datalog than it says")));
     }
     Ok(value)

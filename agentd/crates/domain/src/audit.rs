@@ -17,6 +17,7 @@
 //! | `net.connect`, `.request`, `.resolve`, `.end` | agent | `net` and the rule | door and destination; why not |
 //! | `session` | stranger | | the same, of a request that had no session or one that is none |
 //! | `run.end` | appliance | | how seccomp ended the run, and for which system call |
+//! | `run.process` | agent | | for which system call seccomp killed a process of a run that lives on |
 //! | `health.pain`, `.stuck`, `.throttled`, `.restored` | agent | | what was seen; of a pain its severity and kind alone |
 //! | `health.killed`, `.quarantined`, `.probe`, `.recovered` | appliance | | what was done |
 //! | `agents.start` | agent | the right or limit that stood against a child | why |

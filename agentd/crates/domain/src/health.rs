@@ -32,13 +32,14 @@ mod lifecycle;
 mod pains;
 mod signs;
 
-pub use pains::{History, Note, Pain, PainFrom, Pains, Severity};
+pub use pains::{BUDGET_NEAR_PERMILLE, Ends, History, Note, Pain, PainFrom, Pains, Renewal, Severity};
 pub use signs::{Machine, Mood, Pressure, Pulse, Reading, Stall, Throttle, Vitals};
 
 use crate::api::AgentState;
 use crate::ids::RunId;
 use crate::launcher::{ExitCause, KillReason};
 use crate::manifest::Restart;
+use lifecycle::Lived;
 
 /// The first pause after an agent ended by itself; doubled with each further end.
 pub const BACKOFF_FIRST_MS: u64 = 1_000;
@@ -136,9 +137,12 @@ pub enum Event {
         run: RunId,
         why: NotStarted,
     },
+    /// A run has ended, perhaps one that no agentd saw end: times are those of its exit record, by the boot clock.
     Ended {
         run: RunId,
         cause: ExitCause,
+        began_ms: u64,
+        ended_ms: u64,
     },
     /// The launcher's list does not have the run that we believe in.
     Missing,
@@ -155,11 +159,12 @@ pub enum Event {
         reading: Box<Reading>,
     },
     Hurt(Pain),
-    /// How much of something bounded is used: bytes sent, tokens, processes.
+    /// How much of something bounded is used: bytes moved, processes.
     Budget {
         name: String,
         used: u64,
         most: u64,
+        renewal: Renewal,
     },
 }
 
@@ -256,10 +261,11 @@ impl Phase {
 }
 
 impl Health {
-    /// An agent from the store, or just installed.
+    /// An agent from the store, or just installed. What its ends have come to was kept: neither a new agentd nor a
+    /// reboot lets it off a quarantine.
     pub fn known(wanted: bool, restart: Restart, restarts: u32, history: History, now: Now) -> Self {
         let due = Phase::Waiting { until_ms: now.boot_ms, after: After::Wish };
-        Self {
+        let mut health = Self {
             wanted,
             restart,
             phase: if wanted { due } else { Phase::Stopped },
@@ -269,7 +275,9 @@ impl Health {
             refusals: 0,
             restarts,
             pains: Pains::of(history),
-        }
+        };
+        health.recall_ends(now);
+        health
     }
 
     pub fn phase(&self) -> Phase {
@@ -352,17 +360,22 @@ pub fn step(health: &mut Health, event: Event, now: Now) -> Vec<Effect> {
         Event::NotStarted { run, why } if health.phase.run() == Some(run) => {
             health.not_started(run, why, now, &mut effects);
         }
-        Event::Ended { run, cause } if health.phase.run() == Some(run) => {
-            health.ended(Some(&cause), now, &mut effects);
+        Event::Ended { run, cause, .. } if health.phase.run() == Some(run) => {
+            health.ended(Some(run), Some(&cause), now, &mut effects);
+        }
+        Event::Ended { run, cause, began_ms, ended_ms } => {
+            health.ended_unseen(run, &cause, Lived { began_ms, ended_ms }, now, &mut effects);
         }
         Event::Missing => health.missing(now, &mut effects),
         Event::Lives { run } => health.lives(run, now, &mut effects),
         Event::NotThrottled { run } if health.phase.run() == Some(run) => health.vitals.limits_unknown(),
         Event::Read { run, reading } => health.read(run, *reading, now, &mut effects),
         Event::Hurt(pain) => health.hurt(pain, &mut effects),
-        Event::Budget { name, used, most } => health.budget(&name, used, most, now, &mut effects),
+        Event::Budget { name, used, most, renewal } => {
+            health.budget(&name, used, most, renewal, now, &mut effects);
+        }
         // Of a run that is not this agent's any more.
-        Event::NotStarted { .. } | Event::Ended { .. } | Event::NotThrottled { .. } => {}
+        Event::NotStarted { .. } | Event::NotThrottled { .. } => {}
     }
     for effect in &effects {
         if let Effect::Tell(notice) = effect

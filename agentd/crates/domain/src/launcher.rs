@@ -191,6 +191,18 @@ pub struct RunInfo {
     pub cgroup: Option<CgroupLimits>,
     /// Boot-clock milliseconds at the start.
     pub started_boot_ms: u64,
+    /// Processes of it that seccomp has killed while it lives on.
+    #[serde(default)]
+    pub forbidden: Option<Forbidden>,
+}
+
+/// Deaths for a system call that a run may not make, as far as the kernel's log has them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forbidden {
+    /// Since the run began.
+    pub processes: u64,
+    /// Of the last of them.
+    pub syscall: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -214,6 +226,9 @@ pub struct ExitRecord {
     pub ended_boot_ms: u64,
     /// Peak of the cgroup's memory, from `memory.peak`.
     pub memory_peak_bytes: u64,
+    /// Processes that seccomp killed before the run's own end.
+    #[serde(default)]
+    pub forbidden: Option<Forbidden>,
 }
 
 /// Why agentd ends a run.

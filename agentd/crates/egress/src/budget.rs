@@ -26,6 +26,8 @@ pub enum Whose {
 #[derive(Debug)]
 pub struct ByteBudget {
     left: AtomicU64,
+    /// Settled, since the last refill. What is reserved and not settled is in neither.
+    spent: AtomicU64,
 }
 
 /// All budgets that one connection counts against; none is no limit.
@@ -41,16 +43,22 @@ pub struct Reserved {
 
 impl ByteBudget {
     pub fn new(bytes: u64) -> Arc<Self> {
-        Arc::new(Self { left: AtomicU64::new(bytes) })
+        Arc::new(Self { left: AtomicU64::new(bytes), spent: AtomicU64::new(0) })
     }
 
     pub fn left(&self) -> u64 {
         self.left.load(Ordering::Relaxed)
     }
 
+    /// What was moved since it was made or refilled, without what is only reserved.
+    pub fn spent(&self) -> u64 {
+        self.spent.load(Ordering::Relaxed)
+    }
+
     /// Sets what is left, at the start of a new day. Reservations that are still open return later, on top of it.
     pub fn refill(&self, bytes: u64) {
         self.left.store(bytes, Ordering::Relaxed);
+        self.spent.store(0, Ordering::Relaxed);
     }
 
     /// Another limit for the same day: what was moved stays moved.
@@ -105,7 +113,11 @@ impl Reserved {
 
     /// `moved` bytes were spent; the rest goes back.
     pub fn settle(mut self, moved: u64) {
-        self.bytes = self.bytes.saturating_sub(moved);
+        let moved = moved.min(self.bytes);
+        self.bytes -= moved;
+        for (_, budget) in self.purse.0.iter() {
+            budget.spent.fetch_add(moved, Ordering::Relaxed);
+        }
     }
 }
 
@@ -135,7 +147,7 @@ mod tests {
         assert_eq!(held.len(), 10);
         assert_eq!(purse.reserve(1, 1).unwrap_err(), Whose::Rule);
         drop(held);
-        assert_eq!(budget.left(), 10);
+        assert_eq!((budget.left(), budget.spent()), (10, 0), "what is only reserved is not spent");
     }
 
     #[test]
@@ -194,6 +206,7 @@ mod tests {
                     spent += moved;
                 }
                 prop_assert_eq!(budgets.each_ref().map(|b| b.left()), [200 - spent, 300 - spent, 150 - spent]);
+                prop_assert_eq!(budgets.each_ref().map(|b| b.spent()), [spent; 3]);
             }
         }
     }

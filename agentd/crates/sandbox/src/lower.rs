@@ -204,6 +204,20 @@ mod with_feature {
         sys::mount_setattr(folder.as_fd(), c"", false, change)
     }
 
+    /// Makes the way to the agent's own folders passable for its uid, as it is from within a new root; the neighbours'
+    /// folders stay as closed as they are.
+    pub fn open_way(plan: &SandboxPlan, data_dir: &str) -> Result<(), Errno> {
+        let own = format!("{data_dir}/agents/{}", plan.agent_id);
+        for folder in [data_dir, &format!("{data_dir}/agents"), &own] {
+            let mode = Mode::from_raw_mode(rustix::fs::stat(folder)?.st_mode & 0o7777);
+            rustix::fs::chmod(folder, mode | Mode::XOTH)?;
+        }
+        // The package may be agentd's alone on the host.
+        let package = format!("{own}/package");
+        let mode = Mode::from_raw_mode(rustix::fs::stat(&package)?.st_mode & 0o7777);
+        rustix::fs::chmod(&package, mode | Mode::XOTH | Mode::ROTH)
+    }
+
     /// Where a path of the jail's is on the host.
     pub fn outside(plan: &SandboxPlan, data_dir: &str, path: &str) -> String {
         let agent = format!("{data_dir}/agents/{}", plan.agent_id);

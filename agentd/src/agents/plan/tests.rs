@@ -25,7 +25,7 @@ fn not_started(run: RunId, why: NotStarted) -> Event {
 }
 
 fn ended(run: RunId, cause: ExitCause) -> Event {
-    of(health::Event::Ended { run, cause })
+    of(health::Event::Ended { run, cause, began_ms: 0, ended_ms: u64::MAX })
 }
 
 fn known(wanted: bool, restart: Restart) -> Event {

@@ -8,7 +8,7 @@ use crate::store::Store;
 use crate::tokens::Tokens;
 use agentd_capability::token::RootKey;
 use agentd_domain::agent_api::StartChild;
-use agentd_domain::launcher::{ExitRecord, Request, Response};
+use agentd_domain::launcher::{ExitRecord, Forbidden, Request, Response};
 use agentd_domain::plan::SandboxPlan;
 use agentd_domain::rights::{Limit, Narrowing};
 use agentd_sandbox::wire;
@@ -32,6 +32,8 @@ struct Fake {
     exits: Vec<ExitRecord>,
     plans: Vec<SandboxPlan>,
     removed: Vec<AgentId>,
+    /// What seccomp has killed of each run.
+    forbidden: Option<Forbidden>,
 }
 
 impl Fake {
@@ -118,6 +120,7 @@ impl Fake {
                     started_boot_ms: at,
                     ended_boot_ms: at,
                     memory_peak_bytes: 0,
+                    forbidden: None,
                 };
                 self.exits.push(exit);
             }
@@ -131,6 +134,7 @@ impl Fake {
             api: plan.api.clone(),
             started_boot_ms: 0,
             cgroup: Some(plan.cgroup.clone()),
+            forbidden: self.forbidden.clone(),
         };
         Listing {
             runs: self.runs.iter().map(info).collect(),
@@ -165,9 +169,15 @@ const MANIFEST: &str = "[agent]\nname = \"parent\"\nexec = [\"/agent/run\"]\n[me
 impl Scene {
     /// With one agent of the image, which wants to run.
     async fn new() -> Self {
+        Self::after(Vec::new()).await
+    }
+
+    /// The same after runs that ended while no agentd lived.
+    async fn after(exits: Vec<ExitRecord>) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("launcher.sock");
         let fake = Fake::serve(&socket);
+        fake.lock().unwrap_or_else(PoisonError::into_inner).exits = exits;
         let launcher = Launcher::at(&socket);
         let db = Db::new(Store::open(&folder.path().join("system.redb")).expect("opens"));
         let row = AgentRow {
@@ -195,6 +205,7 @@ impl Scene {
                 launcher: launcher.clone(),
                 sockets: folder.path().to_owned(),
                 memory_max_bytes: 1,
+                load_patience: std::time::Duration::from_secs(2),
             },
             std::future::pending(),
         );
@@ -414,4 +425,53 @@ async fn a_run_ends_with_its_token_s_time_and_a_new_token_starts_it_again() {
         }
     }
     scene.until("it runs again", |views| running(views, PARENT)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_ended_while_no_agentd_lived_is_held_against_its_agent() {
+    let ended_boot_ms = clock::boot_ms();
+    let exit = ExitRecord {
+        run_id: RunId(Uuid::from_u128(7)),
+        agent_id: PARENT,
+        cause: ExitCause::Exited { code: 1 },
+        started_boot_ms: ended_boot_ms.saturating_sub(50),
+        ended_boot_ms,
+        memory_peak_bytes: 0,
+        forbidden: None,
+    };
+    let scene = Scene::after(vec![exit.clone()]).await;
+    let waited_ms = clock::boot_ms() - ended_boot_ms;
+    assert!(waited_ms >= health::BACKOFF_FIRST_MS, "started again after {waited_ms} ms");
+    let view = &scene.agents.views()[&PARENT];
+    assert_eq!((view.restarts, view.last_exit.as_ref()), (1, Some(&exit)));
+    let kept = scene.db.here().health(PARENT).expect("read");
+    assert_eq!((kept.ends.failed_unix_ms.len(), kept.ends.newest), (1, Some(exit.run_id)));
+    let forgotten = || scene.fake.lock().unwrap_or_else(PoisonError::into_inner).exits.is_empty();
+    assert!(forgotten(), "its record is dropped once it counts");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_seccomp_kills_shows_while_its_run_lives_on() {
+    let scene = Scene::new().await;
+    let killed = |processes| Some(Forbidden { processes, syscall: "ptrace".to_owned() });
+    let tell = |seen| scene.fake.lock().unwrap_or_else(PoisonError::into_inner).forbidden = seen;
+    let mut told = Vec::new();
+    for (processes, expected) in [(1, 1), (1, 1), (3, 3), (3, 3)] {
+        tell(killed(processes));
+        // A run that nobody knows: the loop looks at the launcher's list.
+        let nobody = Input::ProcessEnded { run: RunId(Uuid::nil()) };
+        assert!(scene.agents.wishes.send(nobody).await.is_ok());
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            told.extend(scene.recorded().into_iter().filter(|line| line.starts_with("run.process")));
+            if told.len() >= expected {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{told:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(told.len(), expected, "{told:?}");
+    }
+    assert!(told.iter().all(|line| line.contains("SIGSYS") && line.contains("ptrace")), "{told:?}");
+    assert!(running(&scene.agents.views(), PARENT));
 }

@@ -111,6 +111,54 @@ fn a_family_starts_thirty_agents_a_minute() {
     assert!(starts.is_over(120_001));
 }
 
+/// A family in which every agent starts as many children as it is let, within one minute: how many agents it becomes.
+fn storm(
+    start: impl Fn(&Rights, &[Rights]) -> Option<Rights>,
+    one_more: impl Fn(&mut Starts) -> bool,
+    enough: usize,
+) -> usize {
+    let mut starts = Starts::default();
+    let mut waiting = vec![parent(4, 3)];
+    let mut agents = 1;
+    while let Some(rights) = waiting.pop() {
+        let mut children = Vec::new();
+        while agents < enough
+            && one_more(&mut starts)
+            && let Some(child) = start(&rights, &children)
+        {
+            children.push(child);
+            agents += 1;
+            // Each generation first, so that depth shows as well as number.
+            if children.len() == 16 {
+                break;
+            }
+        }
+        waiting.append(&mut children);
+    }
+    agents
+}
+
+#[test]
+fn a_spawn_storm_ends_where_the_token_says_and_without_the_checks_does_not() {
+    const ENOUGH: usize = 10_000;
+    let admit = |parent: &Rights, children: &[Rights]| {
+        let by = admitted(parent, children, &Narrowing::default()).ok()?;
+        Some(parent.narrowed(&by))
+    };
+    let allow = |parent: &Rights, _: &[Rights]| Some(parent.clone());
+    let in_time = |starts: &mut Starts| starts.one_more(1).is_ok();
+    assert!((5..=31).contains(&storm(admit, in_time, ENOUGH)), "thirty starts a minute");
+    // One wall at a time: the token's numbers alone, the rate alone.
+    let by_token = storm(admit, |_| true, ENOUGH);
+    assert!(
+        (5..=1 + 4 + 4 * 4 + 4 * 4 * 4).contains(&by_token),
+        "four children, three generations: {by_token}"
+    );
+    assert_eq!(storm(allow, in_time, ENOUGH), 31);
+    // The control: with both replaced by "allow" nothing ends it.
+    assert_eq!(storm(allow, |_| true, ENOUGH), ENOUGH);
+}
+
 fn any_request() -> impl Strategy<Value = Narrowing> {
     let limit =
         |limit: Limit, most: u64| proptest::option::of(limit.floor()..most).prop_map(move |v| (limit, v));

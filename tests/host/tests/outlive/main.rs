@@ -4,7 +4,8 @@
 //! (`src/bin/outlive-agent.rs`). agentd is killed again and again at times that a seed gives, then the launcher. At
 //! the end the stores must hold exactly what the agents were told: see [`oracle`].
 //!
-//! Few agents and kills here; `scripts/test long outlive` has twenty agents and fifty kills, from other seeds.
+//! Few agents and kills here; `scripts/test long outlive` has twenty agents and fifty kills, and then fifty kills of the
+//! launcher alone, from other seeds.
 
 mod oracle;
 mod scene;
@@ -14,6 +15,7 @@ use scene::{LIMIT, Scene, Served};
 use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Adoption takes less, natively or under KVM.
@@ -57,11 +59,15 @@ impl Dice {
     }
 }
 
+/// Times are measured: one scene after the other.
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// A process, whatever becomes of its number later.
 type Process = (i32, u64);
 
 #[test]
 fn agents_outlive_agentd_and_not_the_launcher() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let Size { agents, kills, seed } = size();
     let mut dice = Dice(seed);
     let mut scene = match Scene::new(agents) {
@@ -91,6 +97,39 @@ fn agents_outlive_agentd_and_not_the_launcher() {
 
     let runs = runs_end_while_agentd_is_dead(&mut scene, runs);
     kill_launcher(&mut scene, &runs);
+}
+
+/// Nothing waits for ever for what a dead launcher owed: whenever it dies, also while runs and models are half started,
+/// all agents are served by the next one, and the model answers them.
+#[test]
+fn the_launcher_may_die_at_any_moment() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Size { kills, seed, .. } = size();
+    let mut dice = Dice(!seed);
+    let mut scene = match Scene::new(3) {
+        Ok(scene) => scene,
+        Err(why) => return println!("SKIP: outlive: {why}"),
+    };
+    scene.start_launcher();
+    let begun = scene.start_agentd();
+    assert!(scene.hear_runs(3, begun + LIMIT).is_some(), "the agents were not started:\n{}", scene.tail());
+    let mut longest = Duration::ZERO;
+    for _ in 0..kills {
+        match dice.below(3) {
+            0 => longest = longest.max(answers(&scene)),
+            _ => std::thread::sleep(dice.ms(0, 1_500)),
+        }
+        scene.kill_launcher();
+        std::thread::sleep(dice.ms(0, 400));
+        scene.start_launcher();
+    }
+    longest = longest.max(answers(&scene));
+    println!(
+        "RESULT: seed {seed}: {kills} kill -9 of the launcher: models answer all agents within {longest:?}"
+    );
+    rest(&scene);
+    scene.kill_agentd();
+    compare(&scene);
 }
 
 /// Kills agentd at random times, also while it is still adopting, and in the end lets it live. How long each adoption
@@ -165,6 +204,8 @@ fn runs_end_while_agentd_is_dead(
         let row =
             ended.get(&victim.run_id).unwrap_or_else(|| panic!("the end of {victim:?} is lost: {ended:?}"));
         assert_eq!(row["exit"]["cause"]["kind"], "signalled", "{row}");
+        let restarts = oracle::restarts(&scene.system_store(), &victim.agent_id);
+        assert_eq!(restarts, 1, "no agentd saw this end, and it counts once: {victim:?}");
     }
     compare(scene);
     let begun = scene.start_agentd();
@@ -231,6 +272,17 @@ fn progress(scene: &Scene) {
     scene.until("every agent goes on", || {
         works(scene).iter().zip(&before).all(|(work, before)| told(work).operations >= before + 3)
     });
+}
+
+/// Until each agent has one more whole answer of the model; how long that took.
+fn answers(scene: &Scene) -> Duration {
+    let begun = Instant::now();
+    let before: Vec<usize> = scene.works().values().map(|work| told(work).requests.len()).collect();
+    scene.until("the model answers every agent", || {
+        let mut works = scene.works().into_values().zip(&before);
+        works.all(|(work, before)| told(&work).requests.len() > *before)
+    });
+    begun.elapsed()
 }
 
 /// The stores of all agents against what they were told; agentd must be dead.

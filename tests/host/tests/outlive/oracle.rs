@@ -15,6 +15,7 @@ const RECORD: TableDefinition<u64, &[u8]> = TableDefinition::new("record");
 const MEMORY_ONCE: TableDefinition<&str, (i64, u64)> = TableDefinition::new("once");
 const REQUEST: TableDefinition<(u128, u64), &[u8]> = TableDefinition::new("request");
 const RUN: TableDefinition<(u128, u128), &[u8]> = TableDefinition::new("run");
+const AGENT: TableDefinition<u128, &[u8]> = TableDefinition::new("agent");
 const REQUEST_TOTAL: TableDefinition<u128, &[u8]> = TableDefinition::new("request_total");
 
 /// What one agent was told.
@@ -148,6 +149,16 @@ pub fn ended_runs(system: &Path, agent_id: &str) -> BTreeMap<String, Value> {
         (Uuid::from_u128(key.value().1).to_string(), serde_json::from_slice(row.value()).expect("json"))
     });
     rows.collect()
+}
+
+/// How often an agent was started again after an end by itself.
+pub fn restarts(system: &Path, agent_id: &str) -> u64 {
+    let agent = agent_id.parse::<Uuid>().expect("an id").as_u128();
+    let database = Database::open(system).expect("the system's store opens");
+    let txn = database.begin_read().expect("reads");
+    let row = txn.open_table(AGENT).expect("agents").get(agent).expect("reads").expect("a row");
+    let row: Value = serde_json::from_slice(row.value()).expect("json");
+    row["restarts"].as_u64().expect("a number")
 }
 
 /// Layout 1: lengths of the reference and of the text at 52 and 54, then both.

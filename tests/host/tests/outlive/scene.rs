@@ -301,10 +301,14 @@ impl Scene {
         }
     }
 
-    /// The newest of what was said.
+    /// The newest of what was said; of engine, models and launcher more than of all the others.
     pub fn tail(&self) -> String {
         let said = self.said.lock().expect("unpoisoned");
-        said[said.len().saturating_sub(60)..].join("\n")
+        let (before, newest) = said.split_at(said.len().saturating_sub(60));
+        let about = |line: &&String| ["engine", "model", "launcher"].iter().any(|word| line.contains(word));
+        let mut kept: Vec<&String> = before.iter().rev().filter(about).take(60).collect();
+        kept.reverse();
+        kept.into_iter().chain(newest).map(String::as_str).collect::<Vec<_>>().join("\n")
     }
 }
 

@@ -9,6 +9,8 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::LazyLock;
 use uuid::Uuid;
 
+mod attacks;
+
 const NOW: i64 = 1_790_000_000;
 
 fn key() -> RootKey {

@@ -533,6 +533,7 @@ fn hurt() -> AgentHealth {
         started_boot_ms: 60_000,
         ended_boot_ms: 62_410,
         memory_peak_bytes: 0,
+        forbidden: None,
     };
     AgentHealth {
         reason: "it has half of its processor time: it starts processes against its limit".into(),
@@ -556,6 +557,7 @@ fn broken() -> Agent {
         started_boot_ms: 60_000,
         ended_boot_ms: 62_410,
         memory_peak_bytes: 256 * MIB,
+        forbidden: None,
     };
     let problem = Report::environment(
         "agent_quarantined",

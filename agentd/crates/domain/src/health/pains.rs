@@ -1,6 +1,7 @@
 //! What hurts, and what became of it: the part of an agent's health that outlives its runs and agentd.
 
 use super::{About, Effect, Health, Notice, Now};
+use crate::ids::RunId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,8 +15,21 @@ pub const OPEN_MS: i64 = 10 * 60_000;
 /// On an agent's behalf, the same is not said more often.
 const REPEAT_MS: i64 = 60_000;
 /// From here on a budget is near its end, and from there on very near.
-const BUDGET_NEAR_PERMILLE: u64 = 800;
+pub const BUDGET_NEAR_PERMILLE: u64 = 800;
 const BUDGET_END_PERMILLE: u64 = 950;
+
+const DAY_MS: i64 = 24 * 3600 * 1000;
+
+/// When there is more of something bounded again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Renewal {
+    /// When less of it is in use: processes.
+    WhenFreed,
+    /// With the next day of UTC: bytes moved.
+    EachDay,
+}
+
+const BUDGET: &str = "budget";
 
 /// How bad it is. From high on the owner sees it on the overview.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -108,6 +122,12 @@ impl Pain {
         Ok(Self { kind, severity, message, from: PainFrom::Agent, at_unix_ms, count: 1, over: false })
     }
 
+    /// Which budget a pain of the appliance is about: each is a pain of its own.
+    fn budget(&self) -> Option<&str> {
+        let about_budget = self.kind == BUDGET && self.from == PainFrom::Appliance;
+        about_budget.then(|| self.message.split_once(": ").map_or(&*self.message, |(name, _)| name))
+    }
+
     pub(super) fn of_appliance(kind: &str, severity: Severity, message: &str, at_unix_ms: i64) -> Self {
         let (kind, message) = (kind.to_owned(), message.to_owned());
         Self { kind, severity, message, from: PainFrom::Appliance, at_unix_ms, count: 1, over: false }
@@ -137,6 +157,24 @@ pub struct History {
     /// Oldest first.
     pub pains: Vec<Pain>,
     pub notes: Vec<Note>,
+    #[serde(default)]
+    pub ends: Ends,
+}
+
+/// What its ends have come to. Times are of the Unix clock, which goes on while the appliance is off; where it was set
+/// anew in between, what lies in its future or too far back does not count.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ends {
+    /// Ends by itself that still count, oldest first.
+    pub failed_unix_ms: Vec<i64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quarantined_until_unix_ms: Option<i64>,
+    /// It was quarantined and has not been healthy since.
+    #[serde(default)]
+    pub probation: bool,
+    /// The newest run whose end was counted. Run ids grow with the time of their start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub newest: Option<RunId>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -168,6 +206,14 @@ impl Pains {
         self.history.pains.iter().filter(open).max_by_key(|pain| (pain.severity, pain.at_unix_ms))
     }
 
+    /// Replaces what its ends have come to.
+    pub(super) fn ended(&mut self, ends: Ends) {
+        if self.history.ends != ends {
+            self.history.ends = ends;
+            self.version += 1;
+        }
+    }
+
     pub(super) fn note(&mut self, unix_ms: i64, text: &str) {
         let notes = &mut self.history.notes;
         notes.push(Note { unix_ms, text: text.to_owned() });
@@ -186,11 +232,29 @@ impl Pains {
         }
     }
 
+    /// Also by the agentd before this one.
+    fn told_today(&self, budget: &str, severity: Severity, now: Now) -> bool {
+        let day = |unix_ms: i64| unix_ms.div_euclid(DAY_MS);
+        let mut told = self.history.pains.iter().filter(|pain| pain.budget() == Some(budget) && !pain.over);
+        told.any(|pain| pain.severity >= severity && day(pain.at_unix_ms) == day(now.unix_ms))
+    }
+
+    /// What was told of this budget is over.
+    fn more_again(&mut self, name: &str) {
+        self.budgets.remove(name);
+        for pain in self.history.pains.iter_mut().filter(|pain| pain.budget() == Some(name) && !pain.over) {
+            pain.over = true;
+            self.version += 1;
+        }
+    }
+
     /// False when it is a repetition that was only counted.
     fn take(&mut self, pain: Pain) -> bool {
         self.version += 1;
         let pains = &mut self.history.pains;
-        let same = |known: &&mut Pain| known.kind == pain.kind && known.from == pain.from;
+        let same = |known: &&mut Pain| {
+            known.kind == pain.kind && known.from == pain.from && known.budget() == pain.budget()
+        };
         if let Some(known) = pains.iter_mut().rev().find(same)
             && pain.at_unix_ms.saturating_sub(known.at_unix_ms) < OPEN_MS
         {
@@ -240,21 +304,35 @@ impl Health {
         }
     }
 
-    pub(super) fn budget(&mut self, name: &str, used: u64, most: u64, now: Now, effects: &mut Vec<Effect>) {
-        let permille = u128::from(used) * 1000 / u128::from(most.max(1));
-        let severity = match u64::try_from(permille).unwrap_or(u64::MAX) {
-            0..BUDGET_NEAR_PERMILLE => {
-                self.pains.budgets.remove(name);
-                return;
-            }
-            BUDGET_NEAR_PERMILLE..BUDGET_END_PERMILLE => Severity::Medium,
+    /// Told when it is near its end, very near, and, where waiting is all that helps, at its end: each once until there
+    /// is more again.
+    pub(super) fn budget(
+        &mut self,
+        name: &str,
+        used: u64,
+        most: u64,
+        renewal: Renewal,
+        now: Now,
+        effects: &mut Vec<Effect>,
+    ) {
+        let permille = u64::try_from(u128::from(used) * 1000 / u128::from(most.max(1))).unwrap_or(u64::MAX);
+        let severity = match (permille, renewal) {
+            (0..BUDGET_NEAR_PERMILLE, _) => return self.pains.more_again(name),
+            (BUDGET_NEAR_PERMILLE..BUDGET_END_PERMILLE, _) => Severity::Medium,
+            (1000.., Renewal::EachDay) => Severity::Critical,
             _ => Severity::High,
         };
-        if self.pains.budgets.get(name).is_some_and(|told| *told >= severity) {
+        if self.pains.budgets.get(name).is_some_and(|told| *told >= severity)
+            || (renewal == Renewal::EachDay && self.pains.told_today(name, severity, now))
+        {
             return;
         }
         self.pains.budgets.insert(name.to_owned(), severity);
-        let message = format!("{name}: {used} of {most} are used");
-        self.ache(Pain::of_appliance("budget", severity, &message, now.unix_ms), effects);
+        let until = match renewal {
+            Renewal::WhenFreed => "",
+            Renewal::EachDay => "; there is more at midnight, UTC",
+        };
+        let message = format!("{name}: {used} of {most} are used{until}");
+        self.ache(Pain::of_appliance(BUDGET, severity, &message, now.unix_ms), effects);
     }
 }

@@ -102,7 +102,16 @@ pub struct Pressure {
     pub memory_max_events: u64,
 }
 
-/// How much of its processor time an agent is left.
+/// How much of its processor time an agent is left. Nothing else is taken, for what is wrong shows there: whoever forks,
+/// fails and hogs does it with processor time, and less of it slows everything that the agent does, its writing too.
+/// - `memory.high` lower would make it reclaim, which is the livelock that the watchdog is there to end, and reading its
+///   pages back is work for the disk that all share.
+/// - `io.max` lower would hold back data that the file system's next commit waits for (ext4, `data=ordered`), and with
+///   the commit every neighbour's `fsync`: who is to be spared would wait. A manifest's own `limits.io` stays as it is.
+/// - `io.weight` does nothing without the cost model of `io.cost.qos`, which needs a disk that was measured.
+/// - `pids.max` below what runs ends nothing: it makes forks fail that the agent may need to calm down.
+///
+/// Sources: Documentation/admin-guide/cgroup-v2.rst; Documentation/filesystems/ext4/journal.rst.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Throttle {

@@ -72,8 +72,8 @@ impl Agent {
     }
 
     fn end(&mut self, cause: ExitCause) {
-        let run = run(self.runs);
-        self.step(Event::Ended { run, cause });
+        let (run, ended_ms) = (run(self.runs), self.now.boot_ms);
+        self.step(Event::Ended { run, cause, began_ms: 0, ended_ms });
     }
 
     fn fail(&mut self) {
@@ -256,6 +256,83 @@ fn five_ends_are_a_quarantine_whose_trial_start_may_end_it() {
     assert_eq!(agent.state(), AgentState::Crashed, "it is as good as any other again");
 }
 
+/// What a new agentd makes of an agent that the one before has kept.
+fn next_agentd(before: &Agent, boot_ms: u64, unix_ms: i64) -> Agent {
+    let kept = serde_json::to_string(before.health.pains().history()).expect("JSON");
+    let history = serde_json::from_str(&kept).expect("the same");
+    let mut next = Agent::new(true);
+    next.now = Now { boot_ms, unix_ms, jitter: 0 };
+    next.runs = before.runs;
+    next.health = Health::known(true, Restart::Always, before.health.restarts(), history, next.now);
+    next
+}
+
+#[test]
+fn an_end_that_no_agentd_saw_counts_once() {
+    let mut agent = Agent::running();
+    agent.fail();
+    agent.start();
+    agent.pass(500);
+    let mut next = next_agentd(&agent, agent.now.boot_ms + 5_000, agent.now.unix_ms + 5_000);
+    let ended_ms = agent.now.boot_ms + 4_000;
+    let end =
+        |run| Event::Ended { run, cause: ExitCause::Exited { code: 1 }, began_ms: ended_ms - 100, ended_ms };
+    next.step(end(run(2)));
+    assert_eq!((next.state(), next.health.restarts()), (AgentState::Crashed, 2));
+    assert_eq!(
+        next.health.due_ms(),
+        Some(ended_ms + 2 * BACKOFF_FIRST_MS),
+        "the second pause, from its end on"
+    );
+    // Its record is listed again, and an older one too: the orders to forget them were lost.
+    next.step(end(run(2)));
+    next.step(end(run(1)));
+    assert_eq!((next.health.restarts(), next.health.due_ms()), (2, Some(ended_ms + 2 * BACKOFF_FIRST_MS)));
+    let again = next_agentd(&next, next.now.boot_ms, next.now.unix_ms);
+    assert_eq!(again.health.failures.len(), 2);
+}
+
+#[test]
+fn an_end_on_request_or_of_one_that_is_not_to_run_again_is_no_failure() {
+    for (cause, restart, expected) in [
+        (ExitCause::Stopped, Restart::Always, Some(1_000)),
+        (ExitCause::Exited { code: 1 }, Restart::Never, None),
+    ] {
+        let mut agent = Agent::new(true);
+        agent.health = Health::known(true, restart, 0, History::default(), agent.now);
+        agent.step(Event::Ended { run: run(7), cause, began_ms: 0, ended_ms: 900 });
+        assert_eq!((agent.health.due_ms(), agent.health.restarts()), (expected, 0));
+    }
+}
+
+#[test]
+fn neither_a_new_agentd_nor_a_reboot_ends_a_quarantine() {
+    let mut agent = Agent::running();
+    for _ in 1..FAILURES_MOST {
+        agent.fail();
+        let mut next = next_agentd(&agent, agent.now.boot_ms, agent.now.unix_ms);
+        next.start();
+        agent = next;
+    }
+    agent.fail();
+    assert_eq!(agent.state(), AgentState::Quarantined, "no agentd has seen more than one of these ends");
+    let minute = 60_000;
+    let next = next_agentd(&agent, agent.now.boot_ms + minute, agent.now.unix_ms + 60_000);
+    assert_eq!((next.state(), next.health.due_ms()), (AgentState::Quarantined, agent.health.due_ms()));
+    let mut booted = next_agentd(&agent, 3_000, agent.now.unix_ms + 60_000);
+    assert_eq!(booted.health.due_ms(), Some(3_000 + QUARANTINE_MS - minute));
+    booted.start();
+    booted.fail();
+    assert_eq!(booted.state(), AgentState::Quarantined, "the trial start is the only one");
+    booted.step(Event::Want(true));
+    let forgiven = next_agentd(&booted, 4_000, booted.now.unix_ms);
+    assert_eq!((forgiven.state(), forgiven.health.probation), (AgentState::Starting, false));
+    // A clock that was set back or far ahead in between.
+    for unix_ms in [0, agent.now.unix_ms + 86_400_000] {
+        assert_eq!(next_agentd(&agent, 3_000, unix_ms).state(), AgentState::Starting);
+    }
+}
+
 #[test]
 fn every_state_is_reached_and_left() {
     let mut agent = Agent::new(false);
@@ -313,11 +390,41 @@ fn pains_are_counted_bounded_and_one_line_each() {
 }
 
 #[test]
+fn a_day_s_budget_is_told_near_its_end_and_at_its_end_and_once_a_day() {
+    let mut agent = Agent::running();
+    let spend = |agent: &mut Agent, name: &str, used| {
+        let renewal = Renewal::EachDay;
+        let told = agent.step(Event::Budget { name: name.to_owned(), used, most: 1000, renewal });
+        told.iter().filter(|effect| matches!(effect, Effect::Tell(_))).count()
+    };
+    let told: Vec<usize> =
+        [799, 800, 940, 950, 999, 1000, 1001].into_iter().map(|used| spend(&mut agent, "a", used)).collect();
+    assert_eq!(told, [0, 1, 0, 1, 0, 1, 0]);
+    assert_eq!(spend(&mut agent, "b", 900), 1, "another budget is another pain");
+    let severities = |agent: &Agent| {
+        let pains = agent.health.pains().history().pains.iter();
+        pains.map(|pain| (pain.severity, pain.over)).collect::<Vec<_>>()
+    };
+    assert_eq!(severities(&agent), [(Severity::Critical, false), (Severity::Medium, false)]);
+    let mut next = next_agentd(&agent, agent.now.boot_ms, agent.now.unix_ms + 20 * 60_000);
+    assert_eq!(spend(&mut next, "a", 1000), 0, "the agentd before has told it today");
+    next.pass(24 * 3_600_000);
+    assert_eq!(spend(&mut next, "a", 0), 0);
+    assert_eq!(
+        severities(&next),
+        [(Severity::Critical, true), (Severity::Medium, false)],
+        "it has more again"
+    );
+    assert_eq!(spend(&mut next, "a", 1000), 1, "the next day");
+}
+
+#[test]
 fn a_budget_is_told_when_it_is_near_its_end_and_again_when_it_is_very_near() {
     let mut agent = Agent::running();
     let mut told = Vec::new();
     for used in [10, 790, 800, 900, 951, 1000, 100, 810] {
-        let budget = Event::Budget { name: "tokens".to_owned(), used, most: 1000 };
+        let renewal = Renewal::WhenFreed;
+        let budget = Event::Budget { name: "processes".to_owned(), used, most: 1000, renewal };
         agent.step(budget);
         let pain = agent.health.pains().history().pains.last();
         told.push(pain.map(|pain| (pain.count, pain.severity)));
@@ -453,7 +560,8 @@ proptest! {
                         4 => ExitCause::WallFailed { why: String::new() },
                         _ => ExitCause::Exited { code: 0 },
                     };
-                    agent.step(Event::Ended { run, cause })
+                    let ended_ms = agent.now.boot_ms;
+                    agent.step(Event::Ended { run, cause, began_ms: 0, ended_ms })
                 }
                 Any::Missing => {
                     let effects = agent.step(Event::Missing);

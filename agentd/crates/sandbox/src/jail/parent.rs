@@ -181,7 +181,7 @@ pub(super) fn launch(
         Forked::Parent { child } => child,
     };
     drop((agent_stdin, agent_stdout, agent_stderr, agent_report, agent_go));
-    confine(plan.uid)?;
+    confine(plan.uid, &lowered)?;
     ready()?;
     let told = rustix::io::write(&go, b"1");
     drop(go);
@@ -214,6 +214,7 @@ fn lowered_spec(mut spec: JailSpec) -> Result<JailSpec, Failure> {
     }
     if lowered.lacks(Wall::Root) {
         step("lowered: root", lower::open_data(&spec.data_dir))?;
+        step("lowered: root", lower::open_way(&spec.plan, &spec.data_dir))?;
         spec.plan = lower::plan_outside(&spec.plan, &spec.data_dir);
         let _ = std::fs::remove_file(inside::API_SOCKET);
     }
@@ -222,9 +223,13 @@ fn lowered_spec(mut spec: JailSpec) -> Result<JailSpec, Failure> {
 
 /// From here on this process can do nothing but wait for its child. It shares the agent's uid, so it is made
 /// undumpable (it never execs again, so that lasts): the agent can neither look into it nor see it in /proc.
-fn confine(uid: u32) -> Result<(), Failure> {
-    child::change_user(uid)?;
-    child::drop_capabilities()?;
+fn confine(uid: u32, lowered: &Lowered) -> Result<(), Failure> {
+    // Of an agent that stays root, another user could not be the end: neither its signal nor its own death would reach
+    // it (`check_kill_permission` in the kernel's `kernel/signal.c` is asked for both).
+    if !(lowered.lacks(Wall::Uid) && lowered.lacks(Wall::Capabilities)) {
+        child::change_user(uid)?;
+        child::drop_capabilities()?;
+    }
     step("jail: undumpable", set_dumpable_behavior(DumpableBehavior::NotDumpable))?;
     // The change of uid has cleared it.
     step("jail: die with the launcher", set_parent_process_death_signal(Some(Signal::KILL)))?;

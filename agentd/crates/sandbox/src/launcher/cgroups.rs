@@ -1,8 +1,11 @@
 //! Which files of cgroup v2 hold a run's limits?
 //!
 //! `/agents/<agent>/<run>` carries the limits, `/agents/<agent>/<run>/main` the processes; `call-<n>` beside it carries
-//! a tool call with limits of its own, within the run's. `/engines/<set>` carries both.
-//! Always: a limit that cannot be written is an error; a controller that this kernel lacks is a problem that keeps
+//! a tool call with limits of its own, within the run's. `/engines/<set>` carries limits, `/engines/<set>/<n>` the process.
+//! Always: a group of processes is made for them and takes no others later. Once `cgroup.kill` was written to a group,
+//!         some kernels kill each process that is cloned into it (Linux 6.18.44 does, 6.12.117 does not: `kill_seq` in
+//!         kernel/cgroup/cgroup.c), and what still dies there would count against what comes.
+//!         A limit that cannot be written is an error; a controller that this kernel lacks is a problem that keeps
 //!         every run from starting ([`Hierarchy::prepare`]).
 //! Source: Documentation/admin-guide/cgroup-v2.rst.
 
@@ -20,6 +23,8 @@ use std::path::{Path, PathBuf};
 
 const CONTROLLERS: [(&str, Without); 4] =
     [("cpu", Without::Cpu), ("io", Without::Io), ("memory", Without::Memory), ("pids", Without::Pids)];
+/// Processes of one set that hang in the kernel and cannot be killed; more of them would change nothing.
+const ENGINE_GROUPS_MOST: u32 = 64;
 /// llama.cpp's threads and those of a driver, many times over.
 const ENGINE_PIDS_MAX: &str = "1024";
 
@@ -183,12 +188,9 @@ impl Hierarchy {
         Ok(())
     }
 
-    pub(super) fn create_engine(
-        &self,
-        set_name: &str,
-        memory_max_bytes: u64,
-    ) -> Result<(PathBuf, OwnedFd), Report> {
-        let group = self.root.join(paths::CGROUP_ENGINES).join(set_name);
+    /// The limits of a set, whose processes come and go.
+    pub(super) fn limit_engine(&self, set_name: &str, memory_max_bytes: u64) -> Result<(), Report> {
+        let group = self.engines(set_name);
         make(&group)?;
         if self.has("memory") {
             set(&group, "memory.max", memory_max_bytes)?;
@@ -198,8 +200,28 @@ impl Hierarchy {
         if self.has("pids") {
             set(&group, "pids.max", ENGINE_PIDS_MAX)?;
         }
-        let fd = open(&group)?;
-        Ok((group, fd))
+        Ok(())
+    }
+
+    /// A group that is new, for one process of a set with limits. What is left of an earlier one, also of an earlier
+    /// launcher's, keeps its own until it has ended.
+    pub(super) fn create_engine(&self, set_name: &str) -> Result<(PathBuf, OwnedFd), Report> {
+        let of_set = self.engines(set_name);
+        for number in 1..=ENGINE_GROUPS_MOST {
+            let group = of_set.join(number.to_string());
+            match fs::create_dir(&group) {
+                Ok(()) => return open(&group).map(|fd| (group, fd)),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(not_made(&group, &error)),
+            }
+        }
+        let why =
+            format!("{ENGINE_GROUPS_MOST} engines before it have not ended yet in {}", of_set.display());
+        Err(broken("cgroup_failed", why, "restart the appliance: a driver's call hangs in the kernel"))
+    }
+
+    fn engines(&self, set_name: &str) -> PathBuf {
+        self.root.join(paths::CGROUP_ENGINES).join(set_name)
     }
 
     fn has(&self, controller: &str) -> bool {
@@ -259,9 +281,11 @@ fn counted(group: &Path) -> Counted {
     }
 }
 
-/// True when an engine's group is gone.
+/// True when the group of an engine's process is gone.
 pub(super) fn remove_engine(group: &Path) -> bool {
     remove_tree(group, 0);
+    // The set's own goes with its last process; while another lives this fails, as it should.
+    let _ = group.parent().map(fs::remove_dir);
     !group.exists()
 }
 
@@ -296,13 +320,17 @@ fn set(group: &Path, file: &str, value: impl std::fmt::Display) -> Result<(), Re
 
 fn make(group: &Path) -> Result<(), Report> {
     match fs::create_dir(group) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(broken(
-            "cgroup_failed",
-            format!("{} could not be made: {error}", group.display()),
-            "restart the appliance",
-        )),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(not_made(group, &error)),
         _ => Ok(()),
     }
+}
+
+fn not_made(group: &Path, error: &io::Error) -> Report {
+    broken(
+        "cgroup_failed",
+        format!("{} could not be made: {error}", group.display()),
+        "restart the appliance",
+    )
 }
 
 fn open(group: &Path) -> Result<OwnedFd, Report> {

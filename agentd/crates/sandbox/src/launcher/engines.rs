@@ -230,6 +230,8 @@ pub(super) struct Engine {
     listener: OwnedFd,
     process: Option<(Pid, OwnedFd)>,
     group: Option<PathBuf>,
+    /// Groups of processes that were, to be removed once they are empty.
+    left: Vec<PathBuf>,
     started_boot_ms: u64,
     restarts: u32,
     back_off_ms: u64,
@@ -237,8 +239,13 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    /// Makes the socket and the first process.
-    pub(super) fn start(options: &Options, hierarchy: &Hierarchy, spec: EngineSpec) -> Result<Self, Report> {
+    /// Makes the socket and the first process. What a process that failed has left of groups goes to `left`.
+    pub(super) fn start(
+        options: &Options,
+        hierarchy: &Hierarchy,
+        spec: EngineSpec,
+        left: &mut Vec<PathBuf>,
+    ) -> Result<Self, Report> {
         let socket_path = options.run_dir.join("engines").join(format!("{}.sock", spec.set));
         let listener = listen_at(&socket_path, options.agentd_uid).map_err(|error| {
             broken(
@@ -253,6 +260,7 @@ impl Engine {
             listener,
             process: None,
             group: None,
+            left: Vec::new(),
             started_boot_ms: 0,
             restarts: 0,
             back_off_ms: BACK_OFF_FIRST_MS,
@@ -262,6 +270,7 @@ impl Engine {
             Ok(()) => Ok(engine),
             Err(report) => {
                 engine.stop();
+                left.extend(engine.into_groups());
                 Err(report)
             }
         }
@@ -269,7 +278,7 @@ impl Engine {
 
     /// Asked for again while it is wanted already: another amount of memory is taken over.
     pub(super) fn again(&mut self, hierarchy: &Hierarchy, spec: EngineSpec) -> Result<(), Report> {
-        hierarchy.create_engine(&spec.set, spec.memory_max_bytes)?;
+        hierarchy.limit_engine(&spec.set, spec.memory_max_bytes)?;
         self.spec = spec;
         Ok(())
     }
@@ -290,6 +299,7 @@ impl Engine {
     /// Its process was reaped: due again, later each time.
     pub(super) fn ended(&mut self) {
         self.process = None;
+        self.left.extend(self.group.take());
         let now = boot_ms();
         if now.saturating_sub(self.started_boot_ms) >= HEALTHY_MS {
             self.back_off_ms = BACK_OFF_FIRST_MS;
@@ -318,17 +328,24 @@ impl Engine {
         let _ = std::fs::remove_file(&self.socket_path);
     }
 
-    /// Its cgroup, to be removed once the process is gone.
-    pub(super) fn into_group(self) -> Option<PathBuf> {
-        self.group
+    /// What is to be removed already.
+    pub(super) fn take_left(&mut self) -> Vec<PathBuf> {
+        std::mem::take(&mut self.left)
+    }
+
+    /// All of its groups, to be removed once the processes are gone.
+    pub(super) fn into_groups(mut self) -> Vec<PathBuf> {
+        self.left.extend(self.group);
+        self.left
     }
 
     fn spawn(&mut self, options: &Options, hierarchy: &Hierarchy) -> Result<(), Report> {
         let failed = |error: Errno| {
             broken("engine_failed", format!("the engine's process could not be made: {error}"), "try again")
         };
-        let (group, group_fd) = hierarchy.create_engine(&self.spec.set, self.spec.memory_max_bytes)?;
-        self.group = Some(group);
+        hierarchy.limit_engine(&self.spec.set, self.spec.memory_max_bytes)?;
+        let (group, group_fd) = hierarchy.create_engine(&self.spec.set)?;
+        self.left.extend(self.group.replace(group));
         let (report, theirs) = pipe_with(PipeFlags::CLOEXEC).map_err(failed)?;
         let request = CloneRequest {
             namespaces: libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS,

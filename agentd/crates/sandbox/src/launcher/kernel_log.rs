@@ -1,4 +1,4 @@
-//! Which system call did seccomp kill a run for?
+//! Which system call did seccomp kill a run for, or a process of one that lives on?
 //!
 //! The parent of a process that died of SIGSYS learns the signal and not the call. The kernel writes it into its log
 //! (`audit: type=1326 ... uid=1000003 ... sig=31 arch=c000003e syscall=101 ...`), with no audit daemon and with auditing
@@ -11,6 +11,7 @@
 //! Source: Documentation/ABI/testing/dev-kmsg; kernel/audit.c (`audit_log_untrustedstring`, `kauditd_printk_skb`).
 
 use crate::syscalls;
+use agentd_domain::launcher::Forbidden;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, Mode, OFlags, SeekFrom, openat, seek};
 use rustix::io::{Errno, read};
@@ -30,8 +31,15 @@ const KEPT_MAX: usize = 4 * 1024;
 pub(super) struct KernelLog {
     /// `None` where it cannot be read, as on a developer's machine.
     file: Option<OwnedFd>,
+    seen: Seen,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
     /// The call that the newest death of a uid was for.
     calls: BTreeMap<u32, i64>,
+    /// Deaths of a uid since its run began, and the call of the last.
+    deaths: BTreeMap<u32, (u64, i64)>,
 }
 
 impl KernelLog {
@@ -40,24 +48,36 @@ impl KernelLog {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = openat(CWD, "/dev/kmsg", flags, Mode::empty()).ok();
         let file = file.filter(|file| seek(file, SeekFrom::End(0)).is_ok());
-        Self { file, calls: BTreeMap::new() }
+        Self { file, seen: Seen::default() }
     }
 
     /// The call for which a process of this user was killed last. Tells it once.
     pub(super) fn call_of(&mut self, uid: u32) -> Option<String> {
         self.read_on();
-        if !self.calls.contains_key(&uid)
+        if !self.seen.calls.contains_key(&uid)
             && let Some(file) = &self.file
         {
             let mut waiting = [PollFd::new(file, PollFlags::IN)];
             let _ = poll(&mut waiting, Some(&PATIENCE));
             self.read_on();
         }
-        let number = self.calls.remove(&uid)?;
-        Some(syscalls::name(number).map_or_else(|| number.to_string(), str::to_owned))
+        self.seen.calls.remove(&uid).map(name)
     }
 
-    fn read_on(&mut self) {
+    /// A run of this user begins: what was before it is not its own.
+    pub(super) fn begin(&mut self, uid: u32) {
+        self.read_on();
+        self.seen.calls.remove(&uid);
+        self.seen.deaths.remove(&uid);
+    }
+
+    /// The deaths of this user's processes since its run began, as of the last [`Self::read_on`].
+    pub(super) fn deaths_of(&self, uid: u32) -> Option<Forbidden> {
+        let (processes, call) = *self.seen.deaths.get(&uid)?;
+        Some(Forbidden { processes, syscall: name(call) })
+    }
+
+    pub(super) fn read_on(&mut self) {
         let Some(file) = &self.file else { return };
         let mut buffer = [0_u8; RECORD_MAX_BYTES];
         for _ in 0..RECORDS_MAX {
@@ -65,10 +85,8 @@ impl KernelLog {
                 Ok(0) => return,
                 Ok(length) => {
                     let record = buffer.get(..length).map(String::from_utf8_lossy).unwrap_or_default();
-                    if let Some((uid, call)) = killed(&record)
-                        && (self.calls.len() < KEPT_MAX || self.calls.contains_key(&uid))
-                    {
-                        self.calls.insert(uid, call);
+                    if let Some((uid, call)) = killed(&record) {
+                        self.seen.keep(uid, call);
                     }
                 }
                 // Overwritten before it was read: the next read goes on behind the gap.
@@ -77,6 +95,22 @@ impl KernelLog {
             }
         }
     }
+}
+
+impl Seen {
+    fn keep(&mut self, uid: u32, call: i64) {
+        if self.calls.len() < KEPT_MAX || self.calls.contains_key(&uid) {
+            self.calls.insert(uid, call);
+        }
+        if self.deaths.len() < KEPT_MAX || self.deaths.contains_key(&uid) {
+            let (count, last) = self.deaths.entry(uid).or_default();
+            (*count, *last) = (count.saturating_add(1), call);
+        }
+    }
+}
+
+fn name(number: i64) -> String {
+    syscalls::name(number).map_or_else(|| number.to_string(), str::to_owned)
 }
 
 /// The user and the number of the call in a record about a seccomp kill.
@@ -110,6 +144,22 @@ mod tests {
     #[test]
     fn the_kernels_line_names_user_and_call() {
         assert_eq!(killed(LINE), Some((1_000_003, 101)));
+    }
+
+    #[test]
+    fn deaths_are_counted_from_the_beginning_of_a_run() {
+        let mut log = KernelLog { file: None, seen: Seen::default() };
+        assert_eq!(log.deaths_of(7), None);
+        for call in [101, 101, 169] {
+            log.seen.keep(7, call);
+        }
+        log.seen.keep(8, 101);
+        let expected = |processes, syscall: &str| Some(Forbidden { processes, syscall: syscall.to_owned() });
+        assert_eq!(log.deaths_of(7), expected(3, &name(169)));
+        assert_eq!(log.call_of(7), Some(name(169)), "the run's own end is told of besides");
+        log.begin(7);
+        assert_eq!((log.deaths_of(7), log.call_of(7)), (None, None), "another run's");
+        assert_eq!(log.deaths_of(8), expected(1, &name(101)));
     }
 
     #[test]

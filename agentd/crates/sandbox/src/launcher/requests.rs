@@ -23,7 +23,10 @@ impl Server {
             Request::Handover { run_id } => return self.hand_over(token, run_id),
             Request::StartCall { run_id, call } => return self.start_call(token, run_id, &call),
             Request::StartEngine(spec) => self.start_engine(spec),
-            Request::List { after } => Ok(Response::Listing(self.listing(after))),
+            Request::List { after } => {
+                self.kernel_log.read_on();
+                Ok(Response::Listing(self.listing(after)))
+            }
             other => self.change(other).map(|()| Response::Done),
         };
         self.respond(token, &response.unwrap_or_else(Response::Refused));
@@ -98,6 +101,7 @@ impl Server {
             return Err(refused("conflict", "this agent is being removed", "install it again"));
         }
         volumes::verify(&self.options, plan.agent_id, plan.uid)?;
+        self.kernel_log.begin(plan.uid);
         let run = Run::start(&self.options, &self.hierarchy, run_id, plan)?;
         let token = self.next_token;
         self.next_token += 1;
@@ -153,7 +157,7 @@ impl Server {
             return Err(broken("launcher_full", "there are too many engines", "stop one first"));
         }
         let set = spec.set.clone();
-        let engine = Engine::start(&self.options, &self.hierarchy, spec)?;
+        let engine = Engine::start(&self.options, &self.hierarchy, spec, &mut self.buried_engines)?;
         let response = started(&engine);
         self.engines.insert(set, engine);
         Ok(response)
@@ -168,7 +172,7 @@ impl Server {
             ));
         };
         engine.stop();
-        self.buried_engines.extend(engine.into_group());
+        self.buried_engines.extend(engine.into_groups());
         Ok(())
     }
 
@@ -211,7 +215,7 @@ impl Server {
                 break;
             }
             let mut one = Listing::default();
-            one.runs.extend(self.runs.get(&id).map(Run::info));
+            one.runs.extend(self.runs.get(&id).map(|run| run.info(&self.kernel_log)));
             one.exits.extend(self.records.kept.get(&id).cloned());
             bytes += size(&one);
             listing.runs.append(&mut one.runs);

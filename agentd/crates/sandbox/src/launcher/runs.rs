@@ -17,7 +17,7 @@ use crate::sys::{self, CloneRequest};
 use crate::wire;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::RunId;
-use agentd_domain::launcher::{ExitCause, ExitRecord, KillReason, RunInfo};
+use agentd_domain::launcher::{ExitCause, ExitRecord, Forbidden, KillReason, RunInfo};
 use agentd_domain::plan::SandboxPlan;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -302,7 +302,7 @@ impl Run {
         }
     }
 
-    pub(super) fn info(&self) -> RunInfo {
+    pub(super) fn info(&self, log: &KernelLog) -> RunInfo {
         RunInfo {
             run_id: self.run_id,
             agent_id: self.plan.agent_id,
@@ -312,6 +312,7 @@ impl Run {
             api: self.plan.api.clone(),
             cgroup: Some(self.plan.cgroup.clone()),
             started_boot_ms: self.started_boot_ms,
+            forbidden: log.deaths_of(self.plan.uid),
         }
     }
 
@@ -320,9 +321,17 @@ impl Run {
         let mut counted = self.group.counted();
         counted.killed_for_memory = counted.killed_for_memory.saturating_sub(self.killed_in_calls);
         let mut cause = self.cause(counted);
+        let own = u64::from(matches!(cause, ExitCause::Seccomp { .. }));
         if let ExitCause::Seccomp { syscall } = &mut cause {
             *syscall = log.call_of(self.plan.uid);
+        } else {
+            log.read_on();
         }
+        // Its own death is the last of them.
+        let forbidden = log.deaths_of(self.plan.uid).and_then(|all| {
+            let processes = all.processes.saturating_sub(own);
+            (processes > 0).then_some(Forbidden { processes, ..all })
+        });
         ExitRecord {
             run_id: self.run_id,
             agent_id: self.plan.agent_id,
@@ -330,6 +339,7 @@ impl Run {
             started_boot_ms: self.started_boot_ms,
             ended_boot_ms: boot_ms(),
             memory_peak_bytes: counted.memory_peak_bytes,
+            forbidden,
         }
     }
 

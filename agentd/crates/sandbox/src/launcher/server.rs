@@ -211,6 +211,7 @@ impl Server {
         self.remove_a_little();
         self.buried_calls.retain(|group| !group.remove());
         self.buried_runs.retain(|group| !group.remove());
+        self.buried_engines.extend(self.engines.values_mut().flat_map(Engine::take_left));
         self.buried_engines.retain(|group| !cgroups::remove_engine(group));
         Ok(())
     }

@@ -24,6 +24,7 @@ pub(crate) fn run(words: &[String]) -> u8 {
         "network" => network(),
         "escape" => escape(&words[1..]),
         "forbidden-call" => forbidden_call(),
+        "forbidden-call-of-a-child" => forbidden_call_of_a_child(),
         "eat-memory" => eat_memory(),
         "fork-bomb" => fork_bomb(),
         "fill-disk" => fill_disk(),
@@ -220,6 +221,15 @@ fn forbidden_call() {
     // SAFETY: wrong magic numbers make reboot(2) fail without effect.
     unsafe { libc::syscall(libc::SYS_reboot, 0, 0, 0, 0) };
     say("alive", "after a forbidden call");
+}
+
+fn forbidden_call_of_a_child() {
+    let mut child = std::process::Command::new("/agent/probe");
+    let status = child.args(["--agent", "forbidden-call"]).status().unwrap();
+    say("child", format!("{:?}", std::os::unix::process::ExitStatusExt::signal(&status)));
+    loop {
+        std::thread::park();
+    }
 }
 
 fn eat_memory() {

@@ -2,7 +2,7 @@
 
 use crate::scene::{LIMIT, Scene, new_run, readable, until};
 use crate::{Case, Outcome, calls};
-use agentd_domain::launcher::{EngineSpec, ExitCause, Request, Response};
+use agentd_domain::launcher::{EngineSpec, ExitCause, Forbidden, Request, Response};
 use agentd_domain::plan::{CgroupLimits, DiskQuota, FsAccess, LandlockRule, Mount, NetworkPlan};
 use agentd_sandbox::client::LauncherError;
 use agentd_sandbox::wire;
@@ -21,6 +21,7 @@ pub(crate) const ALL: &[Case] = &[
     ("a_missing_wall_keeps_every_run_from_starting", fails_closed),
     ("an_agent_that_exits_leaves_its_code", exit_code),
     ("a_forbidden_call_ends_the_run", forbidden_call),
+    ("a_forbidden_call_of_a_child_shows_while_the_run_lives", forbidden_call_of_a_child),
     ("a_program_that_is_not_there_is_a_refusal_and_a_record", missing_program),
     ("an_agent_over_its_memory_limit_is_killed_and_named", out_of_memory),
     ("the_processor_s_share_holds_when_a_run_has_started", processor_share),
@@ -41,6 +42,7 @@ pub(crate) const ALL: &[Case] = &[
     ("limits_of_a_living_run_shrink_and_never_grow", change_limits),
     ("the_data_disk_s_rate_is_limited", disk_rate),
     ("an_engine_is_confined_and_started_again", engine),
+    ("an_engine_comes_after_one_that_still_ends", engine_after_another),
     ("a_call_has_its_run_s_walls_and_ends_with_its_word", calls::walls),
     ("a_call_gives_up_what_it_is_told_to", calls::narrower),
     ("a_call_that_eats_memory_takes_nothing_with_it", calls::out_of_memory),
@@ -291,6 +293,27 @@ fn forbidden_call() -> Outcome {
     let scene = scene!();
     let run = scene.start(&scene.agent(&["forbidden-call"]));
     assert!(matches!(scene.cause(&run), ExitCause::Seccomp { .. }));
+    Outcome::Passed
+}
+
+fn forbidden_call_of_a_child() -> Outcome {
+    // With auditing in the kernel each process has a login uid, and only then seccomp writes into its log.
+    if !std::path::Path::new("/proc/self/loginuid").exists() || std::fs::File::open("/dev/kmsg").is_err() {
+        return Outcome::Skipped("this kernel does not log what seccomp kills, or not to us".to_owned());
+    }
+    let scene = scene!();
+    let plan = scene.agent(&["forbidden-call-of-a-child"]);
+    let mut run = scene.start(&plan);
+    let seen = || scene.client().list().unwrap().runs.remove(0).forbidden;
+    assert_eq!(run.says("child"), "Some(31)");
+    until("the launcher has read of it", || seen().is_some());
+    let expected = Forbidden { processes: 1, syscall: "reboot".to_owned() };
+    assert_eq!(seen(), Some(expected), "the run lives on");
+    scene.client().kill(run.run_id, 0).unwrap();
+    scene.record(&run);
+    let next = scene.start(&scene.agent(&["wait"]));
+    assert_eq!(seen(), None, "another agent's");
+    drop(next);
     Outcome::Passed
 }
 
@@ -724,5 +747,43 @@ fn engine() -> Outcome {
     assert_eq!(code_of(scene.client().start_engine(foreign)), "plan_refused");
     scene.client().stop_engine("host").unwrap();
     assert!(!socket.exists() && scene.client().list().unwrap().engines.is_empty());
+    Outcome::Passed
+}
+
+/// A launcher was killed, and the next one had made an end of its engine's group before all in it was gone: the group
+/// stayed, some kernels kill whatever is cloned into a group that was killed once, and no engine came up any more.
+fn engine_after_another() -> Outcome {
+    let mut scene = scene!();
+    let spec = EngineSpec { set: "host".to_owned(), memory_max_bytes: 1 << 30 };
+    scene.client().start_engine(spec.clone()).unwrap();
+    scene.kill_launcher();
+    // Deeper than the launcher's own trees: it kills what is here and cannot remove it.
+    let group = scene.cgroup_of_engine();
+    let stays: Vec<_> = ["1", "1/x", "1/x/y", "1/x/y/z"].iter().map(|name| group.join(name)).collect();
+    for below in &stays {
+        let made = std::fs::create_dir(below);
+        assert!(made.is_ok() || below.exists(), "{}: {made:?}", below.display());
+    }
+    scene.start_launcher();
+    assert!(stays.iter().all(|below| below.exists()), "this shows nothing: nothing has stayed");
+    assert!(scene.client().start_engine(spec.clone()).unwrap() > 0);
+    let socket = scene.run_dir().join("engines/host.sock");
+    assert_eq!(ask_engine(&socket, "go on")["Uid"], "202 202 202 202");
+    // The one that was stopped may still be ending.
+    for _ in 0..5 {
+        scene.client().stop_engine("host").unwrap();
+        scene.client().start_engine(spec.clone()).unwrap();
+        assert_eq!(ask_engine(&socket, "go on")["Uid"], "202 202 202 202");
+        assert_eq!(
+            scene.client().list().unwrap().engines[0].restarts,
+            0,
+            "it was killed with the one before it"
+        );
+    }
+    for below in stays.iter().rev() {
+        until("what has stayed is removed", || std::fs::remove_dir(below).is_ok() || !below.exists());
+    }
+    scene.client().stop_engine("host").unwrap();
+    until("no group is left", || !group.exists());
     Outcome::Passed
 }

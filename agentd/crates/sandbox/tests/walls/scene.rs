@@ -235,6 +235,11 @@ impl Scene {
         self.record(run).cause
     }
 
+    /// The group of the set `host`.
+    pub(crate) fn cgroup_of_engine(&self) -> PathBuf {
+        self.cgroup_root.join("engines/host")
+    }
+
     pub(crate) fn cgroup_of(&self, plan: &SandboxPlan, run: &Running) -> PathBuf {
         self.cgroup_root.join("agents").join(plan.agent_id.to_string()).join(run.run_id.to_string())
     }
