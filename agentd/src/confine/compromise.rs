@@ -87,6 +87,41 @@ fn code_of_a_stranger_in_agentd_reaches_what_is_written_down() {
     assert_eq!(outside.harmed(&said), HARM.into(), "{said:?}");
 }
 
+/// What `SECURITY.md` says of agentd's own connections holds for as long as nobody writes another one.
+#[test]
+fn nothing_but_the_egress_dials() {
+    const DIALS: [&str; 6] = [
+        "TcpStream::connect",
+        "UdpSocket::bind",
+        "to_socket_addrs",
+        "TcpSocket::new",
+        "reqwest",
+        "HttpConnector",
+    ];
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = BTreeSet::new();
+    let mut folders = vec![here.join("src"), here.join("crates")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).expect("read").map(|entry| entry.expect("read").path()) {
+            let name = entry.file_name().expect("a name").to_string_lossy().into_owned();
+            // A program of its own, on the owner's machine; and what is no part of a shipped program.
+            if ["ctl", "tests", "tests.rs", "testing.rs", "compromise.rs"].contains(&name.as_str()) {
+                continue;
+            }
+            if entry.is_dir() {
+                folders.push(entry);
+            } else if name.ends_with(".rs") {
+                let text = fs::read_to_string(&entry).expect("read");
+                let shipped = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+                if DIALS.iter().any(|dial| shipped.contains(dial)) {
+                    found.insert(entry.strip_prefix(here).expect("below").display().to_string());
+                }
+            }
+        }
+    }
+    assert_eq!(found, BTreeSet::from(["src/egress/world.rs".to_owned()]));
+}
+
 struct Scene {
     folder: tempfile::TempDir,
     victim: std::sync::Mutex<Child>,

@@ -146,7 +146,10 @@ impl Book {
                     }
                 }
                 // What no run uses any more is on the disk; its agent may be gone for good.
-                accounts.retain(|_, account| account.is_used() || account.moved() != account.written.bytes);
+                // What its agent feels of it has to be taken back one day.
+                accounts.retain(|_, account| {
+                    account.is_used() || account.told.is_some() || account.moved() != account.written.bytes
+                });
             }
             // The next time writes the same and more.
             Err(error) => tracing::warn!(%error, "what agents have moved was not written"),
@@ -185,6 +188,8 @@ impl Account {
         if self.limit != limit {
             self.budget.change(self.limit, limit);
             self.limit = limit;
+            // Near the old one's end is not near this one's: it is told anew.
+            self.told = self.told.map(|_| u64::MAX);
         }
         Arc::clone(&self.budget)
     }
@@ -193,9 +198,8 @@ impl Account {
         self.limit.saturating_sub(self.budget.left())
     }
 
-    /// By a run, or by an agent that has yet to hear of its next day.
     fn is_used(&self) -> bool {
-        Arc::strong_count(&self.budget) > 1 || self.told.is_some()
+        Arc::strong_count(&self.budget) > 1
     }
 }
 
@@ -280,24 +284,23 @@ mod tests {
         let (nerves, mut feel) = Nerves::new();
         let book = Book::start(Db::new(store), nerves);
         let agent = AgentId(clock::fresh_id());
-        let of_rule = budgets(&book, agent, None, &[]).await.by_rule.remove(&0).unwrap();
-        let purse = Purse::new(of_rule.iter().cloned());
-        let held = purse.reserve(1000, 1000).unwrap();
+        let of = budgets(&book, agent, None, &[]).await;
+        let held = Purse::new(of.by_rule[&0].iter().cloned()).reserve(1000, 1000).unwrap();
         book.tell();
         assert_eq!(felt(&mut feel), None, "what is only reserved is not spent");
         held.settle(799);
         book.tell();
         assert_eq!(felt(&mut feel), None);
         let told = |used| Some(("https://api.example.org:443, bytes a day".to_owned(), used, 1000));
-        for moved in [1, 200] {
-            spend(&of_rule, moved);
+        for spent in [1, 200] {
+            spend(&of.by_rule[&0], spent);
             book.tell();
-            assert_eq!(felt(&mut feel), told(1000 - of_rule[0].1.left()));
+            assert_eq!(felt(&mut feel), told(1000 - left(&of.by_rule[&0])[0]));
             book.tell();
             assert_eq!(felt(&mut feel), None, "nothing has changed");
         }
         // Its run may be over by then; the agent feels it all the same.
-        drop((purse, of_rule));
+        drop(of);
         book.write().await;
         book.changed(today() + 1);
         book.tell();
