@@ -111,9 +111,33 @@ pub const ELSEWHERE: &[Elsewhere] = &[
     shown("90", "children without the right to them", CHILDREN, Some(CHILDREN)),
 ];
 
+/// The part of the sandbox's `ESCAPES.md` that is not measured by a run of the matrix.
+pub fn section() -> String {
+    let mut text = "\n## Attacks on agentd itself\n\n\
+         Made by tests of the crates that they attack; a control is the same attempt with the check replaced by \"allow\",\n\
+         in the tests' build alone.\n\n| row | what | test | control |\n|---|---|---|---|\n"
+        .to_owned();
+    for shown in ELSEWHERE {
+        let control = match shown.control {
+            Some(control) if control == shown.test => "in the same test".to_owned(),
+            Some(control) => format!("`{control}`"),
+            None => "UNPROVEN".to_owned(),
+        };
+        text.push_str(&format!("| {} | {} | `{}` | {control} |\n", shown.row, shown.what, shown.test));
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_document_lists_them_as_they_are_here() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let document = std::fs::read_to_string(root.join("agentd/crates/sandbox/ESCAPES.md")).unwrap();
+        assert!(document.contains(&section()), "put this into ESCAPES.md:\n{}", section());
+    }
 
     /// A test that was renamed or removed must not stay in the table.
     #[test]
