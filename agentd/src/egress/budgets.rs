@@ -346,10 +346,8 @@ mod tests {
     #[tokio::test]
     async fn what_a_child_moves_counts_for_every_agent_above_it() {
         let folder = tempfile::tempdir().unwrap();
-        let book = Book::start(
-            Db::new(Store::open(&folder.path().join("system.redb")).unwrap()),
-            Nerves::new().0,
-        );
+        let book =
+            Book::start(Db::new(Store::open(&folder.path().join("system.redb")).unwrap()), Nerves::new().0);
         let [first, parent, child] = [(); 3].map(|()| AgentId(clock::fresh_id()));
         let rights = |bytes: u64| Rights {
             api: Default::default(),

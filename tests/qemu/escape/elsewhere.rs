@@ -53,7 +53,12 @@ pub const ELSEWHERE: &[Elsewhere] = &[
         "agentd/src/egress/tests.rs::a_known_name_gets_a_synthetic_address_and_another_one_a_record",
         None,
     ),
-    shown("56, 57", "an allowed name that leads to an address of the house, at once or later", ROWS, Some(ROWS)),
+    shown(
+        "56, 57",
+        "an allowed name that leads to an address of the house, at once or later",
+        ROWS,
+        Some(ROWS),
+    ),
     shown("56, 57", "which class of address it is, said in words", ADDRESSES, None),
     shown("57", "metadata and private addresses themselves", ROWS, Some(ROWS)),
     shown("59", "host names and addresses with two readings", ROWS, Some(ROWS)),
@@ -132,7 +137,10 @@ mod tests {
             let text = std::fs::read_to_string(root.join(file)).unwrap();
             let body = text.split_once(&format!("fn {test}(")).unwrap().1;
             let body = body.split("\n}\n").next().unwrap();
-            let replaces = ["allow_all()", "without(&[", "(allow, ", "has_effect(row, off", "ends_without(off"].iter().any(|words| body.contains(words));
+            let replaces =
+                ["allow_all()", "without(&[", "(allow, ", "has_effect(row, off", "ends_without(off"]
+                    .iter()
+                    .any(|words| body.contains(words));
             assert!(replaces, "{control} replaces no check");
         }
     }
