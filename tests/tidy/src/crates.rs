@@ -53,7 +53,8 @@ pub const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 /// Edges that only tests have: a client is tested against the real server.
-pub const TEST_ARROWS: &[(&str, &[&str])] = &[("agentctl", &["agentd-console"])];
+pub const TEST_ARROWS: &[(&str, &[&str])] =
+    &[("agentctl", &["agentd-console"]), ("tests-qemu", &["agentd-capability"])];
 
 /// Programs that are one static, single-threaded file each, or that must be small because every jail holds one.
 pub const STATIC_CRATES: &[&str] = &["init", "agentd-sandbox", "echo-agent"];
