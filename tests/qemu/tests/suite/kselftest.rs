@@ -6,13 +6,14 @@
 //! an entry that is not needed any more.
 
 use anyhow::{Context, Result, ensure};
-use image::qemu::{Boot, Drive, Machine, Running};
+use image::cache::Cache;
+use image::qemu::{Boot, Drive, Machine, Running, accelerator};
+use image::source::Checkout;
 use image::{build, programs};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-use tests_qemu::setup;
 use tests_qemu::tap::{self, Expected, Outcome};
 
 /// All programs took a minute under emulation on an idle machine; each test ends itself after half a minute.
@@ -25,7 +26,7 @@ fn the_kernels_own_tests_pass_on_the_appliances_kernel() -> Result<()> {
         println!("SKIP: the kernel's own tests are for the long run (scripts/test long kselftest)");
         return Ok(());
     }
-    all_pass("the appliance's kernel", &setup().built.kernel.image)
+    all_pass("the appliance's kernel", &build::kernel_only(&Cache::from_env()?, &[])?.image)
 }
 
 /// Its kernel takes ten minutes to build, so `scripts/test long kselftest` does it and says here where it is.
@@ -39,8 +40,10 @@ fn the_kernels_own_tests_pass_with_all_that_they_require() -> Result<()> {
 }
 
 fn all_pass(name: &str, kernel: &Path) -> Result<()> {
-    let table: Expected = toml::from_str(&std::fs::read_to_string(setup().built.checkout.path(TABLE))?)?;
-    let selftests = build::selftests(&setup().cache)?;
+    // No image: the guest's root holds the tests alone.
+    let (cache, checkout) = (Cache::from_env()?, Checkout::find()?);
+    let table: Expected = toml::from_str(&std::fs::read_to_string(checkout.path(TABLE))?)?;
+    let selftests = build::selftests(&cache)?;
     for (program, why) in &table.not_run {
         ensure!(selftests.programs.contains(program) && !why.is_empty(), "{TABLE}: there is no {program}");
     }
@@ -52,8 +55,8 @@ fn all_pass(name: &str, kernel: &Path) -> Result<()> {
         .collect();
     let folder = tempfile::Builder::new().prefix("agentd-kselftest-").tempdir()?;
     let root = folder.path().join("root.img");
-    make_root(&selftests.folder, folder.path(), &root)?;
-    let mut guest = start(kernel, &root, &to_run)?;
+    make_root(&cache, &checkout, &selftests.folder, folder.path(), &root)?;
+    let mut guest = start(&cache, kernel, &root, &to_run)?;
     guest.wait_for("selftests: over", PATIENCE)?;
     let said = guest.serial_text();
     println!("{said}");
@@ -79,7 +82,7 @@ fn all_pass(name: &str, kernel: &Path) -> Result<()> {
     Ok(())
 }
 
-fn start(kernel: &Path, root: &Path, programs: &[&str]) -> Result<Running> {
+fn start(cache: &Cache, kernel: &Path, root: &Path, programs: &[&str]) -> Result<Running> {
     let boot = Boot::Direct {
         kernel: kernel.to_owned(),
         // Only what the tests say: a word of the kernel's in the middle of a line would hide it.
@@ -89,22 +92,20 @@ fn start(kernel: &Path, root: &Path, programs: &[&str]) -> Result<Running> {
         ),
         initrd: None,
     };
-    let machine =
-        Machine { cpus: 2, drives: vec![Drive::raw(root)], ..Machine::new(setup().accelerator, boot) };
+    let accelerator = accelerator::choose(cache, &build::kernel_only(cache, &[])?)?.accelerator;
+    let machine = Machine { cpus: 2, drives: vec![Drive::raw(root)], ..Machine::new(accelerator, boot) };
     machine.start(None)
 }
 
 /// The tests, pid 1, and a shell and `ip` for those that ask for them by name.
-fn make_root(tests: &Path, scratch: &Path, image: &Path) -> Result<()> {
+fn make_root(cache: &Cache, checkout: &Checkout, tests: &Path, scratch: &Path, image: &Path) -> Result<()> {
     let tree = scratch.join("root");
     for folder in ["bin", "dev", "proc", "sys", "tmp"] {
         std::fs::create_dir_all(tree.join(folder))?;
     }
     let copied = Command::new("cp").arg("-r").arg(tests).arg(tree.join("tests")).status()?;
     ensure!(copied.success(), "cp: {copied}");
-    let setup = setup();
-    let guests =
-        programs::static_programs(&setup.cache, &setup.built.checkout, "tests-guest", &["selftests"])?;
+    let guests = programs::static_programs(cache, checkout, "tests-guest", &["selftests"])?;
     let init = guests.first().context("no selftests")?;
     std::fs::copy(init, tree.join("bin/selftests"))?;
     std::fs::copy("/bin/busybox", tree.join("bin/busybox")).context("apt-get install busybox-static")?;
