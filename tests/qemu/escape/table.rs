@@ -135,7 +135,7 @@ pub const NOT_TRIED: &[(&str, &str)] = &[
     ("27", "unproven: the root is a verified read-only image, so no control can succeed"),
     ("31 (kcmp, process_madvise)", "unproven: their effect is not seen from outside"),
     ("43 (modules, swap)", "unproven: the image carries no module, and the kernel no swap, to succeed with"),
-    ("65", "open: feature absent; agentd fetches nothing and follows no redirect"),
+    ("65 (of agentd itself)", "open: feature absent; agentd fetches nothing and follows no redirect"),
     ("66 and 76 (webhooks, MCP, A2A)", "open: feature absent"),
     ("74, 75, 87", "open: feature absent"),
     (
