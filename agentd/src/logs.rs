@@ -18,7 +18,6 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::sync::{broadcast, mpsc};
 
@@ -47,7 +46,8 @@ struct Inner {
 struct Ring {
     lines: VecDeque<LogLine>,
     bytes: usize,
-    follow: broadcast::Sender<LogLine>,
+    /// While somebody follows: its places are taken from memory at once.
+    follow: Option<broadcast::Sender<LogLine>>,
 }
 
 enum Order {
@@ -78,7 +78,10 @@ impl Logs {
     pub fn tail(&self, agent: AgentId, lines: usize) -> (Vec<LogLine>, broadcast::Receiver<LogLine>) {
         self.with_ring(agent, |ring| {
             let skip = ring.lines.len().saturating_sub(lines);
-            (ring.lines.iter().skip(skip).cloned().collect(), ring.follow.subscribe())
+            (
+                ring.lines.iter().skip(skip).cloned().collect(),
+                ring.follow.get_or_insert_with(|| broadcast::channel(FOLLOW).0).subscribe(),
+            )
         })
     }
 
@@ -96,13 +99,14 @@ impl Logs {
         Ok(())
     }
 
-    async fn pump(self, agent: AgentId, stream: &'static str, mut pipe: pipe::Receiver) {
+    async fn pump(self, agent: AgentId, stream: &'static str, pipe: pipe::Receiver) {
         let mut splitter = Splitter::default();
-        let mut chunk = [0u8; 4096];
-        while let Ok(count) = pipe.read(&mut chunk).await {
-            let ended = count == 0;
-            let texts =
-                if ended { splitter.finish().into_iter().collect() } else { splitter.feed(&chunk[..count]) };
+        while pipe.readable().await.is_ok() {
+            let (ended, texts) = match splitter.read(&pipe) {
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(_) => break,
+            };
             for text in texts {
                 let line = LogLine { unix_ms: clock::unix_ms(), stream: stream.to_owned(), text };
                 self.show(agent, &line);
@@ -124,7 +128,11 @@ impl Logs {
                 let Some(old) = ring.lines.pop_front() else { break };
                 ring.bytes -= old.text.len();
             }
-            let _ = ring.follow.send(line.clone());
+            if let Some(follow) = &ring.follow
+                && follow.send(line.clone()).is_err()
+            {
+                ring.follow = None;
+            }
         });
     }
 
@@ -156,7 +164,7 @@ impl Ring {
             let Some(old) = lines.pop_front() else { break };
             bytes -= old.text.len();
         }
-        Self { lines, bytes, follow: broadcast::channel(FOLLOW).0 }
+        Self { lines, bytes, follow: None }
     }
 }
 
@@ -169,6 +177,15 @@ struct Splitter {
 }
 
 impl Splitter {
+    /// What has come, and whether that is all. The buffer is on the stack: a task that waits holds none.
+    fn read(&mut self, pipe: &pipe::Receiver) -> io::Result<(bool, Vec<String>)> {
+        let mut chunk = [0u8; 4096];
+        match pipe.try_read(&mut chunk)? {
+            0 => Ok((true, self.finish().into_iter().collect())),
+            count => Ok((false, self.feed(&chunk[..count]))),
+        }
+    }
+
     fn feed(&mut self, bytes: &[u8]) -> Vec<String> {
         let mut texts = Vec::new();
         for &byte in bytes {

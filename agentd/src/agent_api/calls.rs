@@ -11,10 +11,9 @@ use agentd_domain::fault::Report;
 use agentd_domain::launcher::{CallEnd, CallLimits, CallSpec, SocketAccess, WorkAccess};
 use agentd_domain::paths::inside;
 use agentd_sandbox::client::CallHandles;
-use axum::Json;
 use axum::body::Bytes;
-use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
+use axum::{Extension, Json};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -28,7 +27,7 @@ const TIMEOUT_MS: u64 = 60_000;
 const OUTPUT_MOST_BYTES: usize = 256 * 1024;
 
 pub(super) async fn call(
-    State(caller): State<Caller>,
+    Extension(caller): Extension<Caller>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Called>, Refused> {
     let request: Call = parse(body)?;

@@ -8,9 +8,10 @@ use super::{Caller, Refused, parse};
 use agentd_domain::agent_api::ReportPain;
 use agentd_domain::fault::Report;
 use agentd_domain::health::Pain;
+use axum::Extension;
 use axum::body::{Body, Bytes};
+use axum::extract::Request;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::middleware::Next;
 use axum::response::Response;
@@ -38,7 +39,7 @@ fn kind(path: &str) -> Kind {
 }
 
 /// Around every route of an agent.
-pub async fn counted(State(caller): State<Caller>, request: Request, next: Next) -> Response {
+pub async fn counted(Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
     let beat = caller.services.nerves.beat(caller.agent);
     let kind = kind(request.uri().path());
     beat.called();
@@ -78,7 +79,7 @@ pub async fn counted(State(caller): State<Caller>, request: Request, next: Next)
 
 /// Every agent may say that it hurts: its owner sees it, and nothing else follows from it.
 pub async fn pain(
-    State(caller): State<Caller>,
+    Extension(caller): Extension<Caller>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<StatusCode, Refused> {
     let said: ReportPain = parse(body)?;
@@ -92,7 +93,7 @@ pub async fn pain(
 }
 
 /// A long piece of work goes on.
-pub async fn progress(State(caller): State<Caller>) -> StatusCode {
+pub async fn progress(Extension(caller): Extension<Caller>) -> StatusCode {
     caller.services.nerves.beat(caller.agent).progress();
     StatusCode::NO_CONTENT
 }

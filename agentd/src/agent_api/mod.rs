@@ -34,17 +34,17 @@ use agentd_sandbox::client::Launcher;
 use agentd_serving::{ApiError, Front};
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, Path, Query, Request};
 use axum::http::{HeaderMap, StatusCode};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use futures::{Stream, StreamExt, stream};
 use http_body_util::BodyExt;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 /// A memory's text has at most 32 KiB; escaped as JSON a few times that.
@@ -80,17 +80,22 @@ pub struct Caller {
     pub services: Services,
 }
 
-pub fn router(caller: Caller) -> Router {
-    let front = Front { engine: Arc::new(caller.services.engine.clone()), caller: caller.agent.to_string() };
+/// One for all runs: who asks stands among a request's extensions, put there by whoever owns the run's listeners
+/// (`serve.rs`). A router of its own would cost each run some sixty kilobytes.
+pub fn router() -> Router {
+    static ROUTER: LazyLock<Router> = LazyLock::new(routes);
+    ROUTER.clone()
+}
+
+fn routes() -> Router {
     // The right is checked first: an answer that is kept is an answer of a model too.
-    let models = agentd_serving::router(front)
-        .route_layer(from_fn_with_state(caller.clone(), once::settled))
-        .route_layer(from_fn_with_state(caller.clone(), models_only));
+    let models = agentd_serving::router()
+        .route_layer(from_fn(fronted))
+        .route_layer(from_fn(once::settled))
+        .route_layer(from_fn(models_only));
     // Replies are streams and have their own end; everything else is answered once.
-    let replies = Router::new()
-        .route("/agent/v1/messages/{id}/reply", post(reply))
-        .layer(DefaultBodyLimit::disable())
-        .with_state(caller.clone());
+    let replies =
+        Router::new().route("/agent/v1/messages/{id}/reply", post(reply)).layer(DefaultBodyLimit::disable());
     let own = Router::new()
         .route("/agent/v1/self", get(self_info))
         .route("/agent/v1/token", get(own::token))
@@ -102,12 +107,17 @@ pub fn router(caller: Caller) -> Router {
         .route("/agent/v1/memory/recall", post(recall))
         .route("/agent/v1/messages/next", get(next_message))
         .route("/agent/v1/calls", post(calls::call))
-        .layer(DefaultBodyLimit::max(BODY_MOST_BYTES))
-        .with_state(caller.clone());
-    let own_layer = from_fn_with_state(caller.clone(), own::decided);
-    let all = models.merge(own).merge(replies).fallback(nowhere).layer(own_layer);
+        .layer(DefaultBodyLimit::max(BODY_MOST_BYTES));
+    let all = models.merge(own).merge(replies).fallback(nowhere).layer(from_fn(own::decided));
     // Outermost: what was refused counts too.
-    all.layer(from_fn_with_state(caller, felt::counted))
+    all.layer(from_fn(felt::counted))
+}
+
+/// The engine as this caller sees it.
+async fn fronted(Extension(caller): Extension<Caller>, mut request: Request, next: Next) -> Response {
+    let engine = Arc::new(caller.services.engine.clone());
+    request.extensions_mut().insert(Front { engine, caller: caller.agent.to_string() });
+    next.run(request).await
 }
 
 /// An error as an agent reads it.
@@ -126,7 +136,7 @@ impl IntoResponse for Refused {
     }
 }
 
-async fn self_info(State(caller): State<Caller>) -> Json<SelfInfo> {
+async fn self_info(Extension(caller): Extension<Caller>) -> Json<SelfInfo> {
     Json(SelfInfo {
         agent_id: caller.agent,
         name: caller.name.clone(),
@@ -139,7 +149,7 @@ async fn self_info(State(caller): State<Caller>) -> Json<SelfInfo> {
 }
 
 async fn remember(
-    State(caller): State<Caller>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Remembered>, Refused> {
@@ -150,7 +160,7 @@ async fn remember(
 }
 
 async fn recall(
-    State(caller): State<Caller>,
+    Extension(caller): Extension<Caller>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Recalled>, Refused> {
     let mut request: Recall = parse(body)?;
@@ -169,7 +179,7 @@ struct NextQuery {
 }
 
 async fn next_message(
-    State(caller): State<Caller>,
+    Extension(caller): Extension<Caller>,
     Query(query): Query<NextQuery>,
 ) -> Result<Response, Refused> {
     caller.may("messages")?;
@@ -185,7 +195,7 @@ async fn next_message(
 }
 
 async fn reply(
-    State(caller): State<Caller>,
+    Extension(caller): Extension<Caller>,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<StatusCode, Refused> {
@@ -257,7 +267,7 @@ fn line_too_long() -> Report {
     )
 }
 
-async fn models_only(State(caller): State<Caller>, request: Request, next: Next) -> Response {
+async fn models_only(Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
     match caller.may("models") {
         Ok(()) => next.run(request).await,
         Err(report) => ApiError::from(report).into_response(),

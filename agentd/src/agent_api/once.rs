@@ -16,8 +16,9 @@ use crate::store::{Db, Kept, RequestRow, Settled};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_serving::{ApiError, Meter, Used};
+use axum::Extension;
 use axum::body::{Body, Bytes};
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -34,7 +35,7 @@ static BEHIND: Semaphore = Semaphore::const_new(BEHIND_MOST);
 /// As the front's own limit: the body must be read here to know whether it is the same.
 const REQUEST_MOST_BYTES: usize = 4 * 1024 * 1024;
 
-pub(super) async fn settled(State(caller): State<Caller>, request: Request, next: Next) -> Response {
+pub(super) async fn settled(Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
     if request.method() != Method::POST {
         return next.run(request).await;
     }

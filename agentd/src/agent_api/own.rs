@@ -1,6 +1,6 @@
 //! What may a run do with its own token, and with its children?
 
-use super::{Caller, Refused, idempotency_key, parse, router};
+use super::{Caller, Refused, idempotency_key, parse};
 use crate::children::Parent;
 use crate::tokens::shown;
 use agentd_domain::agent_api::{Child, StartChild, TOKEN_HEADER};
@@ -10,19 +10,22 @@ use agentd_domain::ids::AgentId;
 use agentd_domain::rights::START_AGENTS;
 use agentd_domain::token::{Shown, Verified};
 use agentd_serving::ApiError;
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, Request};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use std::sync::Arc;
-use tower::ServiceExt;
 
 /// Before anything else: a run whose token holds no more is answered nothing. A request that brings a narrower token
 /// of this agent is decided by that one.
-pub(super) async fn decided(State(caller): State<Caller>, mut request: Request, next: Next) -> Response {
+pub(super) async fn decided(
+    Extension(caller): Extension<Caller>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     if let Err(report) = caller.services.tokens.in_force(&caller.held) {
         caller.note("token.use", &report.code, "");
         return refused(&request, report);
@@ -30,8 +33,8 @@ pub(super) async fn decided(State(caller): State<Caller>, mut request: Request, 
     let Some(header) = request.headers_mut().remove(TOKEN_HEADER) else { return next.run(request).await };
     match presented(&caller, &header) {
         Ok(narrower) => {
-            let answered = router(narrower).oneshot(request).await;
-            answered.unwrap_or_else(|never| match never {})
+            request.extensions_mut().insert(narrower);
+            next.run(request).await
         }
         Err(report) => {
             caller.note("token.use", &report.code, &report.why);
@@ -64,7 +67,7 @@ fn presented(caller: &Caller, header: &HeaderValue) -> Result<Caller, Report> {
     Ok(Caller { held: Arc::new(held), shown: Some(text.into()), ..caller.clone() })
 }
 
-pub(super) async fn token(State(caller): State<Caller>) -> Result<Json<Shown>, Refused> {
+pub(super) async fn token(Extension(caller): Extension<Caller>) -> Result<Json<Shown>, Refused> {
     let text = match &caller.shown {
         Some(text) => text.to_string(),
         None => caller.services.tokens.text_of(caller.agent).await?,
@@ -73,7 +76,7 @@ pub(super) async fn token(State(caller): State<Caller>) -> Result<Json<Shown>, R
 }
 
 pub(super) async fn start_child(
-    State(caller): State<Caller>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Child>, Refused> {
@@ -83,13 +86,13 @@ pub(super) async fn start_child(
     Ok(Json(caller.services.children.start(caller.parent(), request, key).await?))
 }
 
-pub(super) async fn children(State(caller): State<Caller>) -> Result<Json<Vec<Child>>, Refused> {
+pub(super) async fn children(Extension(caller): Extension<Caller>) -> Result<Json<Vec<Child>>, Refused> {
     caller.may(START_AGENTS)?;
     Ok(Json(caller.services.children.list(caller.agent).await?))
 }
 
 pub(super) async fn child(
-    State(caller): State<Caller>,
+    Extension(caller): Extension<Caller>,
     Path(id): Path<String>,
 ) -> Result<Json<Child>, Refused> {
     caller.may(START_AGENTS)?;
@@ -97,7 +100,7 @@ pub(super) async fn child(
 }
 
 pub(super) async fn remove_child(
-    State(caller): State<Caller>,
+    Extension(caller): Extension<Caller>,
     Path(id): Path<String>,
 ) -> Result<StatusCode, Refused> {
     caller.may(START_AGENTS)?;

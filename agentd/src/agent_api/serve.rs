@@ -9,8 +9,9 @@
 use super::{Caller, Services, router};
 use crate::agents::Serve;
 use crate::logs::Logs;
-use axum::Router;
+use axum::extract::Request;
 use axum::serve::Listener;
+use axum::{Extension, ServiceExt};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net as unix;
@@ -23,6 +24,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
+use tower::Layer;
 
 /// Of one agent, over both of its listeners.
 const CONNECTIONS_MOST: usize = 64;
@@ -39,7 +41,7 @@ pub fn serve(run: Serve, services: Services, logs: &Logs) {
             tracing::warn!(agent_id = %agent, run_id = %run_id, stream, %error, "an agent's output is not read");
         }
     }
-    if let Err(error) = serve_both(sockets.api_tcp, sockets.api_unix, router(caller), &over) {
+    if let Err(error) = serve_both(sockets.api_tcp, sockets.api_unix, caller, &over) {
         tracing::error!(agent_id = %agent, run_id = %run_id, %error, "an agent's API is not served");
     }
     tokio::spawn(async move {
@@ -62,7 +64,7 @@ fn watched(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::with_interest(pidfd, tokio::io::Interest::READABLE)
 }
 
-fn serve_both(tcp: OwnedFd, unix: OwnedFd, router: Router, over: &CancellationToken) -> io::Result<()> {
+fn serve_both(tcp: OwnedFd, unix: OwnedFd, caller: Caller, over: &CancellationToken) -> io::Result<()> {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MOST));
     let tcp = std::net::TcpListener::from(tcp);
     tcp.set_nonblocking(true)?;
@@ -70,18 +72,20 @@ fn serve_both(tcp: OwnedFd, unix: OwnedFd, router: Router, over: &CancellationTo
     let unix = unix::UnixListener::from(unix);
     unix.set_nonblocking(true)?;
     let unix = Limited { listener: UnixListener::from_std(unix)?, places };
-    tokio::spawn(until_over(tcp, router.clone(), over.clone()));
-    tokio::spawn(until_over(unix, router, over.clone()));
+    tokio::spawn(until_over(tcp, caller.clone(), over.clone()));
+    tokio::spawn(until_over(unix, caller, over.clone()));
     Ok(())
 }
 
-async fn until_over<L>(listener: Limited<L>, router: Router, over: CancellationToken)
+async fn until_over<L>(listener: Limited<L>, caller: Caller, over: CancellationToken)
 where
     L: Listener,
     L::Addr: std::fmt::Debug,
 {
     let stop = over.clone();
-    let serving = axum::serve(listener, router).with_graceful_shutdown(async move { stop.cancelled().await });
+    let service = ServiceExt::<Request>::into_make_service(Extension(caller).layer(router()));
+    let serving =
+        axum::serve(listener, service).with_graceful_shutdown(async move { stop.cancelled().await });
     let serving = std::future::IntoFuture::into_future(serving);
     let late = async {
         over.cancelled().await;

@@ -13,6 +13,7 @@ use agentd_domain::rights::{Narrowing, Rights};
 use agentd_domain::token::{RevocationId, Shown};
 use agentd_sandbox::client::Launcher;
 use axum::http::Method;
+use axum::{Extension, Router};
 use serde_json::{Value, json};
 use std::future::pending;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,6 +35,10 @@ struct Scene {
 }
 
 const ALL: [&str; 4] = ["memory.recall.spirit", "memory.remember.spirit", "messages", "models"];
+
+fn router_of(caller: &Caller) -> Router {
+    router().layer(Extension(caller.clone()))
+}
 
 impl Scene {
     async fn new(rights: &[&str]) -> Self {
@@ -100,7 +105,7 @@ impl Scene {
             request = request.header("idempotency-key", key);
         }
         let request = request.body(Body::from(body)).expect("a request");
-        let response = router(self.caller.clone()).oneshot(request).await.expect("answered");
+        let response = router_of(&self.caller).oneshot(request).await.expect("answered");
         let status = response.status().as_u16();
         let bytes = response.into_body().collect().await.expect("a body").to_bytes();
         (status, String::from_utf8(bytes.to_vec()).expect("utf-8"))
@@ -310,7 +315,7 @@ async fn the_end_of_an_answer_comes_after_it_was_entered() {
     let scene = Scene::new(&ALL).await;
     let body = json!({ "messages": [{ "role": "user", "content": "hi" }], "stream": true }).to_string();
     let request = Request::post("/v1/chat/completions").header("idempotency-key", "k").body(Body::from(body));
-    let response = router(scene.caller.clone()).oneshot(request.expect("a request")).await.expect("answered");
+    let response = router_of(&scene.caller).oneshot(request.expect("a request")).await.expect("answered");
     let mut body = response.into_body();
     let mut text = String::new();
     while let Some(frame) = body.frame().await {
@@ -402,7 +407,7 @@ async fn requests_are_counted_and_an_open_one_is_not_the_agents_fault() {
     let body =
         json!({ "model": "default", "stream": true, "messages": [{ "role": "user", "content": "x" }] });
     let request = request.header("content-type", "application/json").body(Body::from(body.to_string()));
-    let response = router(scene.caller.clone()).oneshot(request.expect("a request")).await.expect("answered");
+    let response = router_of(&scene.caller).oneshot(request.expect("a request")).await.expect("answered");
     assert_eq!(beat.pulse(0).open, 1, "the stream has not left yet");
     response.into_body().collect().await.expect("a body");
     assert_eq!(beat.pulse(0).open, 0);
@@ -454,7 +459,7 @@ impl Scene {
     async fn with_header(&self, path: &str, token: &str) -> (u16, String) {
         let request = Request::builder().uri(path).header(TOKEN_HEADER, token);
         let request = request.body(Body::empty()).expect("a request");
-        let response = router(self.caller.clone()).oneshot(request).await.expect("answered");
+        let response = router_of(&self.caller).oneshot(request).await.expect("answered");
         let status = response.status().as_u16();
         let bytes = response.into_body().collect().await.expect("a body").to_bytes();
         (status, String::from_utf8(bytes.to_vec()).expect("utf-8"))

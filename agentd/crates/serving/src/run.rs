@@ -14,12 +14,12 @@ use agentd_domain::engine::Done;
 use agentd_domain::fault::Report;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::extract::{DefaultBodyLimit, Path};
 use axum::http::HeaderMap;
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use futures::{StreamExt, stream};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -32,7 +32,7 @@ use uuid::Uuid;
 /// The longest context anyone serves is about 0.5 MB of text per 100,000 tokens.
 const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
 
-/// One caller's view of the engine.
+/// One caller's view of the engine: each request carries it as an extension, so that one router is enough for all.
 #[derive(Clone)]
 pub struct Front {
     pub engine: Arc<dyn EngineHandle>,
@@ -40,7 +40,8 @@ pub struct Front {
     pub caller: String,
 }
 
-pub fn router(front: Front) -> Router {
+/// Every request must have a [`Front`] among its extensions; without one the answer is 500.
+pub fn router() -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
@@ -48,11 +49,10 @@ pub fn router(front: Front) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{name}", get(model))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
-        .with_state(front)
 }
 
 async fn chat(
-    State(front): State<Front>,
+    Extension(front): Extension<Front>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
@@ -63,7 +63,7 @@ async fn chat(
 }
 
 async fn completions(
-    State(front): State<Front>,
+    Extension(front): Extension<Front>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
@@ -74,7 +74,7 @@ async fn completions(
 }
 
 async fn embeddings(
-    State(front): State<Front>,
+    Extension(front): Extension<Front>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let request: EmbeddingsRequest = parse(body)?;
@@ -86,12 +86,15 @@ async fn embeddings(
     Ok(metered(Json(answer).into_response(), meter))
 }
 
-async fn models(State(front): State<Front>) -> Json<Value> {
+async fn models(Extension(front): Extension<Front>) -> Json<Value> {
     let data: Vec<Value> = front.engine.models().iter().map(|model| model_card(&model.name)).collect();
     Json(json!({ "object": "list", "data": data }))
 }
 
-async fn model(State(front): State<Front>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+async fn model(
+    Extension(front): Extension<Front>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
     if front.engine.models().iter().any(|model| model.name == name) {
         return Ok(Json(model_card(&name)));
     }

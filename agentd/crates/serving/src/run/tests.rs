@@ -3,6 +3,7 @@ use crate::handle::{Embeddings, Leaving, Pending, ServedModel};
 use agentd_domain::engine::{FinishReason, Generate, ModelKind};
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
+use axum::{Extension, Router};
 use http_body_util::BodyExt;
 use std::sync::Mutex;
 use tower::ServiceExt;
@@ -52,6 +53,10 @@ impl EngineHandle for FakeEngine {
     }
 }
 
+fn router_of(front: Front) -> Router {
+    router().layer(Extension(front))
+}
+
 async fn ask(
     engine: FakeEngine,
     path: &str,
@@ -65,7 +70,7 @@ async fn ask(
         request = request.header("idempotency-key", key);
     }
     let response =
-        router(front).oneshot(request.body(Body::from(body)).expect("request")).await.expect("answer");
+        router_of(front).oneshot(request.body(Body::from(body)).expect("request")).await.expect("answer");
     let status = response.status();
     let bytes = response.into_body().collect().await.expect("body").to_bytes();
     (status, String::from_utf8(bytes.to_vec()).expect("utf-8"), engine)
@@ -169,7 +174,7 @@ async fn models_are_listed_and_found() {
     let front = Front { engine: Arc::new(FakeEngine::default()), caller: String::new() };
     let get = |path: &str| {
         let request = Request::get(path).body(Body::empty()).expect("request");
-        router(front.clone()).oneshot(request)
+        router_of(front.clone()).oneshot(request)
     };
     assert_eq!(get("/v1/models").await.expect("answer").status(), StatusCode::OK);
     assert_eq!(get("/v1/models/minilm").await.expect("answer").status(), StatusCode::OK);
@@ -207,7 +212,7 @@ async fn the_meter_is_filled_before_the_end_is_given_out_and_not_before() {
     let engine = FakeEngine { pieces: vec!["a", "b"], ..FakeEngine::default() };
     let front = Front { engine: Arc::new(engine), caller: String::new() };
     let request = Request::post("/v1/chat/completions").body(Body::from(chat_body(true))).expect("request");
-    let response = router(front).oneshot(request).await.expect("answer");
+    let response = router_of(front).oneshot(request).await.expect("answer");
     let meter = response.extensions().get::<Meter>().expect("a meter").clone();
     let mut body = response.into_body();
     while let Some(frame) = body.frame().await {
@@ -225,7 +230,7 @@ async fn a_failed_answer_fills_no_meter() {
     let engine = FakeEngine { pieces: vec!["a"], fails_after: Some(1), ..FakeEngine::default() };
     let front = Front { engine: Arc::new(engine), caller: String::new() };
     let request = Request::post("/v1/chat/completions").body(Body::from(chat_body(true))).expect("request");
-    let response = router(front).oneshot(request).await.expect("answer");
+    let response = router_of(front).oneshot(request).await.expect("answer");
     let meter = response.extensions().get::<Meter>().expect("a meter").clone();
     response.into_body().collect().await.expect("body");
     assert_eq!(meter.used(), None);
