@@ -46,6 +46,7 @@ fn agents_fall_ill() -> Result<()> {
     a_hang_with_a_message_in_hand_is_restarted(&mut appliance)?;
     idle_is_healthy(&mut appliance)?;
     message.kill();
+    a_quarantine_ends_by_its_owner(&mut appliance)?;
     what_was_done_is_in_the_audit_log(&appliance)?;
     Ok(())
 }
@@ -137,6 +138,11 @@ fn a_crash_loop_is_quarantined(appliance: &mut Appliance) -> Result<()> {
     let pauses: Vec<u64> = ends.windows(2).map(|two| two[1].0 - two[0].1).collect();
     ensure!(pauses.windows(2).all(|two| two[0] < two[1]), "back-off {pauses:?} ms");
     println!("RESULT: back-off of a crash loop {pauses:?} ms, then quarantine");
+    Ok(())
+}
+
+/// After ten minutes it is tried once, in the long run; its owner may start it at any time.
+fn a_quarantine_ends_by_its_owner(appliance: &mut Appliance) -> Result<()> {
     if std::env::var_os("AGENTD_LONG").is_some() {
         appliance.until("the trial start fails and it stays", QUARANTINE, |ctl| {
             let shown = agent(ctl, "exit")?;
