@@ -34,7 +34,8 @@ const QUEUE: usize = 64;
 /// What everybody may know of an agent.
 #[derive(Debug, Clone)]
 pub struct View {
-    pub row: AgentRow,
+    /// Shared with the loop: a thousand of them are shown anew whenever one changes.
+    pub row: Arc<AgentRow>,
     /// `None` when this version cannot read it; then `problem` says why.
     pub manifest: Option<Arc<Manifest>>,
     pub state: AgentState,

@@ -203,7 +203,7 @@ struct Loop {
 
 /// What the loop knows of an agent besides its phase.
 struct Known {
-    row: AgentRow,
+    row: Arc<AgentRow>,
     manifest: Option<Arc<Manifest>>,
     package: Package,
     /// Newest first.
@@ -342,7 +342,16 @@ impl Loop {
         self.links.inbox.know(agent, &past.waiting);
         let (refused, remove_after_boot_ms) = (false, 0);
         let exits = past.exits;
-        let known = Known { row, manifest, package, exits, problem, refused, remove_after_boot_ms, kept: 0 };
+        let known = Known {
+            row: Arc::new(row),
+            manifest,
+            package,
+            exits,
+            problem,
+            refused,
+            remove_after_boot_ms,
+            kept: 0,
+        };
         self.known.insert(agent, known);
         actions
     }
@@ -352,7 +361,7 @@ impl Loop {
         let row = self.links.db.call(move |store| store.change_agent(agent, |row| row.wanted = wanted)).await;
         let row = row.map_err(|error| error.report(what))?;
         if let Some(known) = self.known.get_mut(&agent) {
-            known.row = row;
+            known.row = Arc::new(row);
             if known.manifest.is_none() {
                 return Err(known.problem.clone().unwrap_or_else(|| unknown_agent(what)));
             }
@@ -392,7 +401,7 @@ impl Loop {
             Err(report) => {
                 // It stays, stopped, so that its owner can try again.
                 if let Some(known) = self.known.get_mut(&agent) {
-                    known.row.wanted = false;
+                    Arc::make_mut(&mut known.row).wanted = false;
                     known.problem = Some(report.clone());
                     if let Some(manifest) = &known.manifest {
                         let (restart, restarts) = (manifest.restart, known.row.restarts);
@@ -701,7 +710,7 @@ impl Loop {
         let restarts = entry.health.restarts();
         let Some(known) = self.known.get_mut(&agent).filter(|known| known.kept != version) else { return };
         known.kept = version;
-        known.row.restarts = restarts;
+        Arc::make_mut(&mut known.row).restarts = restarts;
         let history = history.clone();
         let kept = self.links.db.call(move |store| store.set_health(agent, history, restarts)).await;
         if let Err(error) = kept {

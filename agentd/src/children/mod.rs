@@ -143,7 +143,7 @@ impl Children {
             installed_unix_ms: clock::unix_ms(),
             parent: Some(parent.agent),
             arguments: request.arguments,
-            ..view.row.clone()
+            ..AgentRow::clone(&view.row)
         };
         let child = described(&row, rights.clone());
         self.make_folder(parent.agent, &row, &rights).await?;

@@ -6,6 +6,7 @@
 
 use crate::report::result;
 use agentd_domain::api::{Agent, AgentState, ApplianceStatus, LogLine};
+use agentd_domain::health::{Note, Throttle};
 use anyhow::{Context, Result, ensure};
 use image::programs;
 use std::path::{Path, PathBuf};
@@ -73,26 +74,40 @@ fn now(ctl: &Ctl) -> Result<i64> {
     Ok(ctl.json::<ApplianceStatus>(&["status"])?.now_unix_ms)
 }
 
-/// Stops the culprit if nothing else did, and reads when which of its bombs was held.
+/// Waits until the culprit is throttled or dead, ends it, and reads when which of its bombs was held.
 fn ended(appliance: &mut Appliance) -> Result<Vec<(String, f64)>> {
-    let agent = appliance.until("the culprit has ended", BOOT, |ctl| {
+    let culprit = appliance.until("the culprit is throttled or has ended", BOOT, |ctl| {
         let agents: Vec<Agent> = ctl.json(&["agent", "ls"])?;
         let culprit = agents.into_iter().find(|agent| agent.name.as_str() == BOMBS).context("no culprit")?;
-        let over = culprit.run.is_none() && culprit.state != AgentState::Starting;
-        Ok((over && culprit.last_exit.is_some()).then_some(culprit))
-    });
+        let over =
+            culprit.run.is_none() && culprit.state != AgentState::Starting && culprit.last_exit.is_some();
+        Ok((over || culprit.health.throttle != Throttle::None).then_some(culprit))
+    })?;
     let ctl = appliance.ctl();
     ctl.run(&["agent", "stop", BOMBS])?.success()?;
     let lines = logs(&ctl, BOMBS)?;
     let own = lines.rsplit(|line| line.text == "begins").next().unwrap_or_default();
     let mut held: Vec<(String, f64)> = own.iter().filter_map(|line| holding(&line.text)).collect();
-    let exit = agent?.last_exit.context("no exit record")?;
     let begun = own.iter().find_map(|line| {
-        line.text.strip_prefix("memory begins at ")?.strip_suffix(" ms")?.parse::<u64>().ok()
+        let at = line.text.strip_prefix("memory begins at ")?.strip_suffix(" ms")?;
+        Some((line.unix_ms, at.parse::<u64>().ok()?))
     });
-    // Killed before it could say so: by the same limit, only sooner.
-    let after = begun.map_or(0, |begun| exit.ended_boot_ms.saturating_sub(begun));
-    held.push((format!("memory ({:?})", exit.cause), after as f64));
+    // What is throttled may take minutes to its limit: its memory is held from then on, or since before it began.
+    let since = lines.iter().rfind(|line| line.text == "begins").map_or(0, |line| line.unix_ms);
+    let of_this_run = |note: &&Note| note.unix_ms >= since && note.text.starts_with("throttled");
+    let throttled = culprit.health.notes.iter().find(of_this_run);
+    held.push(match (&culprit.last_exit, throttled) {
+        (_, Some(note)) => {
+            let after = begun.map_or(0, |(begun, _)| note.unix_ms.saturating_sub(begun).max(0));
+            ("memory (throttled)".to_owned(), after as f64)
+        }
+        (Some(exit), None) => {
+            // Killed before it could say so: by the same limit, only sooner.
+            let after = begun.map_or(0, |(_, begun)| exit.ended_boot_ms.saturating_sub(begun));
+            (format!("memory ({:?})", exit.cause), after as f64)
+        }
+        (None, None) => anyhow::bail!("it is neither throttled nor dead: {culprit:?}"),
+    });
     Ok(held)
 }
 

@@ -203,7 +203,7 @@ impl Loop {
         if !stopped || !known.row.wanted || known.row.parent.is_none() {
             return;
         }
-        known.row.wanted = false;
+        Arc::make_mut(&mut known.row).wanted = false;
         let stored =
             self.links.db.call(move |store| store.change_agent(agent, |row| row.wanted = false)).await;
         if let Err(error) = stored {
