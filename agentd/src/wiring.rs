@@ -374,7 +374,7 @@ async fn end_when_data_comes(places: Places, over: CancellationToken) {
     }
 }
 
-/// Serves the console until agentd is told to end. `open` is told when it is served, or cannot be for now.
+/// Serves the console until agentd is told to end. `open` is told when it is served, or cannot be yet.
 async fn serve_people(
     machine: Machine,
     state: &Path,

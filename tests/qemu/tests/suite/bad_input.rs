@@ -150,7 +150,8 @@ fn on_disk(appliance: &Appliance, known: &[Agent]) -> Result<()> {
     let data = layout::partition(marker::PARTITION_DATA).context("no data partition")?;
     let image = format!("{}?offset={}", appliance.disk().display(), data.start_bytes);
     let list = |folder: &str| -> Result<Vec<String>> {
-        let output = Command::new("debugfs").args(["-R", &format!("ls -p {folder}"), &image]).output()?;
+        let output =
+            Command::new("/usr/sbin/debugfs").args(["-R", &format!("ls -p {folder}"), &image]).output()?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         let names = said.lines().filter_map(|line| line.split('/').nth(5)).map(str::to_owned);
         let names: Vec<String> = names.filter(|name| !name.is_empty()).collect();
