@@ -5,7 +5,7 @@
 use crate::error::ApiError;
 use crate::handle::ServedModel;
 use crate::request::{ChatRequest, Common, CompletionRequest, EmbeddingsRequest, Message, OneOrMany};
-use agentd_domain::engine::{ChatMessage, Generate, ModelKind, Prompt, Sampling};
+use agentd_domain::engine::{ChatMessage, Generate, ModelKind, Prompt, Sampling, Share};
 use serde_json::Value;
 
 /// OpenAI takes four; more is a mistake, and each costs a search per piece.
@@ -219,7 +219,7 @@ fn finish(
         let text = format!("`stop` takes up to {MAX_STOPS} texts, none of them empty");
         return Err(ApiError::invalid("stop", "stop", text));
     }
-    let generate = Generate { model: model.name.clone(), key, prompt, sampling, max_tokens, stop };
+    let generate = Generate { model: model.name.clone(), key, prompt, sampling, max_tokens, stop, share: Share::default() };
     Ok(Planned { generate, delivery })
 }
 

@@ -2,7 +2,7 @@
 
 use agentd_domain::engine::{
     ChatMessage, ClientFrame, Done, EngineStatus, Event, Generate, LoadModel, LoadedModel, ModelKind,
-    PROTOCOL_VERSION, Prompt, Request, Sampling, ServerFrame,
+    PROTOCOL_VERSION, Prompt, Request, Sampling, ServerFrame, Share,
 };
 use agentd_domain::fault::Report;
 use agentd_domain::paths::{BUILTIN_EMBEDDER, BUILTIN_TINY};
@@ -177,7 +177,7 @@ impl Client {
     }
 
     pub fn logits(&mut self, model: &str, tokens: &[i32]) -> Vec<f32> {
-        match self.ask(Request::Logits { model: model.to_owned(), tokens: tokens.to_vec() }) {
+        match self.ask(Request::Logits { model: model.to_owned(), tokens: tokens.to_vec(), share: None }) {
             Event::Logits { logits } => logits,
             other => panic!("expected logits, got {other:?}"),
         }
@@ -234,7 +234,7 @@ impl Client {
 
 pub fn greedy(key: &str, prompt: Prompt, max_tokens: u32) -> Generate {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    Generate { model: "tiny".to_owned(), key: key.to_owned(), prompt, sampling, max_tokens, stop: Vec::new() }
+    Generate { model: "tiny".to_owned(), key: key.to_owned(), prompt, sampling, max_tokens, stop: Vec::new(), share: Share::default() }
 }
 
 pub fn text(text: &str) -> Prompt {
