@@ -65,6 +65,7 @@ fn generate(key: &str, stop: &str) -> Generate {
         max_tokens: 0,
         stop: vec![stop.to_owned()],
         share: Default::default(),
+        shape: Default::default(),
     }
 }
 

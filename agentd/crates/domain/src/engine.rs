@@ -107,6 +107,24 @@ pub struct Generate {
     pub stop: Vec<String>,
     #[serde(default)]
     pub share: Share,
+    /// What form the answer must have.
+    #[serde(default)]
+    pub shape: Shape,
+}
+
+/// The form of an answer. Only tokens that keep to it are chosen, so an answer that ended with `stop` has it; one that
+/// ended with `length` is a beginning of it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Shape {
+    #[default]
+    Free,
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that a schema accepts: the schema's own text.
+    JsonSchema(String),
+    /// GBNF, llama.cpp's grammars, with a rule `root`.
+    Grammar(String),
 }
 
 /// Who asks, and what part of the model's time and cache it may have.

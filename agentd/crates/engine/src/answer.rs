@@ -1,8 +1,9 @@
 //! How does a request get its words?
 //!
-//! What a request carries besides its place in the plan: its sampler, the text that is not shown yet, who listens.
+//! What a request carries besides its place in the plan: how its tokens are chosen, the text that is not shown yet, who listens.
 
 use crate::generations::{Generation, Listener};
+use crate::shape::Chooser;
 use crate::text::{Characters, Scan, Stops};
 use agentd_domain::engine::{Done, Event, FinishReason, Sampling};
 use agentd_domain::fault::Report;
@@ -21,7 +22,7 @@ pub(crate) enum Task {
 
 pub(crate) struct Answer {
     pub(crate) generation: Arc<Generation>,
-    pub(crate) sampler: LlamaSampler,
+    pub(crate) chooser: Chooser,
     prompt_tokens: u32,
     completion_tokens: u32,
     max_tokens: u32,
@@ -53,14 +54,14 @@ impl Task {
 impl Answer {
     pub(crate) fn new(
         generation: Arc<Generation>,
-        sampler: LlamaSampler,
+        chooser: Chooser,
         prompt_tokens: u32,
         max_tokens: u32,
         stop: Vec<String>,
     ) -> Self {
         Self {
             generation,
-            sampler,
+            chooser,
             prompt_tokens,
             completion_tokens: 0,
             max_tokens,

@@ -9,11 +9,12 @@
 //! Never: a decision about who goes first, which cells go, or who steps aside: that is the plan's, and tested there.
 
 use crate::answer::{Answer, Task, sampler};
+use crate::shape::{Chooser, dead_end};
 use crate::generations::{Generation, Listener};
 use crate::model::{Gauge, Settings};
 use crate::plan::{Ask, Effect, Part, Planner, RequestId, Room};
 use crate::radix::{Domain, SeqId};
-use crate::shelf::Shelves;
+use crate::shelf::{BlobId, Shelves};
 use crate::swap::Swap;
 use agentd_domain::engine::{Event, FinishReason, ModelUsage, Sampling, Share};
 use agentd_domain::fault::Report;
@@ -22,6 +23,7 @@ use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::model::LlamaModel;
+use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2::{LLAMA_FLASH_ATTN_TYPE_AUTO, LLAMA_FLASH_ATTN_TYPE_DISABLED};
 use std::collections::BTreeMap;
@@ -41,6 +43,8 @@ pub(crate) const BATCH_TOKENS: u32 = 512;
 pub(crate) const MAX_WAITING: usize = 256;
 /// Decodes that may fail one after the other before those in them are told. Between them everything is computed anew.
 const MAX_FAILURES: u32 = 2;
+/// Each blob that fails to come back costs a step without a batch; so many are more than there can be of them.
+const MAX_EMPTY_STEPS: u32 = 1000;
 
 pub(crate) enum ChatJob {
     Generate(GenerateJob),
@@ -59,6 +63,8 @@ pub(crate) struct GenerateJob {
     pub(crate) max_tokens: u32,
     pub(crate) stop: Vec<String>,
     pub(crate) share: Share,
+    /// Keeps the answer to a form.
+    pub(crate) grammar: Option<LlamaSampler>,
     pub(crate) generation: Arc<Generation>,
 }
 
@@ -105,6 +111,7 @@ pub(crate) fn spawn(
             shelves: settings.shelves,
             usage: ModelUsage::default(),
             failures: 0,
+            empty_steps: 0,
             started: Instant::now(),
             gauge,
         };
@@ -144,6 +151,8 @@ struct Decoder<'model> {
     usage: ModelUsage,
     /// Decodes that failed since the last that did not.
     failures: u32,
+    /// Steps in which nobody went on, since the last in which somebody did.
+    empty_steps: u32,
     started: Instant,
     gauge: Arc<Gauge>,
 }
@@ -186,7 +195,8 @@ impl Decoder<'_> {
             ChatJob::Generate(job) => {
                 let sampler = sampler(&job.sampling, &job.prompt, self.model.n_vocab());
                 let prompt_tokens = job.prompt.len() as u32;
-                let answer = Answer::new(job.generation, sampler, prompt_tokens, job.max_tokens, job.stop);
+                let chooser = Chooser::new(sampler, job.grammar);
+                let answer = Answer::new(job.generation, chooser, prompt_tokens, job.max_tokens, job.stop);
                 (job.prompt, job.share, job.max_tokens, true, Task::Generate(Box::new(answer)))
             }
             ChatJob::Logits { tokens, share, listener } => {
@@ -225,8 +235,14 @@ impl Decoder<'_> {
         self.carry_out();
         let parts = self.planner.parts(now_ms);
         if parts.is_empty() {
-            return self.stuck();
+            self.empty_steps += 1;
+            // A blob that did not come back has emptied everything: the next step begins anew.
+            if self.empty_steps > MAX_EMPTY_STEPS {
+                self.stuck();
+            }
+            return;
         }
+        self.empty_steps = 0;
         let outputs = self.fill(&parts);
         let begun = Instant::now();
         if let Err(error) = self.context.decode(&mut self.batch) {
@@ -270,13 +286,16 @@ impl Decoder<'_> {
         let answer = match self.tasks.get_mut(&id) {
             Some(Task::Generate(answer)) => answer,
             Some(Task::Logits(listener)) => {
-                listener.send(Event::Logits { logits: context.get_logits_ith(output).to_vec() });
-                self.tasks.remove(&id);
-                return self.planner.finish(id);
+                let (listener, logits) = (listener.clone(), context.get_logits_ith(output).to_vec());
+                self.leave(id);
+                listener.send(Event::Logits { logits });
+                return;
             }
             None => return,
         };
-        let token = answer.sampler.sample(context, output);
+        let Some(token) = answer.chooser.choose(context, output, |token| vocabulary.is_eog(token)) else {
+            return self.fail(id, &dead_end());
+        };
         if vocabulary.is_eog(token) {
             return self.finish(id, FinishReason::Stop);
         }
@@ -289,17 +308,22 @@ impl Decoder<'_> {
 
     fn finish(&mut self, id: RequestId, reason: FinishReason) {
         let cached = self.planner.cached_tokens(id);
-        if let Some(Task::Generate(mut answer)) = self.tasks.remove(&id) {
+        if let Some(Task::Generate(mut answer)) = self.leave(id) {
             answer.end(reason, cached);
         }
+    }
+
+    /// Takes a request out. Whoever is then told finds it counted already.
+    fn leave(&mut self, id: RequestId) -> Option<Task> {
         self.planner.finish(id);
+        self.show();
+        self.tasks.remove(&id)
     }
 
     fn fail(&mut self, id: RequestId, report: &Report) {
-        if let Some(task) = self.tasks.remove(&id) {
+        if let Some(task) = self.leave(id) {
             task.fail(report.clone());
         }
-        self.planner.finish(id);
     }
 
     /// Does to the cache what was decided. What fails is told to the plan, which may decide more.
@@ -309,13 +333,19 @@ impl Decoder<'_> {
             if effects.is_empty() {
                 return;
             }
-            for effect in effects {
-                self.apply(effect);
+            let mut effects = effects.into_iter();
+            while let Some(effect) = effects.next() {
+                if let Err(blob) = self.apply(effect) {
+                    self.context.clear_kv_cache();
+                    self.planner.load_failed(blob, effects.collect());
+                    break;
+                }
             }
         }
     }
 
-    fn apply(&mut self, effect: Effect) {
+    /// `Err` with a blob that did not come back.
+    fn apply(&mut self, effect: Effect) -> Result<(), BlobId> {
         let id = |seq: SeqId| i32::from(seq.0);
         match effect {
             // Positions are below the context's length and ids below its number: neither can fail.
@@ -347,14 +377,14 @@ impl Decoder<'_> {
                         self.usage.last_swap_tokens = upto - from;
                     }
                     Err(error) => {
-                        tracing::warn!(%error, tokens = upto - from, "what was put aside is computed again");
-                        self.swap.forget(blob);
-                        self.planner.load_failed(blob, seq, from);
+                        tracing::error!(%error, tokens = upto - from, "what was put aside did not come back");
+                        return Err(blob);
                     }
                 }
             }
             Effect::Drop { blob } => self.swap.forget(blob),
         }
+        Ok(())
     }
 
     /// Keys and values of one cell, as llama.cpp writes them: asked once, of the first sequence that is long enough.
@@ -377,7 +407,7 @@ impl Decoder<'_> {
         let tokens: u32 = parts.iter().map(|part| part.tokens).sum();
         tracing::error!(why, used, total, tokens, failures = self.failures, "decode failed");
         self.context.clear_kv_cache();
-        self.planner.lost();
+        self.planner.lost(Vec::new());
         if self.failures < MAX_FAILURES {
             return;
         }

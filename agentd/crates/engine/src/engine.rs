@@ -216,6 +216,7 @@ impl Engine {
         };
         check_length(&model.info, &prompt)?;
         check_share(&request.share, prompt.len() as u64, u64::from(request.max_tokens))?;
+        let grammar = model.grammar(&request.shape)?;
         // Who asks may have been given more or less since: it is the same request.
         let share = std::mem::take(&mut request.share);
         let fingerprint = format!("{request:?}");
@@ -233,6 +234,7 @@ impl Engine {
                     max_tokens: request.max_tokens,
                     stop: request.stop,
                     share,
+                    grammar,
                     generation: Arc::clone(&generation),
                 };
                 if jobs.send(ChatJob::Generate(job)).is_err() {

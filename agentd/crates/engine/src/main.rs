@@ -20,6 +20,7 @@ mod plan;
 mod radix;
 mod schedule;
 mod server;
+mod shape;
 mod shelf;
 mod swap;
 mod template;

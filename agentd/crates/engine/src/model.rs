@@ -9,14 +9,16 @@ use crate::chat::{self, ChatJob};
 use crate::devices;
 use crate::embed::{self, EmbedJob};
 use crate::logging;
+use crate::shape::Grammars;
 use crate::shelf::Shelves;
 use crate::template::{Segment, Template};
-use agentd_domain::engine::{ChatMessage, LoadModel, LoadedModel, ModelKind, ModelUsage};
+use agentd_domain::engine::{ChatMessage, LoadModel, LoadedModel, ModelKind, ModelUsage, Shape};
 use agentd_domain::fault::Report;
 use agentd_domain::gguf::{self, Summary};
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
+use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use sha2::{Digest, Sha256};
 use std::fs::File;
@@ -87,6 +89,8 @@ pub(crate) struct Model {
     pub(crate) worker: Worker,
     pub(crate) gauge: Arc<Gauge>,
     pub(crate) thread: JoinHandle<()>,
+    /// Before the model: a grammar points into its vocabulary.
+    grammars: Grammars,
     llama: Arc<LlamaModel>,
     template: Template,
     /// Texts of the control tokens, which a message may not contain as such.
@@ -374,6 +378,7 @@ fn describe(request: &LoadModel, summary: &Summary, llama: Arc<LlamaModel>, load
         worker: loaded.worker,
         gauge: loaded.gauge,
         thread: loaded.thread,
+        grammars: Grammars::default(),
         llama,
         template,
         controls,
@@ -381,6 +386,11 @@ fn describe(request: &LoadModel, summary: &Summary, llama: Arc<LlamaModel>, load
 }
 
 impl Model {
+    /// What keeps an answer to a form, compiled once for all who want it.
+    pub(crate) fn grammar(&self, shape: &Shape) -> Result<Option<LlamaSampler>, Report> {
+        self.grammars.get(&self.llama, shape)
+    }
+
     /// Token ids of a text, without special tokens.
     pub(crate) fn tokenize(&self, text: &str) -> Vec<LlamaToken> {
         self.llama.vocab().tokenize(text.as_bytes(), false, false)

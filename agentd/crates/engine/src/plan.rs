@@ -326,11 +326,18 @@ impl Planner {
         self.pace.measured(prompts, answers, took);
     }
 
-    /// The cache is empty now, whatever was in it: everybody computes again. Blobs are whole.
-    pub(crate) fn lost(&mut self) {
+    /// The cache is empty now, whatever was in it: everybody computes again. `undone` are effects that were taken and
+    /// not carried out; what was copied out before is whole.
+    pub(crate) fn lost(&mut self, undone: Vec<Effect>) {
+        for effect in undone.into_iter().chain(self.take_effects()) {
+            match effect {
+                Effect::Store { blob, .. } => self.blob_lost(blob),
+                Effect::Drop { .. } => self.effects.push(effect),
+                Effect::Share { .. } | Effect::Trim { .. } | Effect::Load { .. } => {}
+            }
+        }
         self.tree.clear();
         self.cached.clear();
-        self.effects.clear();
         self.running.clear();
         self.idle_ids = (0..self.room.ids).rev().map(SeqId).collect();
         for request in self.requests.values_mut() {
@@ -338,7 +345,7 @@ impl Planner {
         }
     }
 
-    /// A blob could not be written or read: its request computes that part again.
+    /// A blob could not be written: its request computes that part again.
     pub(crate) fn blob_lost(&mut self, blob: BlobId) {
         self.shelf.remove(blob);
         for request in self.requests.values_mut() {
@@ -348,11 +355,14 @@ impl Planner {
         }
     }
 
-    /// What came with a `Load` did not arrive: the sequence holds no more than it did before.
-    pub(crate) fn load_failed(&mut self, blob: BlobId, seq: SeqId, from: u32) {
-        self.blob_lost(blob);
-        self.tree.truncate(seq, from);
-        self.effects.push(Effect::Trim { seq, from });
+    /// A blob did not come back. Others may share already what it was to bring, so all that is resident is given up:
+    /// the cache must be emptied. A disk that failed once is not asked again.
+    pub(crate) fn load_failed(&mut self, blob: BlobId, undone: Vec<Effect>) {
+        for dropped in self.shelf.failed(blob) {
+            self.blob_lost(dropped);
+            self.effects.push(Effect::Drop { blob: dropped });
+        }
+        self.lost(undone);
     }
 
     /// What is to be done to the cache by now, in order.

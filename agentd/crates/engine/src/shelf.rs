@@ -95,6 +95,20 @@ impl Shelf {
         self.blobs.remove(&id).is_some()
     }
 
+    /// A blob could not be read. On disk none of the others is trusted then, and none is added.
+    pub(crate) fn failed(&mut self, id: BlobId) -> Vec<BlobId> {
+        if self.blobs.get(&id).is_none_or(|blob| blob.tier == Tier::Memory) {
+            return vec![id];
+        }
+        self.shelves.disk_bytes = 0;
+        self.blobs.iter().filter(|(_, blob)| blob.tier == Tier::Disk).map(|(id, _)| *id).collect()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn ids(&self) -> std::collections::BTreeSet<BlobId> {
+        self.blobs.keys().copied().collect()
+    }
+
     pub(crate) fn has(&self, id: BlobId) -> bool {
         self.blobs.contains_key(&id)
     }
@@ -188,6 +202,18 @@ mod tests {
         assert_eq!(shelf.put((50, 150), None, &mut dropped), None);
         assert!(shelf.has(own) && shelf.remove(own) && !shelf.has(own));
         assert!(shelf.used().0 <= shelf.shelves.memory_bytes);
+    }
+
+    #[test]
+    fn a_disk_that_failed_is_not_asked_again() {
+        let mut shelf = shelf(100, 300);
+        let mut dropped = Vec::new();
+        let (own, tier) = shelf.put((0, 100), None, &mut dropped).unwrap();
+        assert_eq!(tier, Tier::Memory);
+        let on_disk: Vec<BlobId> = (0..2).map(|_| shelf.put((0, 100), None, &mut dropped).unwrap().0).collect();
+        assert_eq!(shelf.failed(on_disk[1]), on_disk);
+        assert_eq!(shelf.put((0, 100), None, &mut dropped), None);
+        assert_eq!(shelf.failed(own), [own]);
     }
 
     #[test]

@@ -54,7 +54,8 @@ impl Cache {
             if effects.is_empty() {
                 return;
             }
-            for effect in effects {
+            let mut effects = effects.into_iter();
+            while let Some(effect) = effects.next() {
                 match effect {
                     Effect::Share { from, to, length } => {
                         assert!(self.of(to).is_empty(), "{to:?} is somebody's");
@@ -81,8 +82,9 @@ impl Cache {
                         let Some((kept, _)) = self.blobs.get(&blob).filter(|_| !self.broken || blob % 5 != 0)
                         else {
                             assert!(self.broken, "{blob} was kept");
-                            planner.load_failed(blob, seq, from);
-                            continue;
+                            self.cells.clear();
+                            planner.load_failed(blob, effects.collect());
+                            break;
                         };
                         assert!(self.cells.len() + kept.len() <= self.total, "it is unfolded beside all others");
                         for (position, state) in kept.iter().filter(|(at, _)| (from..upto).contains(at)) {
@@ -199,6 +201,10 @@ impl Machine {
         self.planner.arrange(self.now_ms);
         self.cache.run(&mut self.planner);
         let parts = self.planner.parts(self.now_ms);
+        if parts.is_empty() && self.cache.broken && self.planner.running() == 0 {
+            // A blob did not come back, and everything begins anew.
+            return true;
+        }
         assert!(!parts.is_empty(), "requests are here and nobody works: {}", self.planner.waiting());
         assert!(parts.iter().map(|part| part.tokens).sum::<u32>() <= self.planner.room.batch_tokens);
         self.cache.decode(&self.planner, &parts);
@@ -251,6 +257,7 @@ impl Machine {
         }
         let (memory, disk) = self.planner.shelved_bytes();
         assert!(memory <= self.planner.room.shelves.memory_bytes && disk <= self.planner.room.shelves.disk_bytes);
+        assert_eq!(self.cache.blobs.keys().copied().collect::<BTreeSet<_>>(), self.planner.shelf.ids(), "blobs");
         let ids: usize = self.planner.requests.values().filter(|request| request.seq.is_some()).count();
         assert_eq!(
             ids + self.planner.cached.len() + self.planner.idle_ids.len(),
@@ -454,7 +461,7 @@ fn a_cache_that_was_lost_is_computed_again() {
     for _ in 0..40 {
         machine.step();
     }
-    machine.planner.lost();
+    machine.planner.lost(Vec::new());
     machine.cache.cells.clear();
     machine.run_to_end();
     for id in ids {
@@ -595,7 +602,7 @@ proptest! {
                 },
                 Act::Pass(ms) => machine.now_ms += ms,
                 Act::Lose => {
-                    machine.planner.lost();
+                    machine.planner.lost(Vec::new());
                     machine.cache.cells.clear();
                 }
             }
