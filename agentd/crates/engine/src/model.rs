@@ -25,9 +25,9 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 /// Architectures without a decoder: they embed and cannot chat.
@@ -214,7 +214,8 @@ fn sharing_refused(llama: &LlamaModel, summary: &Summary) -> Option<String> {
     if let Some(window) = number("attention.sliding_window") {
         return Some(format!("some layers see the last {window} tokens only: earlier ones leave the cache"));
     }
-    number("attention.indexer.head_count").map(|_| "its attention keeps a second index of the cache".to_owned())
+    number("attention.indexer.head_count")
+        .map(|_| "its attention keeps a second index of the cache".to_owned())
 }
 
 /// Memory for what is put aside: as configured, but at most half of what is left once the weights are loaded.

@@ -264,7 +264,16 @@ impl Client {
 
 pub fn greedy(key: &str, prompt: Prompt, max_tokens: u32) -> Generate {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    Generate { model: "tiny".to_owned(), key: key.to_owned(), prompt, sampling, max_tokens, stop: Vec::new(), share: Share::default(), shape: Shape::Free }
+    Generate {
+        model: "tiny".to_owned(),
+        key: key.to_owned(),
+        prompt,
+        sampling,
+        max_tokens,
+        stop: Vec::new(),
+        share: Share::default(),
+        shape: Shape::Free,
+    }
 }
 
 pub fn text(text: &str) -> Prompt {

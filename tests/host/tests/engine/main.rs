@@ -8,5 +8,6 @@ mod companion;
 mod conversations;
 mod files;
 mod mathematics;
+mod shapes;
 mod sharing;
 mod turns;
