@@ -8,6 +8,7 @@ mod companion;
 mod conversations;
 mod files;
 mod mathematics;
+mod measured;
 mod shapes;
 mod sharing;
 mod turns;
