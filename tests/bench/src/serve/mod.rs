@@ -158,7 +158,7 @@ impl Bed {
         }
         let run = |pair: usize| {
             let seed = 1000 * (pair as u64 + 1);
-            if pair % 2 == 0 {
+            if pair.is_multiple_of(2) {
                 let ours = load(&ours, seed);
                 Pair { ours, theirs: load(&theirs, seed) }
             } else {

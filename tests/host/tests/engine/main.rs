@@ -8,3 +8,5 @@ mod companion;
 mod conversations;
 mod files;
 mod mathematics;
+mod rude;
+mod seeded;
