@@ -6,7 +6,7 @@
 #                                    there. TREE is llama.cpp as the engine has it.
 #
 # 0.3.36 is the version whose ggml is nearest to the engine's: 0.25.3 beside 0.26.0 of llama-cpp-sys-2 0.1.161.
-# native/ is agentd natively built: the processor's back end of the engine's own tree and options, with GGML_NATIVE, in
+# native/ is agentd natively built: the processor's back end of the engine's own tree and options, for this machine alone, in
 # the place of the variant that agentd chooses at run time. Everything else of the engine is the same file.
 # JOBS limits the compilers that run at once.
 set -euo pipefail
@@ -33,8 +33,14 @@ cmake -S "$source" -B "$out/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -
   { tail -20 "$out/configure.log" >&2; exit 1; }
 cmake --build "$out/build" -j "$jobs" --target llama-server >"$out/build.log" 2>&1 ||
   { tail -20 "$out/build.log" >&2; exit 1; }
-cmake -S "$tree/ggml" -B "$out/build-native" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=ON \
-  -DGGML_BACKEND_DL=ON -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=ON -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF >"$out/configure-native.log" 2>&1 ||
+# GGML_NATIVE is refused for a library that is loaded at run time; for the compiler it means -march=native.
+mkdir -p "$out/native-source"
+# The crate has not all files that ggml wants as a project of its own.
+printf 'cmake_minimum_required(VERSION 3.14)\nproject(native C CXX)\nadd_subdirectory("%s/ggml" ggml)\n' "$tree" \
+  >"$out/native-source/CMakeLists.txt"
+cmake -S "$out/native-source" -B "$out/build-native" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF -DBUILD_SHARED_LIBS=ON \
+  -DCMAKE_C_FLAGS=-march=native -DCMAKE_CXX_FLAGS=-march=native -DGGML_BACKEND_DL=ON -DGGML_OPENMP=OFF \
+  -DGGML_LLAMAFILE=ON -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF >"$out/configure-native.log" 2>&1 ||
   { tail -20 "$out/configure-native.log" >&2; exit 1; }
 cmake --build "$out/build-native" -j "$jobs" --target ggml-cpu >"$out/build-native.log" 2>&1 ||
   { tail -20 "$out/build-native.log" >&2; exit 1; }
@@ -52,5 +58,5 @@ gcc -O2 -I "$source/include" -I "$source/ggml/include" "$(dirname "$0")/serve-lo
   sed -n 's/^set(GGML_VERSION_\(MAJOR\|MINOR\|PATCH\) \([0-9]*\))/our ggml \1 \2/p' "$tree/ggml/CMakeLists.txt"
   g++ --version | head -1
 } >"$out/inputs.txt"
-rm -rf "$out/build" "$out/build-native"
+rm -rf "$out/build" "$out/build-native" "$out/native-source" "$out/llama_cpp_python-0.3.36"
 echo "serve peer: built in $out"

@@ -259,6 +259,10 @@ impl Scene {
         self.agentd.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
     }
 
+    pub fn agentd_pid(&self) -> i32 {
+        self.agentd.as_ref().map_or(0, |child| child.id() as i32)
+    }
+
     pub fn launcher_pid(&self) -> i32 {
         self.launcher.as_ref().map_or(0, |child| child.id() as i32)
     }

@@ -1,14 +1,17 @@
 //! One request to an OpenAI-compatible server, and when each of its tokens came.
 //!
 //! HTTP/1.1 over TCP or a Unix socket, one connection per request, with std alone: a client that takes processor time
-//! would measure itself. Always: every wait has a limit, and what went wrong is a value.
-//! Source: RFC 9112 (chunks); the SSE lines of OpenAI's streams.
+//! would measure itself. Or the engine's own frames, for what agentd's front does not offer (a priority): then the
+//! words of the row say so. Always: every wait has a limit, and what went wrong is a value.
+//! Source: RFC 9112 (chunks); the SSE lines of OpenAI's streams; `agentd_domain::engine`.
 
+use agentd_domain::engine::PROTOCOL_VERSION;
 use serde_json::{Value, json};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// A prompt of 8,000 tokens behind others takes minutes on two cores.
@@ -19,6 +22,12 @@ pub enum Place {
     Tcp(SocketAddr),
     /// The agent's own socket: who asks is known by it.
     Unix(PathBuf),
+    /// Past agentd: the engine's socket, a model's name there, and the share of who asks.
+    Engine {
+        socket: PathBuf,
+        model: String,
+        share: Value,
+    },
 }
 
 #[derive(Debug, Clone)]
@@ -54,6 +63,16 @@ pub struct Usage {
     pub cached_tokens: Option<u64>,
 }
 
+impl Usage {
+    fn of(usage: &Value, cached: &Value) -> Self {
+        Self {
+            prompt_tokens: usage["prompt_tokens"].as_u64().unwrap_or(0),
+            completion_tokens: usage["completion_tokens"].as_u64().unwrap_or(0),
+            cached_tokens: cached.as_u64(),
+        }
+    }
+}
+
 impl Ask {
     pub fn new(place: &Place, prompt: String, max_tokens: u32) -> Self {
         Self { place: place.clone(), prompt, max_tokens, extra: Value::Null, think: Duration::ZERO }
@@ -70,7 +89,11 @@ impl Ask {
             usage: Usage::default(),
             failed: None,
         };
-        if let Err(error) = self.stream(&mut told) {
+        let answered = match &self.place {
+            Place::Engine { socket, model, share } => self.frames(socket, model, share, &mut told),
+            Place::Tcp(_) | Place::Unix(_) => self.stream(&mut told),
+        };
+        if let Err(error) = answered {
             told.failed = Some(error.to_string());
         }
         told.ended = Instant::now();
@@ -87,6 +110,43 @@ impl Ask {
             body.extend(extra.clone());
         }
         body
+    }
+
+    /// The same request in the engine's own frames, as JSON: a share is passed on as it is.
+    fn frames(&self, socket: &Path, model: &str, share: &Value, told: &mut Told) -> io::Result<()> {
+        static KEYS: AtomicU64 = AtomicU64::new(0);
+        let mut stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let key = format!("bench-{}-{}", std::process::id(), KEYS.fetch_add(1, Ordering::Relaxed));
+        let hello = json!({ "type": "hello", "version": PROTOCOL_VERSION });
+        let generate = json!({ "type": "generate", "model": model, "key": key, "prompt": { "text": self.prompt },
+            "sampling": { "temperature": 0.0 }, "max_tokens": self.max_tokens, "share": share });
+        for body in [hello, generate] {
+            let frame = json!({ "id": 1, "body": body }).to_string();
+            let length = u32::try_from(frame.len()).map_err(io::Error::other)?;
+            stream.write_all(&[&length.to_le_bytes(), frame.as_bytes()].concat())?;
+        }
+        loop {
+            let mut length = [0; 4];
+            stream.read_exact(&mut length)?;
+            let mut frame = vec![0; u32::from_le_bytes(length) as usize];
+            stream.read_exact(&mut frame)?;
+            let now = Instant::now();
+            let frame: Value = serde_json::from_slice(&frame)?;
+            let body = &frame["body"];
+            match body["type"].as_str() {
+                Some("piece") => {
+                    told.pieces.push(now);
+                    told.text.push_str(body["text"].as_str().unwrap_or_default());
+                }
+                Some("done") => {
+                    told.usage = Usage::of(body, &body["cached_tokens"]);
+                    return Ok(());
+                }
+                Some("error") => return Err(broken(&body.to_string())),
+                _ => {}
+            }
+        }
     }
 
     fn stream(&self, told: &mut Told) -> io::Result<()> {
@@ -118,12 +178,7 @@ impl Told {
             self.text.push_str(text);
         }
         if let Some(usage) = chunk.get("usage").filter(|usage| usage.is_object()) {
-            let number = |value: &Value| value.as_u64();
-            self.usage = Usage {
-                prompt_tokens: number(&usage["prompt_tokens"]).unwrap_or(0),
-                completion_tokens: number(&usage["completion_tokens"]).unwrap_or(0),
-                cached_tokens: number(&usage["prompt_tokens_details"]["cached_tokens"]),
-            };
+            self.usage = Usage::of(usage, &usage["prompt_tokens_details"]["cached_tokens"]);
         }
         Ok(())
     }
@@ -165,7 +220,7 @@ fn request(place: &Place, head: &str, body: &[u8]) -> io::Result<BufReader<Body>
             stream.set_read_timeout(Some(PATIENCE))?;
             Box::new(stream)
         }
-        Place::Unix(path) => {
+        Place::Unix(path) | Place::Engine { socket: path, .. } => {
             let stream = UnixStream::connect(path)?;
             stream.set_read_timeout(Some(PATIENCE))?;
             Box::new(stream)

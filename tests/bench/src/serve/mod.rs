@@ -129,7 +129,12 @@ impl Context {
 pub(crate) struct Bed {
     ours: Ours,
     peer: Peer,
+    /// How [`LATE`] reaches agentd's side; as the others where nothing is set.
+    late: Option<client::Place>,
 }
+
+/// The number of the agent with a priority above all others'.
+pub(crate) const LATE: usize = usize::MAX;
 
 /// Whom a load is put on: the n-th agent's way in.
 pub(crate) type Way<'a> = &'a (dyn Fn(usize) -> client::Place + Sync);
@@ -143,14 +148,18 @@ impl Bed {
         let ours = Ours::start(&context.programs, &context.idle, &context.model, cells, sequences, agents)?;
         let setting = Setting { cells, sequences, threads: context.threads, kind };
         let peer = Peer::start(&context.peer, &context.model, &setting)?;
-        Ok(Self { ours, peer })
+        Ok(Self { ours, peer, late: None })
     }
 
     /// The same load on both, in turn, the first changing from pair to pair; each pair has words of its own. One small
     /// request to each goes before, which touches the weights' pages.
     fn pairs(&self, pairs: usize, load: impl Fn(Way<'_>, u64) -> Load) -> Vec<Pair> {
         let places: Vec<_> = self.ours.places().to_vec();
-        let ours = |agent: usize| places[agent % places.len()].clone();
+        let late = self.late.clone();
+        let ours = move |agent: usize| match &late {
+            Some(place) if agent == LATE => place.clone(),
+            _ => places[agent % places.len()].clone(),
+        };
         let place = self.peer.place.clone();
         let theirs = move |_: usize| place.clone();
         for place in [ours(0), theirs(0)] {

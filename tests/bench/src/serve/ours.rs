@@ -15,6 +15,7 @@ use agentd_domain::engine::{
     ClientFrame, Event, LoadModel, ModelKind, PROTOCOL_VERSION, Request, ServerFrame,
 };
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -30,6 +31,7 @@ pub struct Ours {
     /// Of each agent, in the order of their names.
     places: Vec<Place>,
     engine_pid: i32,
+    model: String,
 }
 
 impl Ours {
@@ -74,14 +76,34 @@ impl Ours {
         let places: Vec<Place> = named.into_iter().map(|(_, place)| place).collect();
         let engine = processes::children(scene.launcher_pid(), "agentd-engine");
         let engine_pid = *engine.first().context("no engine runs below the launcher")?;
-        let ours = Self { scene, places, engine_pid };
-        ours.await_model(&name)?;
+        let ours = Self { scene, places, engine_pid, model: name };
+        ours.await_model(&ours.model)?;
         Ok(ours)
     }
 
     /// Each agent's way in.
     pub fn places(&self) -> &[Place] {
         &self.places
+    }
+
+    /// A way past agentd, for a share of the model that no agent has by itself.
+    pub fn past_agentd(&self, share: Value) -> Place {
+        Place::Engine { socket: self.engine_socket(), model: self.model.clone(), share }
+    }
+
+    /// What the engine says it did with this model since it was loaded.
+    pub fn usage(&self) -> Result<Value> {
+        let status = match Engine::connect(&self.engine_socket())?.ask(Request::Status)? {
+            Event::Status(status) => serde_json::to_value(status)?,
+            other => bail!("no status: {other:?}"),
+        };
+        let models = status["usage"].as_array().context("this engine does not say what it did")?;
+        let own = models.iter().find(|usage| usage["model"] == self.model.as_str());
+        own.cloned().with_context(|| format!("the engine does not know {}", self.model))
+    }
+
+    fn engine_socket(&self) -> PathBuf {
+        self.scene.at("run/agentd/engines/host.sock")
     }
 
     pub fn engine_pid(&self) -> i32 {
@@ -148,13 +170,13 @@ fn load(socket: &Path, name: &str, path: &Path, cells: u32, sequences: u32) -> R
 }
 
 /// A connection to the engine that speaks its frames.
-pub struct Engine {
+struct Engine {
     stream: UnixStream,
     last_id: u64,
 }
 
 impl Engine {
-    pub fn connect(socket: &Path) -> Result<Self> {
+    fn connect(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
         stream.set_read_timeout(Some(LOAD_WITHIN))?;
         let mut engine = Self { stream, last_id: 0 };
@@ -165,7 +187,7 @@ impl Engine {
     }
 
     /// One request, one answer.
-    pub fn ask(&mut self, body: Request) -> Result<Event> {
+    fn ask(&mut self, body: Request) -> Result<Event> {
         self.last_id += 1;
         let frame = serde_json::to_vec(&ClientFrame { id: self.last_id, body })?;
         self.stream.write_all(&u32::try_from(frame.len())?.to_le_bytes())?;

@@ -26,10 +26,12 @@ pub struct Programs {
 pub fn ensure_peer(cache: &Cache, checkout: &Checkout) -> Result<Programs> {
     let script = checkout.path("tests/bench/serve-peer.sh");
     let tree = engine_tree(checkout)?;
-    // Another script makes another peer; the engine's tree has its version in its name.
+    // Another script makes another peer, and another loop; the engine's tree has its version in its name.
     let digest = sha256_file(&script)?;
+    let looped = sha256_file(&checkout.path("tests/bench/serve-loop.c"))?;
     let version = tree.parent().and_then(Path::file_name).context("the tree lies in its crate")?;
-    let folder = cache.path(&format!("serve-peer-{}-{}", &digest[..16], version.to_string_lossy()));
+    let version = version.to_string_lossy();
+    let folder = cache.path(&format!("serve-peer-{}-{}-{version}", &digest[..16], &looped[..8]));
     let status = Command::new("bash").arg(script).arg(&folder).arg(&tree).status();
     ensure!(status.context("cannot start bash")?.success(), "the peer was not built");
     Ok(Programs { folder, tree })

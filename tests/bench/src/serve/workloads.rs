@@ -7,7 +7,7 @@
 use super::client::{Ask, Told};
 use super::load::{Load, Next, closed, jain, open, quantile, together};
 use super::peer::Kind;
-use super::{Bed, Compared, Context, Pair, Way, processes};
+use super::{Bed, Compared, Context, LATE, Pair, Way, processes};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use std::time::{Duration, Instant};
@@ -421,13 +421,17 @@ fn oversubscribed(context: &Context) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// W8, E15. Every place is taken by long answers; one more agent comes.
+/// W8, E15 and E16. Every place is taken by long answers; one more agent comes, whose priority is the highest.
+///
+/// No agent has a priority of its own through agentd's front: who comes late asks the engine itself, with the same words.
+/// llama-server has no priorities; there it waits for a place.
 fn arrival(context: &Context) -> Result<Vec<Row>> {
-    let (prompt, answer) = if context.options.quick { (128, 384) } else { (256, 512) };
+    let (prompt, answer, after_s) = if context.options.quick { (512, 512, 1) } else { (1024, 512, 40) };
     let busy = 8;
     let cells = busy * (prompt + answer) + 256;
-    let bed = Bed::start(context, cells, busy, busy as usize + 1)?;
-    let one = |way: Way<'_>, seed: u64| Ask::new(&way(busy as usize), words(seed + 99, prompt as usize), 8);
+    let mut bed = Bed::start(context, cells, busy, busy as usize)?;
+    bed.late = Some(bed.ours.past_agentd(json!({ "account": "late", "priority": 100 })));
+    let one = |way: Way<'_>, seed: u64| Ask::new(&way(LATE), words(seed + 99, prompt as usize), 8);
     let idle = bed.pairs(context.options.pairs, |way, seed| together(vec![one(way, seed + 500)]));
     let full = bed.pairs(context.options.pairs, |way, seed| {
         let talk = |agent: u32| {
@@ -436,13 +440,11 @@ fn arrival(context: &Context) -> Result<Vec<Row>> {
             Box::new(move |_: &[Told]| ask.take()) as Next<'_>
         };
         // Late enough that all others speak.
-        let late =
-            Ask { think: Duration::from_secs(if context.options.quick { 1 } else { 12 }), ..one(way, seed) };
-        let mut late = Some(late);
+        let mut late = Some(Ask { think: Duration::from_secs(after_s), ..one(way, seed) });
         closed((0..busy).map(talk).chain([Box::new(move |_: &[Told]| late.take()) as Next<'_>]).collect())
     });
     let what = format!(
-        "W8, an agent with {prompt} tokens while {busy} places of {busy} speak, {}{}",
+        "W8, an agent of the highest priority with {prompt} tokens while {busy} of {busy} places speak, {}{}",
         context.model_words(),
         context.ours_words()
     );
@@ -450,21 +452,48 @@ fn arrival(context: &Context) -> Result<Vec<Row>> {
     let times = |side: fn(&Pair) -> &Load| -> Result<Vec<f64>> {
         let pairs = idle.iter().zip(&full);
         let times = pairs.map(|(idle, full)| Some(last(side(full))? / last(side(idle))?));
-        times.collect::<Option<Vec<f64>>>().context("an agent that came late was not answered")
+        let failed =
+            || full.iter().find_map(|pair| side(pair).failures().first().map(|why| (*why).to_owned()));
+        let times: Option<Vec<f64>> = times.collect();
+        times.with_context(|| format!("who came late was not answered: {:?}", failed()))
     };
+    let over = "first token over that of an idle machine";
     let mut rows = vec![
-        Row::median(
-            format!("{what}: first token over that of an idle machine, agentd"),
-            &times(|p| &p.ours)?,
-            "x",
-        )?
-        .at_most(1.5),
-        Row::median(format!("{what}: the same, llama-server"), &times(|p| &p.theirs)?, "x")?,
+        Row::median(format!("{what}: {over}, agentd's engine"), &times(|pair| &pair.ours)?, "x")?
+            .at_most(1.5),
+        Row::median(format!("{what}: {over}, llama-server"), &times(|pair| &pair.theirs)?, "x")?,
     ];
     let compared = Compared { what, pairs: &full };
     rows.extend(compared.sides("time to first token of who came late", "ms", last)?);
     rows.extend(compared.failures());
+    rows.extend(restored(&compared.what, &bed)?);
     Ok(rows)
+}
+
+/// E16: what was preempted meanwhile, brought back instead of computed again.
+fn restored(what: &str, bed: &Bed) -> Result<Vec<Row>> {
+    let usage = bed.ours.usage()?;
+    let number = |name: &str| usage[name].as_f64().with_context(|| format!("no {name} in {usage}"));
+    ensure!(number("swapped_in")? > 0.0, "nobody had to give way, so nothing was brought back: {usage}");
+    let (tokens, us) = (number("last_swap_tokens")?, number("last_swap_in_us")?);
+    let again_us = tokens / number("prompt_tokens_per_s")?.max(1.0) * 1e6;
+    let what = format!("{what}: the last sequence of {tokens} tokens that gave way");
+    Ok(vec![
+        Row::new(
+            format!("{what}, brought back so many times faster than computed again"),
+            again_us / us.max(1.0),
+            "x",
+        )
+        .at_least(10.0),
+        Row::new(format!("{what}, brought back in"), us / 1000.0, "ms").detail(),
+        Row::new(format!("{what}, copied away in"), number("last_swap_out_us")? / 1000.0, "ms").detail(),
+        Row::new(
+            format!("{what}, computed again in, by the engine's measured speed"),
+            again_us / 1000.0,
+            "ms",
+        )
+        .detail(),
+    ])
 }
 
 /// W9. One agent reads a trunk, then four go on from it, each its own way.
