@@ -87,23 +87,18 @@ impl Context {
     fn prepare(options: Options) -> Result<Self> {
         let cache = Cache::from_env()?;
         let checkout = Checkout::find()?;
-        let built = programs::build(&cache, &checkout)?;
-        let of = |name: &str| -> Result<PathBuf> {
-            let found = built.programs.iter().find(|program| program.built.ends_with(name));
-            Ok(found.with_context(|| format!("no program {name}"))?.built.clone())
-        };
-        let folder_of = |name: &str| -> Result<PathBuf> {
-            Ok(of(name)?.parent().context("a program lies in a folder")?.to_owned())
-        };
         let peer = peer::ensure_peer(&cache, &checkout)?;
-        let shipped = built.library_folder.join("backends");
-        let programs = Programs {
-            fixed: folder_of("agent-launcher")?,
-            dynamic: folder_of("agentd")?,
-            engine: of("agentd-engine")?,
-            backends: if options.native { peer.native_backends() } else { shipped },
-            models: models::ensure(&cache.path(""))?.folder,
+        // Named by the environment, as for the tests of `tests/host`, or built now.
+        let mut programs = match Programs::from_env() {
+            Ok(programs) => {
+                println!("programs as AGENTD_ENGINE_BIN and the like name them");
+                programs
+            }
+            Err(_) => built(&cache, &checkout)?,
         };
+        if options.native {
+            programs.backends = peer.native_backends();
+        }
         let folder = tempfile::Builder::new().prefix("agentd-serve-").tempdir()?;
         let idle = folder.path().join("idle");
         crate::idle::compile(&checkout.root, &idle)?;
@@ -123,6 +118,25 @@ impl Context {
     fn ours_words(&self) -> &'static str {
         if self.options.native { " natively built" } else { "" }
     }
+}
+
+/// The appliance's programs, as the image has them.
+fn built(cache: &Cache, checkout: &Checkout) -> Result<Programs> {
+    let built = programs::build(cache, checkout)?;
+    let of = |name: &str| -> Result<PathBuf> {
+        let found = built.programs.iter().find(|program| program.built.ends_with(name));
+        Ok(found.with_context(|| format!("no program {name}"))?.built.clone())
+    };
+    let folder_of = |name: &str| -> Result<PathBuf> {
+        Ok(of(name)?.parent().context("a program lies in a folder")?.to_owned())
+    };
+    Ok(Programs {
+        fixed: folder_of("agent-launcher")?,
+        dynamic: folder_of("agentd")?,
+        engine: of("agentd-engine")?,
+        backends: built.library_folder.join("backends"),
+        models: models::ensure(&cache.path(""))?.folder,
+    })
 }
 
 /// Both servers on one model, loaded in turn.
