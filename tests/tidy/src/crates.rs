@@ -43,7 +43,9 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     // What runs elsewhere
     ("echo-agent", &[]),
     ("image", &["agentd-domain"]),
-    ("tests-host", &["agentd-domain", "echo-agent"]),
+    ("tests-host", &["agentd-domain", "echo-agent", "tests-nvml-mock"]),
+    // A library that programs load by its path; tests write the state it answers from.
+    ("tests-nvml-mock", &[]),
     // Programs that run inside a guest, for tests and benchmarks.
     ("tests-guest", &["agentd-domain", "agentd-sandbox"]),
     ("tests-qemu", &["agentd-domain", "image", "init-sys"]),

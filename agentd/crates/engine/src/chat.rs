@@ -94,7 +94,7 @@ pub(crate) fn spawn(
     })
 }
 
-fn parameters(settings: Settings) -> LlamaContextParams {
+pub(crate) fn parameters(settings: Settings) -> LlamaContextParams {
     let cache = if settings.exact_cache { KvCacheType::F32 } else { KvCacheType::F16 };
     let threads = i32::try_from(settings.threads).unwrap_or(1);
     // llama.cpp's flash attention casts a cache in f32 to f16 first.

@@ -64,6 +64,7 @@ impl Engine {
                 "this connection has said hello already",
                 "send one hello, first",
             )),
+            Request::Plan(load) => self.aside(listener.clone(), move |engine| engine.plan(&load)),
             Request::Status => Ok(Some(Event::Status(self.status()))),
             Request::Load(load) => self.aside(listener.clone(), move |engine| engine.load(&load)),
             Request::Unload { model } => self.aside(listener.clone(), move |engine| engine.unload(model)),
@@ -112,8 +113,10 @@ impl Engine {
     fn status(&self) -> EngineStatus {
         let models: Vec<Arc<Model>> = self.models().values().cloned().collect();
         let sum = |value: fn(&Model) -> u32| models.iter().map(|model| value(model)).sum();
+        let (devices, gpus) = self.devices.read();
         EngineStatus {
-            devices: self.devices.list(),
+            devices,
+            gpus,
             backend: self.devices.cpu_backend.clone(),
             running_sequences: sum(|model| model.gauge.running.load(Ordering::Relaxed)),
             waiting_requests: sum(|model| model.gauge.waiting.load(Ordering::Relaxed)),
@@ -121,6 +124,20 @@ impl Engine {
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             models: models.iter().map(|model| model.info.clone()).collect(),
         }
+    }
+
+    /// Only while there is nothing to lose: a file whose content lies may end this process.
+    fn plan(&self, request: &LoadModel) -> Result<Event, Report> {
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.models().is_empty() {
+            return Err(Report::caller(
+                "plan_elsewhere",
+                "the model was not planned",
+                "this engine holds models, which a bad file could end",
+                "start an engine of another device set and ask that one",
+            ));
+        }
+        crate::plan::plan(request).map(Event::Plan)
     }
 
     fn load(&self, request: &LoadModel) -> Result<Event, Report> {

@@ -17,6 +17,20 @@ use tempfile::TempDir;
 /// Longer than any answer takes on a slow machine: a hang fails, it does not stay.
 const DEADLINE: Duration = Duration::from_secs(120);
 
+/// The engine's program, its back ends and the models. `None`, with the reason printed, where they are not built.
+pub fn programs() -> Option<(PathBuf, PathBuf, PathBuf)> {
+    let (Some(program), Some(models)) = (env::var_os("AGENTD_ENGINE_BIN"), env::var_os("AGENTD_MODELS"))
+    else {
+        println!(
+            "SKIP: engine: AGENTD_ENGINE_BIN and AGENTD_MODELS are not set; `scripts/test host` sets them"
+        );
+        return None;
+    };
+    let program = PathBuf::from(program);
+    let backends = program.parent().expect("the program's folder").join("backends");
+    Some((program, backends, PathBuf::from(models)))
+}
+
 /// A running engine; killed when dropped.
 pub struct Engine {
     process: Child,
@@ -27,21 +41,17 @@ pub struct Engine {
 impl Engine {
     /// `None`, with the reason printed, where there is no engine to test.
     pub fn start() -> Option<Self> {
-        let (Some(program), Some(models)) = (env::var_os("AGENTD_ENGINE_BIN"), env::var_os("AGENTD_MODELS"))
-        else {
-            println!(
-                "SKIP: engine: AGENTD_ENGINE_BIN and AGENTD_MODELS are not set; `scripts/test host` sets them"
-            );
-            return None;
-        };
-        let program = PathBuf::from(program);
+        Self::start_with(|_| {})
+    }
+
+    /// With more arguments or variables.
+    pub fn start_with(more: impl FnOnce(&mut Command)) -> Option<Self> {
+        let (program, backends, models) = programs()?;
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let backends = program.parent().expect("the program's folder").join("backends");
-        let mut process = Command::new(&program)
-            .arg("--listen")
-            .arg(folder.path().join("engine.sock"))
-            .arg("--backends")
-            .arg(backends)
+        let mut command = Command::new(&program);
+        command.arg("--listen").arg(folder.path().join("engine.sock")).arg("--backends").arg(backends);
+        more(&mut command);
+        let mut process = command
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -59,7 +69,7 @@ impl Engine {
                 eprintln!("engine: {line}");
             }
         });
-        Some(Self { process, folder, models: PathBuf::from(models) })
+        Some(Self { process, folder, models })
     }
 
     pub fn connect(&self) -> Client {

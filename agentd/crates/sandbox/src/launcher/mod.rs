@@ -10,6 +10,7 @@
 mod calls;
 mod cgroups;
 mod confine;
+mod device_limits;
 mod engines;
 mod kernel_log;
 mod options;

@@ -281,7 +281,7 @@ impl Server {
         }
         let stopping = self.stopping;
         if let Some(engine) = self.engines.values_mut().find(|engine| engine.pid() == Some(pid)) {
-            engine.ended();
+            engine.ended(&self.options);
             if stopping {
                 engine.due_boot_ms = None;
             }
