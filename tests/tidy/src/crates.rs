@@ -43,6 +43,8 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     // What runs elsewhere
     ("echo-agent", &[]),
     ("image", &["agentd-domain"]),
+    // scripts/gpu-check: runs on machines that build nothing else of this.
+    ("tests-gpu-check", &["agentd-domain"]),
     ("tests-host", &["agentd-domain", "echo-agent", "tests-nvml-mock"]),
     // A library that programs load by its path; tests write the state it answers from.
     ("tests-nvml-mock", &[]),
