@@ -181,6 +181,7 @@ impl Machine {
             data_available_bytes: disk.available_bytes,
             devices,
             gpus,
+            regions: readings::device_regions(&self.places.cgroup_root),
             clock: Default::default(),
             now_unix_ms: clock::unix_ms(),
             addresses: Vec::new(),

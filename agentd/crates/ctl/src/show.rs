@@ -72,6 +72,11 @@ pub fn status(status: &ApplianceStatus) -> String {
             let _ = writeln!(text, "           {sentence}");
         }
     }
+    for region in &status.regions {
+        let (name, all) = (&region.name, human::bytes(region.capacity_bytes));
+        let (engines, agents) = (human::bytes(region.engines_bytes), human::bytes(region.agents_bytes));
+        let _ = writeln!(text, "region     {name}: engines {engines}, agents {agents}, of {all}");
+    }
     if let EngineState::Ready { models, .. } = &status.engine {
         for model in models {
             let parameters = human::count(model.parameters);

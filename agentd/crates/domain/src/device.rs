@@ -123,6 +123,17 @@ pub fn xid_action(xid: u64) -> DeviceAction {
     }
 }
 
+/// A region of device memory as the kernel accounts for it, whoever made the device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Region {
+    /// The kernel's name: `drm/0000:03:00.0/vram0`.
+    pub name: String,
+    pub capacity_bytes: u64,
+    /// Held by engines and by agents' own programs.
+    pub engines_bytes: u64,
+    pub agents_bytes: u64,
+}
+
 /// What a model with its context will take, counted by llama.cpp itself without taking it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryPlan {

@@ -137,7 +137,7 @@ impl Engine {
                 "start an engine of another device set and ask that one",
             ));
         }
-        crate::plan::plan(request).map(Event::Plan)
+        crate::forecast::plan(request).map(Event::Plan)
     }
 
     fn load(&self, request: &LoadModel) -> Result<Event, Report> {

@@ -6,7 +6,7 @@
 //!
 //! Who starts it: a person or a script; `limit` the launcher, as root, before it puts an engine into its group.
 
-use crate::{devices, limits, nvml, plan};
+use crate::{devices, forecast, limits, nvml};
 use agentd_domain::engine::{LoadModel, ModelKind};
 use agentd_domain::fault::Report;
 use agentd_domain::paths;
@@ -95,9 +95,9 @@ fn plan_of(arguments: &PlanArguments) -> Result<String, Report> {
         sequences: arguments.sequences,
     };
     let printed = if arguments.real {
-        plan::measure(&request, devices::physical_cores() as u32).map(|measured| json(&measured))
+        forecast::measure(&request, devices::physical_cores() as u32).map(|measured| json(&measured))
     } else {
-        plan::plan(&request).map(|plan| json(&plan))
+        forecast::plan(&request).map(|plan| json(&plan))
     };
     drop(backend);
     printed

@@ -41,11 +41,11 @@ pub struct Engine {
 impl Engine {
     /// `None`, with the reason printed, where there is no engine to test.
     pub fn start() -> Option<Self> {
-        Self::start_with(|_| {})
+        Self::start_from(|_| {})
     }
 
     /// With more arguments or variables.
-    pub fn start_with(more: impl FnOnce(&mut Command)) -> Option<Self> {
+    pub fn start_from(more: impl FnOnce(&mut Command)) -> Option<Self> {
         let (program, backends, models) = programs()?;
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut command = Command::new(&program);

@@ -158,6 +158,12 @@ fn devices(status: &ApplianceStatus) -> Markup {
                     (readings(gpu))
                 }
             }
+            @for region in &status.regions {
+                div.row {
+                    div { strong { (region.name) } " " span.dim { "as the kernel counts it" } }
+                    (gauge("Memory in use", region.engines_bytes + region.agents_bytes, region.capacity_bytes))
+                }
+            }
         }
     }
 }
