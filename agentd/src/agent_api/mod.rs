@@ -26,6 +26,7 @@ use crate::store::Db;
 use crate::tokens::Tokens;
 use agentd_domain::agent_api::{Message, Recall, Recalled, Remember, Remembered, ReplyPart, SelfInfo, Tier};
 use agentd_domain::audit::{Actor, Entry, Verdict};
+use agentd_domain::engine::Share;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, AgentName, RunId};
 use agentd_domain::rights::Request as Wish;
@@ -116,7 +117,11 @@ fn routes() -> Router {
 /// The engine as this caller sees it.
 async fn fronted(Extension(caller): Extension<Caller>, mut request: Request, next: Next) -> Response {
     let engine = Arc::new(caller.services.engine.clone());
-    request.extensions_mut().insert(Front { engine, caller: caller.agent.to_string() });
+    let agent = caller.agent.to_string();
+    // Agents of one owner share what they have in common; partitions will add priority, weight and cells.
+    let salt = caller.services.db.owner().to_string();
+    let share = Share { account: agent.clone(), salt, ..Share::default() };
+    request.extensions_mut().insert(Front { engine, caller: agent, share });
     next.run(request).await
 }
 

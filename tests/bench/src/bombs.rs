@@ -9,6 +9,7 @@ use agentd_domain::api::{Agent, AgentState, ApplianceStatus, LogLine};
 use agentd_domain::health::{Note, Throttle};
 use anyhow::{Context, Result, ensure};
 use image::programs;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tests_qemu::{Appliance, BOOT, Ctl, Start, setup};
@@ -50,17 +51,17 @@ pub fn measure(pairs: usize) -> Result<Bench> {
     appliance.until("the neighbour has begun", BOOT * 2, |ctl| {
         Ok(logs(ctl, NEIGHBOUR)?.iter().any(|line| line.text == "begins").then_some(()))
     })?;
-    let (mut quiet, mut loud, mut held) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut quiet, mut loud, mut culprits) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..pairs {
         let span = wait(&ctl)?;
         quiet.push(within(&requests(&logs(&ctl, NEIGHBOUR)?), span));
         ctl.run(&["agent", "start", BOMBS])?.success()?;
         let span = wait(&ctl)?;
         loud.push(within(&requests(&logs(&ctl, NEIGHBOUR)?), span));
-        held.extend(ended(&mut appliance)?);
+        culprits.push(ended(&mut appliance)?);
     }
     appliance.power_off()?;
-    rows(&quiet, &loud, &held).map(|rows| result("bombs", rows))
+    rows(&quiet, &loud, &culprits).map(|rows| result("bombs", rows))
 }
 
 /// Lets a time pass, and says which it was. Nothing is asked of the appliance meanwhile.
@@ -74,8 +75,18 @@ fn now(ctl: &Ctl) -> Result<i64> {
     Ok(ctl.json::<ApplianceStatus>(&["status"])?.now_unix_ms)
 }
 
-/// Waits until the culprit is throttled or dead, ends it, and reads when which of its bombs was held.
-fn ended(appliance: &mut Appliance) -> Result<Vec<(String, f64)>> {
+/// What one loud time did to the culprit, in milliseconds since it began.
+#[derive(Debug, Clone, PartialEq)]
+struct Culprit {
+    /// Until agentd took processor time from it, or the kernel ended it.
+    over: f64,
+    over_by: String,
+    /// Until each bomb met its own limit, by the bomb's own words: with what time the agent is left.
+    held: Vec<(String, f64)>,
+}
+
+/// Waits until the culprit is throttled or dead, ends it, and reads when that was.
+fn ended(appliance: &mut Appliance) -> Result<Culprit> {
     let culprit = appliance.until("the culprit is throttled or has ended", BOOT, |ctl| {
         let agents: Vec<Agent> = ctl.json(&["agent", "ls"])?;
         let culprit = agents.into_iter().find(|agent| agent.name.as_str() == BOMBS).context("no culprit")?;
@@ -86,29 +97,20 @@ fn ended(appliance: &mut Appliance) -> Result<Vec<(String, f64)>> {
     let ctl = appliance.ctl();
     ctl.run(&["agent", "stop", BOMBS])?.success()?;
     let lines = logs(&ctl, BOMBS)?;
-    let own = lines.rsplit(|line| line.text == "begins").next().unwrap_or_default();
-    let mut held: Vec<(String, f64)> = own.iter().filter_map(|line| holding(&line.text)).collect();
-    let begun = own.iter().find_map(|line| {
-        let at = line.text.strip_prefix("memory begins at ")?.strip_suffix(" ms")?;
-        Some((line.unix_ms, at.parse::<u64>().ok()?))
-    });
-    // What is throttled may take minutes to its limit: its memory is held from then on, or since before it began.
-    let since = lines.iter().rfind(|line| line.text == "begins").map_or(0, |line| line.unix_ms);
+    let first = lines.iter().rposition(|line| line.text == "begins").context("it never began")?;
+    let (since, own) = (lines[first].unix_ms, &lines[first..]);
+    let held = own.iter().filter_map(|line| holding(&line.text)).collect();
     let of_this_run = |note: &&Note| note.unix_ms >= since && note.text.starts_with("throttled");
-    let throttled = culprit.health.notes.iter().find(of_this_run);
-    held.push(match (&culprit.last_exit, throttled) {
-        (_, Some(note)) => {
-            let after = begun.map_or(0, |(begun, _)| note.unix_ms.saturating_sub(begun).max(0));
-            ("memory (throttled)".to_owned(), after as f64)
-        }
-        (Some(exit), None) => {
-            // Killed before it could say so: by the same limit, only sooner.
-            let after = begun.map_or(0, |(_, begun)| exit.ended_boot_ms.saturating_sub(begun));
-            (format!("memory ({:?})", exit.cause), after as f64)
-        }
-        (None, None) => anyhow::bail!("it is neither throttled nor dead: {culprit:?}"),
+    if let Some(note) = culprit.health.notes.iter().find(of_this_run) {
+        return Ok(Culprit { over: (note.unix_ms - since) as f64, over_by: "throttled".to_owned(), held });
+    }
+    let exit = culprit.last_exit.as_ref().context("it is neither throttled nor dead")?;
+    let begun = own.iter().find_map(|line| {
+        let at = line.text.strip_prefix("begins at ")?.strip_suffix(" ms of the boot clock")?;
+        at.parse::<u64>().ok()
     });
-    Ok(held)
+    let over = exit.ended_boot_ms.saturating_sub(begun.context("it never said when it began")?);
+    Ok(Culprit { over: over as f64, over_by: format!("{:?}", exit.cause), held })
 }
 
 /// `fork held after 12 ms`.
@@ -135,7 +137,7 @@ fn within(requests: &[Request], span: Span) -> Vec<Request> {
     requests.iter().filter(inside).cloned().collect()
 }
 
-fn rows(quiet: &[Vec<Request>], loud: &[Vec<Request>], held: &[(String, f64)]) -> Result<Vec<Row>> {
+fn rows(quiet: &[Vec<Request>], loud: &[Vec<Request>], culprits: &[Culprit]) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for (name, what) in [("recall", "recall"), ("chat", "completion of 16 tokens")] {
         let (mut p50, mut p99) = (Vec::new(), Vec::new());
@@ -166,16 +168,26 @@ fn rows(quiet: &[Vec<Request>], loud: &[Vec<Request>], held: &[(String, f64)]) -
         Row::new(format!("a neighbour's requests that failed, of {count}"), failed.len() as f64, "requests")
             .at_most(0.0),
     );
-    let latest = held.iter().map(|(_, ms)| *ms).fold(0.0, f64::max);
-    rows.push(Row::new("until a bomb is held or killed, at the latest", latest, "ms").at_most(2000.0));
-    let mut names: Vec<&str> = held.iter().map(|(name, _)| name.as_str()).collect();
-    names.sort_unstable();
-    names.dedup();
-    for name in names {
-        let times: Vec<f64> = held.iter().filter(|(other, _)| other == name).map(|(_, ms)| *ms).collect();
-        rows.push(Row::median(format!("until a bomb is held or killed: {name}"), &times, "ms")?.detail());
+    let latest = culprits.iter().map(|culprit| culprit.over).fold(0.0, f64::max);
+    rows.push(
+        Row::new("until an agent of four bombs is throttled or killed, at the latest", latest, "ms")
+            .at_most(2000.0),
+    );
+    for by in distinct(culprits.iter().map(|culprit| culprit.over_by.as_str())) {
+        let of_this = culprits.iter().filter(|culprit| culprit.over_by == by);
+        let times: Vec<f64> = of_this.map(|culprit| culprit.over).collect();
+        rows.push(Row::median(format!("until an agent of four bombs is {by}"), &times, "ms")?.detail());
+    }
+    let held: Vec<&(String, f64)> = culprits.iter().flat_map(|culprit| &culprit.held).collect();
+    for bomb in distinct(held.iter().map(|(name, _)| name.as_str())) {
+        let times: Vec<f64> = held.iter().filter(|(name, _)| name == bomb).map(|(_, ms)| *ms).collect();
+        rows.push(Row::median(format!("until a bomb meets its own limit: {bomb}"), &times, "ms")?.detail());
     }
     Ok(rows)
+}
+
+fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> BTreeSet<&'a str> {
+    names.collect()
 }
 
 fn at(times: &[f64], share: f64) -> Result<f64> {
@@ -246,11 +258,20 @@ mod tests {
         };
         let quiet = vec![vec![request("recall", 10.0, None), request("chat", 100.0, None)]];
         let loud = vec![vec![request("recall", 11.0, None), request("chat", 150.0, Some("status 503"))]];
-        let held = [holding("fork held after 12 ms").unwrap(), ("memory".to_owned(), 2_500.0)];
-        let rows = rows(&quiet, &loud, &held).unwrap();
+        let culprits = [("throttled", 900.0), ("Oom", 2_500.0)].map(|(by, over)| Culprit {
+            over,
+            over_by: by.to_owned(),
+            held: vec![holding("fork held after 12000 ms").unwrap()],
+        });
+        let rows = rows(&quiet, &loud, &culprits).unwrap();
         let goals: Vec<(f64, bool)> =
             rows.iter().filter_map(|row| Some((row.value, row.goal.as_ref()?.reached))).collect();
         assert_eq!(goals, [(1.1, true), (1.5, false), (1.0, false), (2_500.0, false)]);
-        assert!(super::rows(&quiet, &[Vec::new()], &held).is_err(), "a time without a request is no number");
+        let of_limits: Vec<&Row> = rows.iter().filter(|row| row.what.contains("own limit")).collect();
+        assert_eq!(of_limits.len(), 1, "a bomb's own limit is told, and is no goal: {of_limits:?}");
+        assert!(
+            super::rows(&quiet, &[Vec::new()], &culprits).is_err(),
+            "a time without a request is no number"
+        );
     }
 }

@@ -23,13 +23,14 @@ fn main() {
 /// Each in a process of its own, so that one that is held holds up no other.
 fn all(seconds: u64) {
     println!("begins");
+    println!("begins at {} ms of the boot clock", boot_ms());
     for bomb in ["descriptors", "disk", "fork"] {
         if let Err(error) = Command::new(PROGRAM).arg(bomb).spawn() {
             println!("no {bomb}: {error}");
         }
     }
     std::thread::sleep(Duration::from_secs(seconds));
-    println!("memory begins at {} ms", boot_ms());
+    println!("memory begins");
     let mut kept: Vec<Vec<u8>> = Vec::new();
     loop {
         // Written to, so that it is charged.

@@ -58,7 +58,7 @@ impl Machine {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let state = folder.path().join("state.json");
         write(&state, devices);
-        let engine = Engine::start_from(|command| {
+        let engine = Engine::start_from(|command, _| {
             command.arg("--nvml").arg(nvml_mock::library()).env("NVML_MOCK_STATE", &state);
         })?;
         let client = engine.connect();
@@ -171,7 +171,7 @@ fn without_a_library_or_its_driver_there_is_no_gpu_and_all_else_works() {
     let not_a_library = folder.path().join("text.so");
     std::fs::write(&not_a_library, "not a library").expect("writing");
     for library in [Path::new("/nowhere/libnvidia-ml.so.1"), &not_a_library, &nvml_mock::library()] {
-        let engine = Engine::start_from(|command| {
+        let engine = Engine::start_from(|command, _| {
             command.arg("--nvml").arg(library).env("NVML_MOCK_STATE", &state);
         });
         let engine = engine.expect("an engine");

@@ -1,4 +1,4 @@
-//! Does the real engine keep the promises of B12, B14 and of the GGUF lines of B20, and of E4, E6 and E17?
+//! Does the real engine keep the promises of B12, B14, E4, E6, E7, E10, E16, E17 and of the GGUF lines of B20?
 //!
 //! Real process, real llama.cpp, the models that the image builder makes. The mathematics is compared with NumPy
 //! scripts in `tests/fixtures/models` that share no code with us or with llama.cpp.
@@ -11,3 +11,5 @@ mod files;
 mod limits;
 mod mathematics;
 mod plan;
+mod sharing;
+mod turns;

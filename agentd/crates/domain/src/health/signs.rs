@@ -90,6 +90,15 @@ pub struct Reading {
     pub machine: Machine,
 }
 
+impl Reading {
+    /// What was before the first reading of a new run: its group's counters began at zero, the agent's and the
+    /// machine's did not.
+    fn at_the_beginning(&self, begun_ms: u64) -> Self {
+        let (pulse, machine) = (self.pulse, self.machine);
+        Self { at_ms: begun_ms, pulse, machine, ..Self::default() }
+    }
+}
+
 /// For people: thousandths of the last ten seconds that were lost to waiting.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pressure {
@@ -190,6 +199,8 @@ impl Heat {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Vitals {
     begun_ms: u64,
+    /// Begun under this agentd, and not taken over from one before.
+    is_fresh: bool,
     mood: Mood,
     mood_since_ms: u64,
     last: Option<Reading>,
@@ -220,7 +231,7 @@ enum Limits {
 
 impl Vitals {
     pub(super) fn fresh() -> Self {
-        Self::default()
+        Self { is_fresh: true, ..Self::default() }
     }
 
     /// Of a run that lived before agentd: whoever was before may have throttled it.
@@ -339,7 +350,9 @@ impl Health {
             return;
         }
         self.proven(since_ms, now, effects);
-        if let Some(before) = self.vitals.last.replace(reading.clone()) {
+        let last = self.vitals.last.replace(reading.clone());
+        let begun = || self.vitals.is_fresh.then(|| reading.at_the_beginning(self.vitals.begun_ms));
+        if let Some(before) = last.or_else(begun) {
             let passed = Passed::between(&before, &reading);
             if self.is_choked(&before, &reading, &passed) {
                 let text = "it waits for memory and gets nothing done".to_owned();

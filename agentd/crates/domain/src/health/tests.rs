@@ -209,6 +209,22 @@ fn forks_against_the_limit_are_throttled_at_once_and_restored_when_calm() {
 }
 
 #[test]
+fn a_fork_bomb_is_throttled_at_the_first_reading_and_what_was_before_agentd_is_not_held_against_a_run() {
+    let mut bomb = Agent::running();
+    bomb.read(|reading| reading.pids_refused = 500);
+    assert_eq!(bomb.health.vitals().throttle(), Throttle::Half);
+    let mut adopted = Agent::new(true);
+    adopted.runs = 1;
+    adopted.step(Event::Lives { run: run(1) });
+    adopted.step(Event::Started { run: run(1) });
+    adopted.read(|reading| reading.pids_refused = 500);
+    assert_eq!(adopted.health.vitals().throttle(), Throttle::None);
+    let mut failing_before = Agent::running();
+    failing_before.read(|reading| (reading.pulse.calls, reading.pulse.errors) = (100, 100));
+    assert_eq!(failing_before.health.vitals().throttle(), Throttle::None, "its last run asked that");
+}
+
+#[test]
 fn limits_that_were_not_set_are_ordered_again_and_an_adopted_run_gets_its_own() {
     let mut agent = Agent::running();
     agent.read(|_| {});
