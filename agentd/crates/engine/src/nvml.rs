@@ -244,7 +244,11 @@ fn note(health: &Mutex<DeviceHealth>, event: DeviceEvent) {
     health.step(event);
     if health.action > before {
         let problem = health.sentence().unwrap_or_default();
-        tracing::error!(?event, action = ?health.action, problem, "a device needs attention");
+        if health.action.takes_work() {
+            tracing::warn!(?event, action = ?health.action, problem, "a device reported something");
+        } else {
+            tracing::error!(?event, action = ?health.action, problem, "a device takes no new work");
+        }
     }
 }
 

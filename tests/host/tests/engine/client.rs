@@ -102,6 +102,14 @@ impl Engine {
         Client { stream, next_id: 1 }
     }
 
+    /// Names of its threads.
+    pub fn threads(&self) -> Vec<String> {
+        let folder = format!("/proc/{}/task", self.process.id());
+        let tasks = std::fs::read_dir(folder).expect("the engine's threads").flatten();
+        let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        names.map(|name| name.trim().to_owned()).collect()
+    }
+
     pub fn tiny(&self) -> PathBuf {
         self.models.join(BUILTIN_TINY)
     }

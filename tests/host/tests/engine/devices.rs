@@ -94,6 +94,7 @@ fn write(state: &Path, devices: Vec<Device>) {
 fn a_card_is_shown_with_all_that_it_says() {
     let Some(mut machine) = Machine::start(vec![card()]) else { return };
     let gpu = machine.gpu_when(|gpu| gpu.health.watched);
+    assert!(machine.engine.threads().contains(&"nvml-0".to_owned()));
     assert_eq!(gpu.uuid.as_deref(), Some("GPU-8f1c2d3e-0000-1111-2222-333344445555"));
     assert_eq!(gpu.name.as_deref(), Some("Mock 80GB"));
     assert_eq!(gpu.pci_address.as_deref(), Some("0000:c1:00.0"));
@@ -179,6 +180,8 @@ fn without_a_library_or_its_driver_there_is_no_gpu_and_all_else_works() {
         let status = client.status();
         assert!(status.gpus.is_empty(), "{}: {:?}", library.display(), status.gpus);
         assert!(status.devices.iter().any(|device| device.kind == "cpu"));
+        let threads = engine.threads();
+        assert!(!threads.iter().any(|name| name.starts_with("nvml-")), "who waits for a card? {threads:?}");
         client.load("tiny", &models.join("tiny.gguf"), ModelKind::Chat).expect("a load");
     }
 }

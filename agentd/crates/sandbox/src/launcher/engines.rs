@@ -66,6 +66,8 @@ const DEVICES: &[&str] = &[
     "/dev/nvidia-uvm",
     "/dev/nvidia-uvm-tools",
     "/dev/nvidia-modeset",
+    // Instances of a device that was cut up (MIG), a node for each.
+    "/dev/nvidia-caps",
     "/dev/nvidia0",
     "/dev/nvidia1",
     "/dev/nvidia2",
