@@ -4,9 +4,9 @@
 //! here.
 //! Source of the codes: OpenAI's `context_length_exceeded` (for a context), and the status that fits each.
 
-use agentd_domain::device::{Held, PartitionId};
 use agentd_domain::fault::Report;
 use agentd_domain::human;
+use agentd_domain::ledger::{Held, PartitionId};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refusal {

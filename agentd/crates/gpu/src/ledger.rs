@@ -22,10 +22,10 @@ mod view;
 use crate::admission::Refusal;
 use crate::partition::{self, Room};
 use crate::plan::Layout;
-use agentd_domain::device::{BLOCK_CELLS, DeviceNeed, Enforcement, Held, Need, Partition, PartitionId};
 use agentd_domain::engine::GpuReadings;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
+use agentd_domain::ledger::{BLOCK_CELLS, DeviceNeed, Enforcement, Held, Need, Partition, PartitionId};
 use std::collections::BTreeMap;
 
 /// Asked with what fits, says which context would: [`crate::plan::longest_context`] with a plan's numbers.
@@ -337,6 +337,11 @@ impl Ledger {
             }
         }
         Ok(())
+    }
+
+    /// The longest context for this partition on an otherwise empty machine; 0 where the partition is not in force.
+    pub fn longest_alone(&self, id: &PartitionId, longest: Longest<'_>) -> u64 {
+        self.partition(id).map_or(0, |partition| longest(&|need| self.fits_alone(&partition, need)))
     }
 
     /// Admits and holds. A model of the same name is replaced, and its leases with it.

@@ -9,7 +9,7 @@
 //! | [`evict`] | which model goes to make room? |
 //!
 //! Pure: no clock, no file, no socket, no thread. agentd keeps one [`ledger::Ledger`], feeds it what the engine says,
-//! and asks it before a load. The words are `agentd_domain::device`'s.
+//! and asks it before a load. The words are `agentd_domain::ledger`'s.
 //!
 //! What is counted how: weights once for each device they lie on, however many agents use them; keys and values in
 //! cells, given out in blocks of 256; room for computing as an upper estimate until the engine says what it is; what the

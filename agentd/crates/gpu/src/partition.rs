@@ -6,9 +6,9 @@
 //!         devices beside their reserve; nobody is cut below what it holds.
 //! The default partition is nobody's to define: it is on every device and has what the guarantees leave.
 
-use agentd_domain::device::{Enforcement, Partition, PartitionId};
 use agentd_domain::fault::Report;
 use agentd_domain::human;
+use agentd_domain::ledger::{Enforcement, Partition, PartitionId};
 
 /// Less than the smallest model's weights.
 pub const BYTES_LEAST: u64 = 1024 * 1024;
@@ -212,8 +212,8 @@ pub fn default_partition(partitions: &[Partition], rooms: &[Room]) -> Partition 
 /// A limit over several devices is as hard as its softest; one between agents of one engine is never harder than the
 /// engine, whatever holds the engine itself.
 pub fn enforcement(devices: &[Enforcement]) -> Enforcement {
-    let softest = devices.iter().copied().max().unwrap_or(Enforcement::Advisory);
-    softest.max(Enforcement::Engine)
+    let softest = devices.iter().copied().min().unwrap_or(Enforcement::Advisory);
+    softest.min(Enforcement::Engine)
 }
 
 #[cfg(test)]

@@ -12,9 +12,9 @@ mod architecture;
 #[cfg(test)]
 mod tests;
 
-use agentd_domain::device::{BLOCK_CELLS, Basis, DeviceNeed, Need};
 use agentd_domain::engine::ModelKind;
 use agentd_domain::gguf::{Block, Shape};
+use agentd_domain::ledger::{BLOCK_CELLS, Basis, DeviceNeed, Need};
 use architecture::Attention;
 
 /// The type of numbers in the cache of keys or values.

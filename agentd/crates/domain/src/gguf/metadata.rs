@@ -4,6 +4,7 @@ use super::GgufError;
 use super::cursor::Cursor;
 use super::shape::{Block, Shape, WindowPattern};
 use super::tensors::Tensors;
+use crate::engine::ModelKind;
 use std::collections::{HashMap, HashSet};
 
 const MAX_KEY_BYTES: u64 = 256;
@@ -49,6 +50,19 @@ pub struct Summary {
     pub pooling_type: Option<u64>,
     /// What its memory is computed from.
     pub shape: Shape,
+}
+
+impl Summary {
+    /// What the model is for: encoders have a pooling, generators have none.
+    pub fn kind(&self) -> ModelKind {
+        let encoder = self.architecture.contains("bert") || self.architecture == "t5encoder";
+        // 0 is `none` in llama.cpp's enumeration of poolings.
+        if encoder || self.pooling_type.is_some_and(|pooling| pooling != 0) {
+            ModelKind::Embedding
+        } else {
+            ModelKind::Chat
+        }
+    }
 }
 
 /// Values of single keys; of an array its length, and its numbers where they are one per layer.

@@ -1,5 +1,5 @@
 use super::*;
-use agentd_domain::device::{Basis, DeviceNeed};
+use agentd_domain::ledger::{Basis, DeviceNeed};
 use proptest::prelude::*;
 
 const MIB: u64 = 1 << 20;

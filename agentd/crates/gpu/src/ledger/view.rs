@@ -5,11 +5,11 @@
 
 use super::{Device, Instance, Ledger, blocks, computing};
 use crate::partition;
-use agentd_domain::device::{
-    AgentHold, DeviceNeed, DeviceView, Devices, Enforcement, Held, ModelView, PartitionId, PartitionView,
-};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, AgentName};
+use agentd_domain::ledger::{
+    AgentHold, DeviceNeed, DeviceView, Devices, Enforcement, Held, ModelView, PartitionId, PartitionView,
+};
 use std::collections::{BTreeMap, BTreeSet};
 
 impl Ledger {
@@ -70,7 +70,7 @@ impl Ledger {
 
     fn show_partition(
         &self,
-        one: agentd_domain::device::Partition,
+        one: agentd_domain::ledger::Partition,
         shares: &BTreeMap<PartitionId, Held>,
         names: &dyn Fn(AgentId) -> Option<AgentName>,
     ) -> PartitionView {
@@ -92,6 +92,7 @@ impl Ledger {
         let left = one.bytes.saturating_sub(self.charged(&one.id));
         PartitionView {
             builtin: one.id.is_default(),
+            configured: false,
             enforcement: partition::enforcement(&limits),
             held: shares.get(&one.id).copied().unwrap_or_default(),
             free_bytes: if in_force { left.min(devices_free) } else { 0 },

@@ -77,19 +77,19 @@ impl fmt::Display for PartitionId {
     }
 }
 
-/// Who keeps a limit, hardest first.
+/// Who keeps a limit, the hardest last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Enforcement {
-    /// The device itself: a MIG instance.
-    Hardware,
-    /// The kernel or its driver: a limit on the engine's cgroup. More is refused to the process.
-    Kernel,
+    /// Nobody: it is counted and shown.
+    Advisory,
     /// Our engine, which owns the device's memory and gives out cells: exact between its agents, and no wall against a
     /// fault of the engine itself.
     Engine,
-    /// Nobody: it is counted and shown.
-    Advisory,
+    /// The kernel or its driver: a limit on the engine's cgroup. More is refused to the process.
+    Kernel,
+    /// The device itself: a MIG instance.
+    Hardware,
 }
 
 impl Enforcement {
@@ -277,7 +277,7 @@ pub struct DeviceView {
 pub struct Held {
     /// Its share of the weights of models that its agents use.
     pub weights_bytes: u64,
-    /// Of the cells that its agents hold now.
+    /// Of the cells that its agents hold now, and of free ones of models that were loaded for it.
     pub kv_bytes: u64,
     /// Its share of what computing takes, with recurrent states and overhead.
     pub compute_bytes: u64,
@@ -294,6 +294,9 @@ pub struct PartitionView {
     pub partition: Partition,
     /// The default one: its bytes are what the others leave.
     pub builtin: bool,
+    /// Defined in `agentd.toml`, and to be changed there.
+    #[serde(default)]
+    pub configured: bool,
     pub enforcement: Enforcement,
     pub held: Held,
     pub free_bytes: u64,
@@ -336,8 +339,8 @@ mod tests {
     }
 
     #[test]
-    fn harder_comes_first() {
-        assert!(Enforcement::Hardware < Enforcement::Kernel && Enforcement::Engine < Enforcement::Advisory);
+    fn harder_comes_last() {
+        assert!(Enforcement::Hardware > Enforcement::Kernel && Enforcement::Engine > Enforcement::Advisory);
     }
 
     #[test]
