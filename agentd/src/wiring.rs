@@ -131,7 +131,7 @@ async fn live(
     let models = Models::new(&places, engine.clone());
     let audit = Audit::default();
     let parts = match walls {
-        Ok(()) => start_agents(&places, granted, &board, &launcher, &engine, &audit, &data).await,
+        Ok(()) => start_agents(&places, granted, &board, &launcher, (&engine, &gpu), &audit, &data).await,
         Err(report) => Err(report),
     };
     if let Ok(parts) = &parts {
@@ -233,7 +233,7 @@ async fn start_agents(
     granted: EgressSettings,
     board: &Arc<Board>,
     launcher: &Launcher,
-    engine: &Engine,
+    (engine, gpu): (&Engine, &Gpu),
     audit: &Audit,
     data: &Handle,
 ) -> Result<Parts, Report> {
@@ -278,6 +278,7 @@ async fn start_agents(
         inbox: inbox.clone(),
         memories: memories.clone(),
         engine: engine.clone(),
+        gpu: gpu.clone(),
         audit: audit.clone(),
         launcher: launcher.clone(),
         tokens: tokens.clone(),

@@ -20,6 +20,7 @@ use crate::agents::Nerves;
 use crate::audit::Audit;
 use crate::children::Children;
 use crate::engine::Engine;
+use crate::gpu::{Gpu, Served};
 use crate::inbox::Inbox;
 use crate::memory::Memories;
 use crate::store::Db;
@@ -61,6 +62,7 @@ pub struct Services {
     pub inbox: Inbox,
     pub memories: Memories,
     pub engine: Engine,
+    pub gpu: Gpu,
     pub audit: Audit,
     pub launcher: Launcher,
     pub tokens: Tokens,
@@ -115,7 +117,8 @@ fn routes() -> Router {
 
 /// The engine as this caller sees it.
 async fn fronted(Extension(caller): Extension<Caller>, mut request: Request, next: Next) -> Response {
-    let engine = Arc::new(caller.services.engine.clone());
+    let Services { engine, gpu, db, .. } = caller.services.clone();
+    let engine = Arc::new(Served { engine, gpu, db, agent: caller.agent });
     request.extensions_mut().insert(Front { engine, caller: caller.agent.to_string() });
     next.run(request).await
 }

@@ -82,6 +82,7 @@ impl Scene {
             db,
             memories,
             engine,
+            gpu: crate::gpu::Gpu::new(0),
             audit,
             launcher: Launcher::at(folder.path().join("none")),
             tokens,

@@ -9,10 +9,12 @@
 
 mod orders;
 mod plan;
+mod served;
 #[cfg(test)]
 mod tests;
 
 pub use plan::Planned;
+pub use served::Served;
 
 use crate::engine::{Choice, Engine, Stage};
 use crate::places::Places;
@@ -24,7 +26,7 @@ use agentd_domain::gguf;
 use agentd_domain::ids::{AgentId, AgentName};
 use agentd_domain::ledger::{self as words, Devices, Need, Partition, PartitionId};
 use agentd_gpu::ledger::Ledger;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -201,9 +203,16 @@ impl Gpu {
         self.state().ledger.forget(agent);
     }
 
-    #[cfg(test)]
-    fn assigned(&self) -> BTreeMap<AgentId, PartitionId> {
-        self.state().ledger.assigned().clone()
+    pub fn partition_of(&self, agent: AgentId) -> PartitionId {
+        self.state().ledger.partition_of(agent)
+    }
+
+    fn anybody_assigned(&self) -> bool {
+        !self.state().ledger.assigned().is_empty()
+    }
+
+    fn is_assigned(&self, agent: AgentId) -> bool {
+        self.state().ledger.assigned().contains_key(&agent)
     }
 }
 

@@ -226,6 +226,7 @@ impl Scene {
             inbox: inbox.clone(),
             memories: memories.clone(),
             engine,
+            gpu: crate::gpu::Gpu::new(0),
             audit: audit.clone(),
             launcher: launcher.clone(),
             tokens: tokens.clone(),
