@@ -27,6 +27,7 @@ use crate::store::Db;
 use crate::tokens::Tokens;
 use agentd_domain::agent_api::{Message, Recall, Recalled, Remember, Remembered, ReplyPart, SelfInfo, Tier};
 use agentd_domain::audit::{Actor, Entry, Verdict};
+use agentd_domain::engine::Share;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, AgentName, RunId};
 use agentd_domain::rights::Request as Wish;
@@ -118,8 +119,12 @@ fn routes() -> Router {
 /// The engine as this caller sees it.
 async fn fronted(Extension(caller): Extension<Caller>, mut request: Request, next: Next) -> Response {
     let Services { engine, gpu, db, .. } = caller.services.clone();
+    let agent = caller.agent.to_string();
+    // Agents of one owner share what they have in common.
+    let salt = db.owner().to_string();
+    let share = Share { account: agent.clone(), salt, ..Share::default() };
     let engine = Arc::new(Served { engine, gpu, db, agent: caller.agent });
-    request.extensions_mut().insert(Front { engine, caller: caller.agent.to_string() });
+    request.extensions_mut().insert(Front { engine, caller: agent, share });
     next.run(request).await
 }
 

@@ -88,6 +88,7 @@ mod tests {
             sequences: 0,
             dimension: 0,
             chat_template: None,
+            sharing_refused: None,
         }
     }
 

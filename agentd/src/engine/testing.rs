@@ -78,6 +78,7 @@ fn answer(request: Request, seen: &mut Seen) -> std::io::Result<Vec<Event>> {
             waiting_requests: 0,
             rss_bytes: 1,
             uptime_ms: 1,
+            usage: Vec::new(),
         })],
         Request::Load(model) => {
             seen.loads.push(model.model.clone());
@@ -130,7 +131,7 @@ fn vector(text: &str) -> Vec<f32> {
 }
 
 pub fn done() -> Done {
-    Done { reason: FinishReason::Stop, prompt_tokens: 1, completion_tokens: 2 }
+    Done { reason: FinishReason::Stop, prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0 }
 }
 
 pub fn loaded(model: &LoadModel) -> LoadedModel {
@@ -146,5 +147,6 @@ pub fn loaded(model: &LoadModel) -> LoadedModel {
         sequences: 1,
         dimension: if model.kind == ModelKind::Embedding { 2 } else { 0 },
         chat_template: None,
+        sharing_refused: None,
     }
 }

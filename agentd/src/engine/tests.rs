@@ -65,6 +65,8 @@ fn generate(key: &str, stop: &str) -> Generate {
         sampling: Sampling::default(),
         max_tokens: 0,
         stop: vec![stop.to_owned()],
+        share: Default::default(),
+        shape: Default::default(),
     }
 }
 

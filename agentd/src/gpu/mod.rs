@@ -25,12 +25,14 @@ use agentd_domain::fault::Report;
 use agentd_domain::gguf;
 use agentd_domain::ids::{AgentId, AgentName};
 use agentd_domain::ledger::{self as words, Devices, Need, Partition, PartitionId};
+use agentd_gpu::admission::Refusal;
 use agentd_gpu::ledger::Ledger;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::OwnedSemaphorePermit;
 
 /// All devices of the machine. Cheap to clone.
 #[derive(Clone)]
@@ -50,11 +52,15 @@ struct State {
     /// Defined in `agentd.toml`; not to be changed from elsewhere.
     configured: BTreeSet<PartitionId>,
     db: Option<Db>,
+    places: served::Places,
 }
 
 /// What the engine is told of who asks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Standing {
+    pub partition: PartitionId,
+    /// Sequences of the partition's agents at once; 0 is no limit.
+    pub sequences_most: u32,
     pub priority: u8,
     pub weight: u32,
     /// Most cells of a model's cache; 0 is no limit.
@@ -191,6 +197,8 @@ impl Gpu {
         let cells = state.ledger.cells_most(model, agent);
         let all = state.ledger.need(model).map_or(0, |need| need.cells);
         Standing {
+            partition: id,
+            sequences_most: own.as_ref().map_or(0, |one| one.sequences_most),
             priority: own.as_ref().map_or(50, |one| one.priority),
             weight: own.as_ref().map_or(100, |one| one.weight),
             // An agent that may have all of them has no limit of its own; one that may have none has one cell, which is
@@ -203,8 +211,17 @@ impl Gpu {
         self.state().ledger.forget(agent);
     }
 
-    pub fn partition_of(&self, agent: AgentId) -> PartitionId {
-        self.state().ledger.partition_of(agent)
+    /// A place among those that a partition lets work at once; `None` where it has no limit.
+    async fn place(
+        &self,
+        partition: &PartitionId,
+        most: u32,
+    ) -> Result<Option<OwnedSemaphorePermit>, Refusal> {
+        if most == 0 {
+            return Ok(None);
+        }
+        let room = self.state().places.room(partition, most);
+        room.enter().await.map(Some)
     }
 
     fn anybody_assigned(&self) -> bool {

@@ -1,19 +1,30 @@
 //! The engine as one agent may use it.
 //!
-//! In:    the agent's requests, as the front has planned them. Out: the same, within what its partition gives.
-//! Always: an answer is never longer than the agent's cells beside its prompt; a prompt that cannot fit is refused at
-//!         once, with what would. A child has its parent's partition unless it was put into one of its own.
-//! Where:  how many cells are free this moment, and who goes first, is the engine's to decide.
+//! In:    the agent's requests, as the front has planned them. Out: the same, with what the agent's partition gives it:
+//!        priority, weight, cells, and one of the partition's places for as long as it runs.
+//! Always: agents of a partition with an own limit are one account of the engine, so that its cells are theirs together;
+//!         all others are accounts of their own. A child has its parent's partition unless it was put into one.
+//! Where:  who goes first and what fits this moment is the engine's to decide; it refuses what could never fit.
 
-use super::{Gpu, Standing};
+use super::Gpu;
 use crate::engine::Engine;
 use crate::store::Db;
-use agentd_domain::engine::{Generate, Prompt};
+use agentd_domain::engine::Generate;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
+use agentd_domain::ledger::PartitionId;
 use agentd_domain::plan::ceiling;
 use agentd_gpu::admission::Refusal;
 use agentd_serving::{Embeddings, EngineHandle, Leaving, Pending, Pieces, ServedModel};
+use futures::StreamExt;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Requests of one partition that may wait for a place; more are refused at once, so that their clients can do something
+/// else. As many as the engine lets wait for a model.
+const WAITING_MOST: usize = 256;
 
 /// What the front of one agent talks to.
 pub struct Served {
@@ -40,39 +51,22 @@ impl Served {
         self.agent
     }
 
-    async fn within(&self, mut request: Generate) -> Result<Generate, Report> {
+    async fn with_its_share(
+        &self,
+        mut request: Generate,
+    ) -> Result<(Generate, Option<OwnedSemaphorePermit>), Report> {
         let whose = self.placed().await;
         let standing = self.gpu.standing(whose, &request.model);
-        bound(&mut request, standing).map_err(|(needs_cells, prompt_cells)| {
-            let partition = self.gpu.partition_of(whose);
-            let has_cells = u64::from(standing.cells_most);
-            Refusal::ContextExceedsBudget { partition, needs_cells, has_cells, prompt_cells }
-                .report("the request was not run")
-        })?;
-        Ok(request)
+        request.share.priority = standing.priority;
+        request.share.weight = standing.weight;
+        request.share.cells_most = standing.cells_most;
+        if standing.cells_most > 0 {
+            // No agent's id: those are hyphenated.
+            request.share.account = format!("partition {}", standing.partition);
+        }
+        let place = self.gpu.place(&standing.partition, standing.sequences_most).await;
+        Ok((request, place.map_err(|refusal| refusal.report("the request was not run"))?))
     }
-}
-
-/// Shortens the answer to what is left beside the prompt, or says what would be needed at least: all cells, and those of
-/// the prompt.
-fn bound(request: &mut Generate, standing: Standing) -> Result<(), (u64, u64)> {
-    if standing.cells_most == 0 {
-        return Ok(());
-    }
-    // Only the engine can count a text's tokens; it has one at least.
-    let prompt = match &request.prompt {
-        Prompt::Tokens(tokens) => u32::try_from(tokens.len()).unwrap_or(u32::MAX),
-        Prompt::Messages(_) | Prompt::Text(_) => 1,
-    };
-    let left = standing.cells_most.saturating_sub(prompt);
-    if left == 0 {
-        return Err((u64::from(prompt) + 1, prompt.into()));
-    }
-    request.max_tokens = match request.max_tokens {
-        0 => left,
-        wanted => wanted.min(left),
-    };
-    Ok(())
 }
 
 impl EngineHandle for Served {
@@ -82,8 +76,15 @@ impl EngineHandle for Served {
 
     fn generate(&self, request: Generate, leaving: Leaving) -> Pending<'_, Pieces> {
         Box::pin(async move {
-            let request = self.within(request).await?;
-            EngineHandle::generate(&self.engine, request, leaving).await
+            let (request, place) = self.with_its_share(request).await?;
+            let pieces = EngineHandle::generate(&self.engine, request, leaving).await?;
+            let Some(place) = place else { return Ok(pieces) };
+            // The place is free again when the answer has ended or nobody reads it any more.
+            let held = pieces.map(move |piece| {
+                let _held = &place;
+                piece
+            });
+            Ok(Box::pin(held) as Pieces)
         })
     }
 
@@ -92,40 +93,81 @@ impl EngineHandle for Served {
     }
 }
 
+/// Places of partitions that let so many sequences work at once.
+#[derive(Default)]
+pub(super) struct Places(HashMap<PartitionId, Arc<Room>>);
+
+pub(super) struct Room {
+    most: u32,
+    places: Arc<Semaphore>,
+    waiting: AtomicUsize,
+}
+
+impl Places {
+    /// The room of a partition. Another number is another room: who is in the old one stays there to its end.
+    pub(super) fn room(&mut self, partition: &PartitionId, most: u32) -> Arc<Room> {
+        let fresh = || {
+            let places = Arc::new(Semaphore::new(most as usize));
+            Arc::new(Room { most, places, waiting: AtomicUsize::new(0) })
+        };
+        let room = self.0.entry(partition.clone()).or_insert_with(fresh);
+        if room.most != most {
+            *room = fresh();
+        }
+        Arc::clone(room)
+    }
+}
+
+impl Room {
+    /// Waits for a place, behind those who came before.
+    pub(super) async fn enter(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+        let waiting = self.waiting.fetch_add(1, Ordering::Relaxed);
+        let _counted = Counted(&self.waiting);
+        let full = || Refusal::QueueFull { waiting: waiting as u64, most: WAITING_MOST as u64 };
+        if waiting >= WAITING_MOST {
+            return Err(full());
+        }
+        // Never closed.
+        Arc::clone(&self.places).acquire_owned().await.map_err(|_| full())
+    }
+}
+
+struct Counted<'a>(&'a AtomicUsize);
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use agentd_domain::engine::Sampling;
 
-    fn request(prompt: Prompt, max_tokens: u32) -> Generate {
-        Generate {
-            model: "m".to_owned(),
-            key: "k".to_owned(),
-            prompt,
-            sampling: Sampling::default(),
-            max_tokens,
-            stop: Vec::new(),
+    #[tokio::test]
+    async fn a_partition_has_so_many_places_and_a_queue_with_an_end() {
+        let mut places = Places::default();
+        let room = places.room(&PartitionId::default_partition(), 1);
+        let first = room.enter().await.expect("a place");
+        let waits: Vec<_> = (0..WAITING_MOST)
+            .map(|_| {
+                let room = Arc::clone(&room);
+                tokio::spawn(async move { room.enter().await.map(drop) })
+            })
+            .collect();
+        while room.waiting.load(Ordering::Relaxed) < WAITING_MOST {
+            tokio::task::yield_now().await;
         }
-    }
-
-    #[test]
-    fn an_answer_is_bounded_by_what_is_left_beside_the_prompt() {
-        let standing = |cells_most| Standing { priority: 50, weight: 100, cells_most };
-        let after = |prompt, max_tokens, cells_most| {
-            let mut request = request(prompt, max_tokens);
-            bound(&mut request, standing(cells_most)).map(|()| request.max_tokens)
-        };
-        let tokens = |count| Prompt::Tokens(vec![1; count]);
-        assert_eq!(after(tokens(10), 0, 0), Ok(0), "without a limit of its own nothing changes");
-        assert_eq!(after(tokens(10), 100_000, 0), Ok(100_000));
-        assert_eq!(after(tokens(10), 0, 256), Ok(246));
-        assert_eq!(after(tokens(10), 100_000, 256), Ok(246));
-        assert_eq!(after(tokens(10), 5, 256), Ok(5));
-        assert_eq!(after(tokens(256), 5, 256), Err((257, 256)));
-        assert_eq!(
-            after(Prompt::Text("words".to_owned()), 0, 1),
-            Err((2, 1)),
-            "a partition too small for a block"
-        );
+        let refused = room.enter().await.expect_err("the queue is full");
+        assert_eq!(refused.report("no").http_status(), 429);
+        drop(first);
+        for wait in waits {
+            wait.await.expect("no panic").expect("a place, one after the other");
+        }
+        assert_eq!(room.waiting.load(Ordering::Relaxed), 0);
+        // A changed number holds for whoever comes from then on.
+        let wider = places.room(&PartitionId::default_partition(), 2);
+        let _two = (wider.enter().await.expect("one"), wider.enter().await.expect("two"));
+        assert!(Arc::ptr_eq(&wider, &places.room(&PartitionId::default_partition(), 2)));
     }
 }

@@ -240,6 +240,7 @@ fn what_the_engine_uses_beyond_its_plan_is_shown_and_kept_free() {
         waiting_requests: 0,
         rss_bytes: planned + 50 * MIB,
         uptime_ms: 1,
+        usage: Vec::new(),
     };
     scene.gpu.learn(&status);
     let device = scene.view().devices.remove(0);

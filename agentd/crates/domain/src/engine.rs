@@ -12,7 +12,7 @@ use crate::fault::Report;
 use serde::{Deserialize, Serialize};
 
 /// Raised when a frame changes in a way that an older peer would misread.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// No honest request is larger: 100,000 tokens of prompt are about 0.5 MB of text.
 pub const MAX_FRAME_BYTES: u32 = 8 * 1024 * 1024;
@@ -63,6 +63,9 @@ pub enum Request {
     Logits {
         model: String,
         tokens: Vec<i32>,
+        /// Computed like a prompt of theirs, with what is in the cache; without it nothing is taken from there.
+        #[serde(default)]
+        share: Option<Share>,
     },
 }
 
@@ -102,6 +105,49 @@ pub struct Generate {
     pub max_tokens: u32,
     #[serde(default)]
     pub stop: Vec<String>,
+    #[serde(default)]
+    pub share: Share,
+    /// What form the answer must have.
+    #[serde(default)]
+    pub shape: Shape,
+}
+
+/// The form of an answer. Only tokens that keep to it are chosen, so an answer that ended with `stop` has it; one that
+/// ended with `length` is a beginning of it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Shape {
+    #[default]
+    Free,
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that a schema accepts: the schema's own text.
+    JsonSchema(String),
+    /// GBNF, llama.cpp's grammars, with a rule `root`.
+    Grammar(String),
+}
+
+/// Who asks, and what part of the model's time and cache it may have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Share {
+    /// Who is charged for what is computed: an agent. Accounts are served by weight when not all can be.
+    pub account: String,
+    /// Requests with the same salt find each other's prompts in the cache, and could tell from the time an answer
+    /// takes what others asked. So it is the agents' owner, not the machine.
+    pub salt: String,
+    /// 0 to 100; each twenty are a class. A higher class goes first, and takes the place of a lower one.
+    pub priority: u8,
+    /// Served so many times as much as an account of weight 1.
+    pub weight: u32,
+    /// Most cells of the KV cache that requests of this account may be promised at once; 0 is no limit.
+    pub cells_most: u32,
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self { account: String::new(), salt: String::new(), priority: 50, weight: 1, cells_most: 0 }
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -183,6 +229,9 @@ pub struct Done {
     pub reason: FinishReason,
     pub prompt_tokens: u32,
     pub completion_tokens: u32,
+    /// Prompt tokens that were in the cache and needed no computing.
+    #[serde(default)]
+    pub cached_tokens: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -239,6 +288,9 @@ pub struct LoadedModel {
     /// file's own could not be taken.
     #[serde(default)]
     pub chat_template: Option<String>,
+    /// Why prompts of this model are not kept and shared, where its cache cannot be cut at any token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sharing_refused: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -253,4 +305,39 @@ pub struct EngineStatus {
     /// Since the process was started.
     #[serde(default)]
     pub uptime_ms: u64,
+    /// Of each chat model.
+    #[serde(default)]
+    pub usage: Vec<ModelUsage>,
+}
+
+/// How one chat model's KV cache is used, and what was done since it was loaded.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ModelUsage {
+    pub model: String,
+    pub running: u32,
+    pub waiting: u32,
+    pub cells_total: u32,
+    /// Held by one sequence.
+    pub cells_private: u32,
+    /// Held once by several.
+    pub cells_shared: u32,
+    pub cells_free: u32,
+    /// Of private and shared: nobody works on them, so they may go.
+    pub cells_cached: u32,
+    pub computed_prompt_tokens: u64,
+    pub cached_prompt_tokens: u64,
+    /// Of prompts and answers, a second time, after they had to give way.
+    pub recomputed_tokens: u64,
+    pub prompt_tokens_per_s: u32,
+    /// Requests that stepped aside for others.
+    pub preemptions: u64,
+    /// Parts of the cache that were copied to memory or disk, and brought back.
+    pub swapped_out: u64,
+    pub swapped_in: u64,
+    pub swap_memory_bytes: u64,
+    pub swap_disk_bytes: u64,
+    /// What the last swap out and the last swap in took, and for how many tokens.
+    pub last_swap_out_us: u64,
+    pub last_swap_in_us: u64,
+    pub last_swap_tokens: u32,
 }

@@ -1,21 +1,22 @@
-//! Who generates what next?
+//! How does what was decided happen?
 //!
-//! One thread per chat model owns its context. Every step decodes one batch with tokens of all running
-//! sequences; requests join and leave between steps.
+//! One thread per chat model owns its context. Each step asks the plan ([`crate::plan`]) what to do, does it to the
+//! cache, decodes one batch with tokens of all who run, and chooses their next tokens.
 //!
-//! ```text
-//! waiting --cells promised--> prefill --whole prompt in the cache--> decode --end, bound, stop, cancel--> gone
-//! ```
-//!
-//! True: a sequence holds one id below `sequences` and its promised cells from admission to its end; a batch
-//! has at most [`BATCH_TOKENS`] tokens, each of one sequence (`LlamaBatch::add` does not check its bounds).
-//! Waits: for a job when nothing runs; otherwise never but for the decode itself.
+//! True: a batch has at most the tokens the context was made for, each of one sequence (`LlamaBatch::add` does not
+//! check its bounds); every sequence id is below the context's number of them.
+//! Waits: for a job when nothing is to be done; otherwise never but for the decode itself.
+//! Never: a decision about who goes first, which cells go, or who steps aside: that is the plan's, and tested there.
 
-use crate::batch::{Cells, Demand, shares, wish};
+use crate::answer::{Answer, Task, sampler};
 use crate::generations::{Generation, Listener};
 use crate::model::{Gauge, Settings};
-use crate::text::{Characters, Scan, Stops};
-use agentd_domain::engine::{Done, Event, FinishReason, Sampling};
+use crate::plan::{Ask, Effect, Part, Planner, RequestId, Room};
+use crate::radix::{Domain, SeqId};
+use crate::shape::{Chooser, dead_end};
+use crate::shelf::{BlobId, Shelves};
+use crate::swap::Swap;
+use agentd_domain::engine::{Event, FinishReason, ModelUsage, Sampling, Share};
 use agentd_domain::fault::Report;
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
@@ -25,26 +26,31 @@ use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2::{LLAMA_FLASH_ATTN_TYPE_AUTO, LLAMA_FLASH_ATTN_TYPE_DISABLED};
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-/// Tokens of one decode. Larger batches read prompts a little faster, cost memory, and make everybody who
-/// answers wait longer; must be at least `MAX_SEQUENCES`, so that every sequence gets a token.
-const BATCH_TOKENS: u32 = 256;
+/// Tokens of one decode. Larger batches read prompts a little faster and cost memory: llama.cpp reserves logits for
+/// all of them. Nobody waits for a whole one while answering, chunks are sized in time. Must be at least the number
+/// of sequence ids, for llama.cpp's own reservation of outputs.
+pub(crate) const BATCH_TOKENS: u32 = 512;
 /// Requests that may wait for a place; more are refused at once, so that their clients can do something else.
 pub(crate) const MAX_WAITING: usize = 256;
-/// Tokens that the repetition penalty looks back on, llama.cpp's own default.
-const PENALTY_TOKENS: usize = 64;
+/// Decodes that may fail one after the other before those in them are told. Between them everything is computed anew.
+const MAX_FAILURES: u32 = 2;
+/// Each blob that fails to come back costs a step without a batch; so many are more than there can be of them.
+const MAX_EMPTY_STEPS: u32 = 1000;
 
 pub(crate) enum ChatJob {
     Generate(GenerateJob),
     Logits {
         tokens: Vec<LlamaToken>,
+        share: Option<Share>,
         listener: Listener,
     },
     /// Ends the thread; whoever runs or waits is told.
@@ -56,6 +62,9 @@ pub(crate) struct GenerateJob {
     pub(crate) sampling: Sampling,
     pub(crate) max_tokens: u32,
     pub(crate) stop: Vec<String>,
+    pub(crate) share: Share,
+    /// Keeps the answer to a form.
+    pub(crate) grammar: Option<LlamaSampler>,
     pub(crate) generation: Arc<Generation>,
 }
 
@@ -64,6 +73,7 @@ pub(crate) fn spawn(
     backend: &Arc<LlamaBackend>,
     model: &Arc<LlamaModel>,
     settings: Settings,
+    swap_folder: Option<PathBuf>,
     inbox: Receiver<ChatJob>,
     gauge: &Arc<Gauge>,
     ready: Sender<Result<u32, String>>,
@@ -80,21 +90,36 @@ pub(crate) fn spawn(
         };
         let cells = context.n_ctx();
         let _ = ready.send(Ok(cells));
+        // The last id is the scratch sequence's.
+        let scratch = SeqId(settings.ids - 1);
+        let sharing = settings.sharing;
+        let room = Room {
+            cells,
+            running: settings.sequences,
+            ids: if sharing { settings.ids - 1 } else { settings.ids },
+            batch_tokens: BATCH_TOKENS,
+            shelves: settings.shelves,
+            sharing,
+        };
         let mut decoder = Decoder {
             model: &model,
             context,
             batch: LlamaBatch::new(BATCH_TOKENS as usize, 1),
-            cells: Cells::new(cells),
-            running: Vec::new(),
-            free_ids: (0..settings.sequences as i32).rev().collect(),
-            waiting: VecDeque::new(),
+            planner: Planner::new(room),
+            tasks: BTreeMap::new(),
+            swap: Swap::new(scratch, swap_folder),
+            shelves: settings.shelves,
+            usage: ModelUsage::default(),
+            failures: 0,
+            empty_steps: 0,
+            started: Instant::now(),
             gauge,
         };
         decoder.run(&inbox);
     })
 }
 
-fn parameters(settings: Settings) -> LlamaContextParams {
+pub(crate) fn parameters(settings: Settings) -> LlamaContextParams {
     let cache = if settings.exact_cache { KvCacheType::F32 } else { KvCacheType::F16 };
     let threads = i32::try_from(settings.threads).unwrap_or(1);
     // llama.cpp's flash attention casts a cache in f32 to f16 first.
@@ -105,7 +130,7 @@ fn parameters(settings: Settings) -> LlamaContextParams {
         .with_n_ctx(NonZeroU32::new(settings.context_tokens))
         .with_n_batch(BATCH_TOKENS)
         .with_n_ubatch(BATCH_TOKENS)
-        .with_n_seq_max(settings.sequences)
+        .with_n_seq_max(u32::from(settings.ids))
         .with_kv_unified(true)
         .with_type_k(cache)
         .with_type_v(cache)
@@ -118,55 +143,32 @@ struct Decoder<'model> {
     model: &'model LlamaModel,
     context: LlamaContext<'model>,
     batch: LlamaBatch<'static>,
-    cells: Cells,
-    running: Vec<Sequence>,
-    free_ids: Vec<i32>,
-    waiting: VecDeque<ChatJob>,
+    planner: Planner,
+    tasks: BTreeMap<RequestId, Task>,
+    swap: Swap,
+    shelves: Shelves,
+    /// Only what the plan does not count.
+    usage: ModelUsage,
+    /// Decodes that failed since the last that did not.
+    failures: u32,
+    /// Steps in which nobody went on, since the last in which somebody did.
+    empty_steps: u32,
+    started: Instant,
     gauge: Arc<Gauge>,
-}
-
-struct Sequence {
-    id: i32,
-    /// Prompt tokens that are not in the cache yet.
-    prompt: VecDeque<LlamaToken>,
-    prompt_tokens: u32,
-    /// Tokens in the cache: the next one's position.
-    position: u32,
-    /// Cells promised, and the most this sequence may come to.
-    promised: u32,
-    limit: u32,
-    /// Place of its logits in the batch that was decoded last.
-    output: Option<i32>,
-    task: Task,
-}
-
-enum Task {
-    Logits(Listener),
-    Generate(Box<Answer>),
-}
-
-struct Answer {
-    generation: Arc<Generation>,
-    sampler: LlamaSampler,
-    next: Option<LlamaToken>,
-    completion_tokens: u32,
-    max_tokens: u32,
-    characters: Characters,
-    stops: Stops,
-    /// Tokens whose text has not been sent yet.
-    unsent_tokens: u32,
 }
 
 impl Decoder<'_> {
     fn run(&mut self, inbox: &Receiver<ChatJob>) {
         loop {
-            let idle = self.running.is_empty() && self.waiting.is_empty();
-            let received =
-                if idle { inbox.recv().map_err(|_| TryRecvError::Disconnected) } else { inbox.try_recv() };
+            let received = if self.planner.is_idle() {
+                inbox.recv().map_err(|_| TryRecvError::Disconnected)
+            } else {
+                inbox.try_recv()
+            };
             match received {
                 Ok(ChatJob::Unload) | Err(TryRecvError::Disconnected) => return self.abandon(inbox),
-                Ok(job) if self.waiting.len() < MAX_WAITING => {
-                    self.waiting.push_back(job);
+                Ok(job) if (self.planner.waiting() as usize) < MAX_WAITING => {
+                    self.accept(job);
                     continue;
                 }
                 Ok(job) => {
@@ -176,160 +178,283 @@ impl Decoder<'_> {
                 Err(TryRecvError::Empty) => {}
             }
             self.drop_stopped();
-            self.admit();
-            if !self.running.is_empty() {
+            if !self.planner.is_idle() {
                 self.step();
             }
-            self.gauge.running.store(self.running.len() as u32, Ordering::Relaxed);
-            self.gauge.waiting.store(self.waiting.len() as u32, Ordering::Relaxed);
+            self.carry_out();
+            self.show();
         }
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn accept(&mut self, job: ChatJob) {
+        let (tokens, share, most_new, reuse, task) = match job {
+            ChatJob::Generate(job) => {
+                let sampler = sampler(&job.sampling, &job.prompt, self.model.n_vocab());
+                let prompt_tokens = job.prompt.len() as u32;
+                let chooser = Chooser::new(sampler, job.grammar);
+                let answer = Answer::new(job.generation, chooser, prompt_tokens, job.max_tokens, job.stop);
+                (job.prompt, job.share, job.max_tokens, true, Task::Generate(Box::new(answer)))
+            }
+            ChatJob::Logits { tokens, share, listener } => {
+                let reuse = share.is_some();
+                (tokens, share.unwrap_or_default(), 1, reuse, Task::Logits(listener))
+            }
+            ChatJob::Unload => return,
+        };
+        let ask = Ask {
+            account: share.account,
+            domain: Domain::from(share.salt),
+            priority: share.priority,
+            weight: share.weight,
+            cells_most: share.cells_most,
+            tokens: tokens.into_iter().map(|token| token.0).collect(),
+            most_new,
+            reuse,
+        };
+        let id = self.planner.add(ask, self.now_ms());
+        self.tasks.insert(id, task);
     }
 
     /// Takes out who was cancelled or left alone too long, running or waiting.
     fn drop_stopped(&mut self) {
         let now = Instant::now();
-        for index in (0..self.running.len()).rev() {
-            if let Task::Generate(answer) = &self.running[index].task
-                && let Some(reason) = answer.generation.stop_reason(now)
-            {
-                self.finish(index, reason);
-            }
-        }
-        self.waiting.retain(|job| {
-            let ChatJob::Generate(job) = job else { return true };
-            let Some(reason) = job.generation.stop_reason(now) else { return true };
-            let prompt_tokens = job.prompt.len() as u32;
-            job.generation.done(Done { reason, prompt_tokens, completion_tokens: 0 }, now);
-            false
-        });
-    }
-
-    /// In order of arrival: who comes later never overtakes, so nobody starves.
-    fn admit(&mut self) {
-        while let (Some(job), Some(&id)) = (self.waiting.front(), self.free_ids.last()) {
-            let (prompt_tokens, max_tokens) = match job {
-                ChatJob::Generate(job) => (job.prompt.len() as u32, job.max_tokens),
-                ChatJob::Logits { tokens, .. } => (tokens.len() as u32, 1),
-                ChatJob::Unload => (0, 1),
-            };
-            let (limit, first) = wish(prompt_tokens, max_tokens, self.cells.total());
-            if !self.cells.promise(first) {
-                return;
-            }
-            let Some(job) = self.waiting.pop_front() else { return };
-            let (prompt, task) = match job {
-                ChatJob::Generate(job) => {
-                    let (prompt, answer) = Answer::new(job, self.model.n_vocab());
-                    (prompt, Task::Generate(Box::new(answer)))
-                }
-                ChatJob::Logits { tokens, listener } => (tokens, Task::Logits(listener)),
-                ChatJob::Unload => continue,
-            };
-            self.free_ids.pop();
-            self.running.push(Sequence {
-                id,
-                prompt: prompt.into(),
-                prompt_tokens,
-                position: 0,
-                promised: first,
-                limit,
-                output: None,
-                task,
-            });
+        let reason = |(id, task): (&RequestId, &Task)| Some((*id, task.stop_reason(now)?));
+        let stopped: Vec<(RequestId, FinishReason)> = self.tasks.iter().filter_map(reason).collect();
+        for (id, reason) in stopped {
+            self.finish(id, reason);
         }
     }
 
     fn step(&mut self) {
-        self.fill();
+        let now_ms = self.now_ms();
+        self.planner.arrange(now_ms);
+        self.carry_out();
+        let parts = self.planner.parts(now_ms);
+        if parts.is_empty() {
+            self.empty_steps += 1;
+            // A blob that did not come back has emptied everything: the next step begins anew.
+            if self.empty_steps > MAX_EMPTY_STEPS {
+                self.stuck();
+            }
+            return;
+        }
+        self.empty_steps = 0;
+        let outputs = self.fill(&parts);
+        let begun = Instant::now();
         if let Err(error) = self.context.decode(&mut self.batch) {
-            return self.fail_all(&error.to_string());
+            return self.decode_failed(&error.to_string(), &parts);
         }
-        for index in (0..self.running.len()).rev() {
-            if let Some(output) = self.running[index].output.take() {
-                self.advance(index, output);
-            }
+        // A device computes on by itself; what is measured is when it is done.
+        self.context.synchronize();
+        self.failures = 0;
+        self.planner.computed(&parts, begun.elapsed());
+        self.learn_cell_bytes(&parts);
+        for (id, output) in outputs {
+            self.advance(id, output);
         }
     }
 
-    fn fill(&mut self) {
+    /// Puts the parts into the batch; gives the place of each output.
+    fn fill(&mut self, parts: &[Part]) -> Vec<(RequestId, i32)> {
         self.batch.clear();
-        let demands: Vec<Demand> = self.running.iter().map(Sequence::demand).collect();
-        let shares = shares(&demands, BATCH_TOKENS);
-        for (sequence, share) in self.running.iter_mut().zip(shares) {
-            for _ in 0..share {
-                let Some(token) = sequence.take_token() else { break };
-                let last = sequence.prompt.is_empty();
-                let place = self.batch.n_tokens();
-                // One sequence id for a batch made for one, and `shares` keeps to the batch's size.
-                if self.batch.add(token, sequence.position as i32, &[sequence.id], last).is_err() {
-                    unreachable!("the shares of a batch fit into it");
+        let mut outputs = Vec::new();
+        for part in parts {
+            let tokens = self.planner.tokens_of(part);
+            for (place, token) in tokens.iter().enumerate() {
+                let output = part.last && place + 1 == tokens.len();
+                let position = part.from as i32 + place as i32;
+                // One sequence id for a batch made for one, and the plan keeps to the batch's size.
+                let seq = [i32::from(part.seq.0)];
+                if self.batch.add(LlamaToken(*token), position, &seq, output).is_err() {
+                    unreachable!("the plan keeps to the batch's size");
                 }
-                sequence.position += 1;
-                sequence.output = last.then_some(place);
+                if output {
+                    outputs.push((part.request, self.batch.n_tokens() - 1));
+                }
             }
         }
+        outputs
     }
 
-    /// The last token of a prompt, or an answer's token, has logits at `output`.
-    fn advance(&mut self, index: usize, output: i32) {
-        let context = &self.context;
-        let vocabulary = self.model.vocab();
-        let sequence = &mut self.running[index];
-        let answer = match &mut sequence.task {
-            Task::Logits(listener) => {
-                listener.send(Event::Logits { logits: context.get_logits_ith(output).to_vec() });
-                return self.release(index);
+    /// The logits for a request's next token are at `output`.
+    fn advance(&mut self, id: RequestId, output: i32) {
+        let (context, vocabulary) = (&self.context, self.model.vocab());
+        let answer = match self.tasks.get_mut(&id) {
+            Some(Task::Generate(answer)) => answer,
+            Some(Task::Logits(listener)) => {
+                let (listener, logits) = (listener.clone(), context.get_logits_ith(output).to_vec());
+                self.leave(id);
+                listener.send(Event::Logits { logits });
+                return;
             }
-            Task::Generate(answer) => answer,
+            None => return,
         };
-        let token = answer.sampler.sample(context, output);
+        let Some(token) = answer.chooser.choose(context, output, |token| vocabulary.is_eog(token)) else {
+            return self.fail(id, &dead_end());
+        };
         if vocabulary.is_eog(token) {
-            return self.finish(index, FinishReason::Stop);
+            return self.finish(id, FinishReason::Stop);
         }
-        answer.next = Some(token);
-        answer.completion_tokens += 1;
-        answer.unsent_tokens += 1;
-        let text = answer.characters.push(&vocabulary.token_to_piece(token, false, None));
-        if answer.show(&text) {
-            return self.finish(index, FinishReason::Stop);
-        }
-        if sequence.position >= sequence.promised {
-            let more = self.cells.grow(sequence.promised, sequence.limit);
-            sequence.promised += more;
-        }
-        let full = sequence.position >= sequence.promised;
-        let Task::Generate(answer) = &sequence.task else { return };
-        if full || answer.completion_tokens == answer.max_tokens {
-            self.finish(index, FinishReason::Length);
+        let ended = answer.take(&vocabulary.token_to_piece(token, false, None));
+        let full = self.planner.chosen(id, token.0);
+        if let Some(reason) = ended.or(full.then_some(FinishReason::Length)) {
+            self.finish(id, reason);
         }
     }
 
-    fn finish(&mut self, index: usize, reason: FinishReason) {
-        let prompt_tokens = self.running[index].prompt_tokens;
-        if let Task::Generate(answer) = &mut self.running[index].task {
-            answer.end(reason, prompt_tokens);
+    fn finish(&mut self, id: RequestId, reason: FinishReason) {
+        let cached = self.planner.cached_tokens(id);
+        if let Some(Task::Generate(mut answer)) = self.leave(id) {
+            answer.end(reason, cached);
         }
-        self.release(index);
     }
 
-    fn release(&mut self, index: usize) {
-        let sequence = self.running.swap_remove(index);
-        // Removing a whole sequence cannot fail, and its id is one of the context's.
-        let _ = self.context.clear_kv_cache_seq(Some(sequence.id as u32), None, None);
-        self.cells.release(sequence.promised);
-        self.free_ids.push(sequence.id);
+    /// Takes a request out. Whoever is then told finds it counted already.
+    fn leave(&mut self, id: RequestId) -> Option<Task> {
+        self.planner.finish(id);
+        self.show();
+        self.tasks.remove(&id)
     }
 
-    /// A decode failed: what is in the cache is unknown, so everybody starts over.
-    fn fail_all(&mut self, why: &str) {
-        tracing::error!(why, running = self.running.len(), "decode failed");
-        let report = Report::bug("decode_failed", "the answer ended early", why, "send the request again");
-        for mut sequence in self.running.drain(..) {
-            sequence.fail(report.clone());
-            self.cells.release(sequence.promised);
-            self.free_ids.push(sequence.id);
+    fn fail(&mut self, id: RequestId, report: &Report) {
+        if let Some(task) = self.leave(id) {
+            task.fail(report.clone());
         }
+    }
+
+    /// Does to the cache what was decided. What fails is told to the plan, which may decide more.
+    fn carry_out(&mut self) {
+        loop {
+            let effects = self.planner.take_effects();
+            if effects.is_empty() {
+                return;
+            }
+            let mut effects = effects.into_iter();
+            while let Some(effect) = effects.next() {
+                if let Err(blob) = self.apply(effect) {
+                    self.context.clear_kv_cache();
+                    self.planner.load_failed(blob, effects.collect());
+                    break;
+                }
+            }
+        }
+    }
+
+    /// `Err` with a blob that did not come back.
+    fn apply(&mut self, effect: Effect) -> Result<(), BlobId> {
+        let id = |seq: SeqId| i32::from(seq.0);
+        match effect {
+            // Positions are below the context's length and ids below its number: neither can fail.
+            Effect::Share { from, to, length } => {
+                let _ = self.context.copy_kv_cache_seq(id(from), id(to), Some(0), Some(length));
+            }
+            Effect::Trim { seq, from: 0 } => {
+                let _ = self.context.clear_kv_cache_seq(Some(u32::from(seq.0)), None, None);
+            }
+            Effect::Trim { seq, from } => {
+                let _ = self.context.clear_kv_cache_seq(Some(u32::from(seq.0)), Some(from), None);
+            }
+            Effect::Store { seq, from, upto, blob, tier } => {
+                match self.swap.store(&mut self.context, seq, (from, upto), (blob, tier)) {
+                    Ok(took) => {
+                        self.usage.last_swap_out_us = took.as_micros() as u64;
+                        self.usage.last_swap_tokens = upto - from;
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, ?tier, tokens = upto - from, "nothing was put aside");
+                        self.planner.blob_lost(blob);
+                    }
+                }
+            }
+            Effect::Load { blob, seq, from, upto } => {
+                match self.swap.load(&mut self.context, blob, seq, (from, upto)) {
+                    Ok(took) => {
+                        self.usage.last_swap_in_us = took.as_micros() as u64;
+                        self.usage.last_swap_tokens = upto - from;
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, tokens = upto - from, "what was put aside did not come back");
+                        return Err(blob);
+                    }
+                }
+            }
+            Effect::Drop { blob } => self.swap.forget(blob),
+        }
+        Ok(())
+    }
+
+    /// Keys and values of one cell, as llama.cpp writes them: asked once, of the first sequence that is long enough.
+    fn learn_cell_bytes(&mut self, parts: &[Part]) {
+        if self.shelves.bytes_per_cell > 0 {
+            return;
+        }
+        let Some(part) = parts.iter().find(|part| part.from + part.tokens >= 16) else { return };
+        let flags = llama_cpp_2::context::session::LlamaStateSeqFlags::empty();
+        let bytes = self.context.state_seq_get_size_ext(i32::from(part.seq.0), flags);
+        self.shelves.bytes_per_cell = (bytes as u64).div_ceil(u64::from(part.from + part.tokens)).max(1);
+        self.planner.set_cell_bytes(self.shelves.bytes_per_cell);
+    }
+
+    /// A decode failed: what is in the cache is unknown, so everybody computes again. The ledger said that there was
+    /// room, so this is a bug or a broken device; who meets it again is told.
+    fn decode_failed(&mut self, why: &str, parts: &[Part]) {
+        let (used, total) = self.planner.cells();
+        self.failures += 1;
+        let tokens: u32 = parts.iter().map(|part| part.tokens).sum();
+        tracing::error!(why, used, total, tokens, failures = self.failures, "decode failed");
         self.context.clear_kv_cache();
+        self.planner.lost(Vec::new());
+        if self.failures < MAX_FAILURES {
+            return;
+        }
+        self.failures = 0;
+        let report = Report::bug("decode_failed", "the answer ended early", why, "send the request again");
+        for part in parts {
+            self.fail(part.request, &report);
+        }
+    }
+
+    /// Requests are here and none can go on: never, by the plan's own tests. Better told than silent.
+    fn stuck(&mut self) {
+        tracing::error!(waiting = self.planner.waiting(), cells = ?self.planner.cells(), "nobody can go on");
+        let why = "the engine found no way to go on with it";
+        let report = Report::bug("plan_stuck", "the answer ended early", why, "send the request again");
+        for id in self.tasks.keys().copied().collect::<Vec<_>>() {
+            self.fail(id, &report);
+        }
+    }
+
+    fn show(&mut self) {
+        let planner = &self.planner;
+        let (counts, counters) = (planner.counts(), planner.counters());
+        let (used, total) = planner.cells();
+        let (memory, disk) = planner.shelved_bytes();
+        let usage = ModelUsage {
+            running: planner.running(),
+            waiting: planner.waiting(),
+            cells_total: total,
+            cells_private: counts.private,
+            cells_shared: counts.shared,
+            cells_free: total - used,
+            cells_cached: counts.evictable,
+            computed_prompt_tokens: counters.computed_tokens,
+            cached_prompt_tokens: counters.cached_tokens,
+            recomputed_tokens: counters.recomputed_tokens,
+            prompt_tokens_per_s: planner.pace().prompt_tokens_per_s(),
+            preemptions: counters.preemptions,
+            swapped_out: counters.stored,
+            swapped_in: counters.restored,
+            swap_memory_bytes: memory,
+            swap_disk_bytes: disk,
+            ..self.usage.clone()
+        };
+        self.gauge.running.store(usage.running, Ordering::Relaxed);
+        self.gauge.waiting.store(usage.waiting, Ordering::Relaxed);
+        self.gauge.set_usage(usage);
     }
 
     /// Ends the thread.
@@ -340,10 +465,10 @@ impl Decoder<'_> {
             "the model was unloaded",
             "load the model and send the request again",
         );
-        for mut sequence in self.running.drain(..) {
-            sequence.fail(report.clone());
+        for (_, task) in std::mem::take(&mut self.tasks) {
+            task.fail(report.clone());
         }
-        for job in self.waiting.drain(..).chain(inbox.try_iter()) {
+        for job in inbox.try_iter() {
             job.fail(report.clone());
         }
     }
@@ -369,106 +494,4 @@ pub(crate) fn busy() -> Report {
         format!("{MAX_WAITING} others wait for this model"),
         "try again in some seconds",
     )
-}
-
-impl Sequence {
-    fn demand(&self) -> Demand {
-        match self.prompt.len() {
-            0 => Demand::Decode,
-            left => Demand::Prefill(left as u32),
-        }
-    }
-
-    fn take_token(&mut self) -> Option<LlamaToken> {
-        self.prompt.pop_front().or_else(|| match &mut self.task {
-            Task::Generate(answer) => answer.next.take(),
-            Task::Logits(_) => None,
-        })
-    }
-
-    fn fail(&mut self, report: Report) {
-        match &self.task {
-            Task::Generate(answer) => answer.generation.fail(report, Instant::now()),
-            Task::Logits(listener) => {
-                listener.send(Event::Error(report));
-            }
-        }
-    }
-}
-
-impl Answer {
-    fn new(job: GenerateJob, vocabulary: i32) -> (Vec<LlamaToken>, Self) {
-        let answer = Self {
-            generation: job.generation,
-            sampler: sampler(&job.sampling, &job.prompt, vocabulary),
-            next: None,
-            completion_tokens: 0,
-            max_tokens: job.max_tokens,
-            characters: Characters::default(),
-            stops: Stops::new(job.stop),
-            unsent_tokens: 0,
-        };
-        (job.prompt, answer)
-    }
-
-    /// True when a stop text appeared.
-    fn show(&mut self, text: &str) -> bool {
-        let (text, stopped) = match self.stops.push(text) {
-            Scan::Show(text) => (text, false),
-            Scan::Stop(text) => (text, true),
-        };
-        self.send(text);
-        stopped
-    }
-
-    fn send(&mut self, text: String) {
-        if !text.is_empty() {
-            let tokens = std::mem::take(&mut self.unsent_tokens);
-            self.generation.piece(text, tokens, Instant::now());
-        }
-    }
-
-    fn end(&mut self, reason: FinishReason, prompt_tokens: u32) {
-        let mut rest = String::new();
-        let half = self.characters.finish();
-        if !half.is_empty() {
-            match self.stops.push(&half) {
-                Scan::Show(text) | Scan::Stop(text) => rest.push_str(&text),
-            }
-        }
-        rest.push_str(&self.stops.finish());
-        self.send(rest);
-        let done = Done { reason, prompt_tokens, completion_tokens: self.completion_tokens };
-        self.generation.done(done, Instant::now());
-    }
-}
-
-/// In llama.cpp's own order: penalties, then the cuts, then temperature, then the draw.
-fn sampler(sampling: &Sampling, prompt: &[LlamaToken], vocabulary: i32) -> LlamaSampler {
-    let mut chain = Vec::new();
-    let penalises = sampling.repeat_penalty > 0.0 && (sampling.repeat_penalty - 1.0).abs() > f32::EPSILON;
-    if penalises {
-        let recent = &prompt[prompt.len().saturating_sub(PENALTY_TOKENS)..];
-        let penalties =
-            LlamaSampler::penalties(vocabulary, PENALTY_TOKENS as i32, sampling.repeat_penalty, 0.0, 0.0);
-        chain.push(penalties.with_tokens(recent));
-    }
-    // A temperature of 0, or one that is no number, is greedy.
-    if !(sampling.temperature > 0.0 && sampling.temperature.is_finite()) {
-        chain.push(LlamaSampler::greedy());
-        return LlamaSampler::chain(chain, true);
-    }
-    if sampling.top_k > 0 {
-        chain.push(LlamaSampler::top_k(i32::try_from(sampling.top_k).unwrap_or(i32::MAX)));
-    }
-    if sampling.top_p > 0.0 && sampling.top_p < 1.0 {
-        chain.push(LlamaSampler::top_p(sampling.top_p, 1));
-    }
-    if sampling.min_p > 0.0 && sampling.min_p < 1.0 {
-        chain.push(LlamaSampler::min_p(sampling.min_p, 1));
-    }
-    chain.push(LlamaSampler::temp(sampling.temperature));
-    // llama.cpp's LLAMA_DEFAULT_SEED asks its own random device.
-    chain.push(LlamaSampler::dist(sampling.seed.unwrap_or(u32::MAX)));
-    LlamaSampler::chain(chain, true)
 }

@@ -9,9 +9,10 @@ use crate::chat::{ChatJob, GenerateJob};
 use crate::devices::{self, Devices};
 use crate::embed::{EmbedJob, EmbedRequest};
 use crate::generations::{Begun, Generations, Listener};
-use crate::model::{self, Model, Worker};
+use crate::model::{self, Model, Swapping, Worker};
 use agentd_domain::engine::{
-    EngineStatus, Event, Generate, LoadModel, LoadedModel, PROTOCOL_VERSION, Prompt, Request,
+    EngineStatus, Event, Generate, LoadModel, LoadedModel, ModelUsage, PROTOCOL_VERSION, Prompt, Request,
+    Share,
 };
 use agentd_domain::fault::Report;
 use llama_cpp_2::llama_backend::LlamaBackend;
@@ -31,6 +32,7 @@ pub(crate) struct Engine {
     backend: Arc<LlamaBackend>,
     devices: Devices,
     threads: u32,
+    swapping: Swapping,
     started: Instant,
     models: RwLock<BTreeMap<String, Arc<Model>>>,
     /// Held during a load or unload.
@@ -39,11 +41,12 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    pub(crate) fn new(backend: LlamaBackend, devices: Devices, threads: u32) -> Self {
+    pub(crate) fn new(backend: LlamaBackend, devices: Devices, threads: u32, swapping: Swapping) -> Self {
         Self {
             backend: Arc::new(backend),
             devices,
             threads,
+            swapping,
             started: Instant::now(),
             models: RwLock::default(),
             loading: Mutex::default(),
@@ -72,8 +75,8 @@ impl Engine {
             Request::Cancel { key } => self.cancel(key).map(Some),
             Request::Embed { model, inputs } => self.embed(&model, &inputs, listener.clone()).map(|()| None),
             Request::Tokenize { model, text } => self.tokenize(&model, &text).map(Some),
-            Request::Logits { model, tokens } => {
-                self.logits(&model, &tokens, listener.clone()).map(|()| None)
+            Request::Logits { model, tokens, share } => {
+                self.logits(&model, &tokens, share, listener.clone()).map(|()| None)
             }
         };
         match answered {
@@ -112,6 +115,8 @@ impl Engine {
     fn status(&self) -> EngineStatus {
         let models: Vec<Arc<Model>> = self.models().values().cloned().collect();
         let sum = |value: fn(&Model) -> u32| models.iter().map(|model| value(model)).sum();
+        let chats = models.iter().filter(|model| matches!(model.worker, Worker::Chat(_)));
+        let usage = chats.map(|model| ModelUsage { model: model.info.model.clone(), ..model.gauge.usage() });
         EngineStatus {
             devices: self.devices.list(),
             backend: self.devices.cpu_backend.clone(),
@@ -119,6 +124,7 @@ impl Engine {
             waiting_requests: sum(|model| model.gauge.waiting.load(Ordering::Relaxed)),
             rss_bytes: devices::rss_bytes(),
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            usage: usage.collect(),
             models: models.iter().map(|model| model.info.clone()).collect(),
         }
     }
@@ -137,7 +143,7 @@ impl Engine {
             return same_or_conflict(&loaded.info, request);
         }
         let begun = Instant::now();
-        let model = model::load(&self.backend, request, self.threads)?;
+        let model = model::load(&self.backend, request, self.threads, &self.swapping)?;
         let info = model.info.clone();
         tracing::info!(
             model = info.model,
@@ -184,7 +190,7 @@ impl Engine {
         Ok(Event::Unloaded { model: name })
     }
 
-    fn generate(&self, request: Generate, listener: Listener) -> Result<(), Report> {
+    fn generate(&self, mut request: Generate, listener: Listener) -> Result<(), Report> {
         let name =
             |what: &str, why: String, fix: &str| Report::caller(what, "nothing was generated", why, fix);
         if request.key.is_empty() || request.key.len() > MAX_NAME_BYTES {
@@ -209,6 +215,10 @@ impl Engine {
             Prompt::Tokens(ids) => model.known_tokens(ids)?,
         };
         check_length(&model.info, &prompt)?;
+        check_share(&request.share, prompt.len() as u64, u64::from(request.max_tokens))?;
+        let grammar = model.grammar(&request.shape)?;
+        // Who asks may have been given more or less since: it is the same request.
+        let share = std::mem::take(&mut request.share);
         let fingerprint = format!("{request:?}");
         match self.generations.begin(&request.key, fingerprint, listener, Instant::now()) {
             Begun::Attached => Ok(()),
@@ -223,6 +233,8 @@ impl Engine {
                     sampling: request.sampling,
                     max_tokens: request.max_tokens,
                     stop: request.stop,
+                    share,
+                    grammar,
                     generation: Arc::clone(&generation),
                 };
                 if jobs.send(ChatJob::Generate(job)).is_err() {
@@ -272,14 +284,20 @@ impl Engine {
         Ok(Event::Tokens { tokens: tokens.into_iter().map(|token| token.0).collect() })
     }
 
-    fn logits(&self, name: &str, tokens: &[i32], listener: Listener) -> Result<(), Report> {
+    fn logits(
+        &self,
+        name: &str,
+        tokens: &[i32],
+        share: Option<Share>,
+        listener: Listener,
+    ) -> Result<(), Report> {
         let model = self.model(name)?;
         let Worker::Chat(jobs) = &model.worker else {
             return Err(wrong_kind(&model.info, "give logits"));
         };
         let tokens = model.known_tokens(tokens)?;
         check_length(&model.info, &tokens)?;
-        jobs.send(ChatJob::Logits { tokens, listener }).map_err(|_| thread_gone(&model.info))
+        jobs.send(ChatJob::Logits { tokens, share, listener }).map_err(|_| thread_gone(&model.info))
     }
 
     fn model(&self, name: &str) -> Result<Arc<Model>, Report> {
@@ -327,6 +345,27 @@ fn check_length(info: &LoadedModel, prompt: &[LlamaToken]) -> Result<(), Report>
         ));
     }
     Ok(())
+}
+
+/// Whether an account's cells could ever be enough.
+fn check_share(share: &Share, prompt_tokens: u64, max_tokens: u64) -> Result<(), Report> {
+    let has = u64::from(share.cells_most);
+    if has == 0 || prompt_tokens + max_tokens.max(1) <= has {
+        return Ok(());
+    }
+    let fix = match has.saturating_sub(prompt_tokens) {
+        0 => format!("shorten the conversation to fewer than {has} tokens, or give the agent more cells"),
+        room => format!("ask for at most {room} tokens with `max_tokens`, or give the agent more cells"),
+    };
+    Err(Report::caller(
+        "context_exceeds_budget",
+        "nothing was generated",
+        format!(
+            "the prompt has {prompt_tokens} tokens and the answer may have {max_tokens}; the agent's share of the \
+             cache is {has}"
+        ),
+        fix,
+    ))
 }
 
 fn unknown_model(name: &str) -> Report {

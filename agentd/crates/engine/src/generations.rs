@@ -225,7 +225,7 @@ mod tests {
     }
 
     fn done() -> Done {
-        Done { reason: FinishReason::Stop, prompt_tokens: 3, completion_tokens: 2 }
+        Done { reason: FinishReason::Stop, prompt_tokens: 3, completion_tokens: 2, cached_tokens: 0 }
     }
 
     fn text_of(inbox: &Receiver<ServerFrame>) -> String {

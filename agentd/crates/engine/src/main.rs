@@ -8,7 +8,7 @@
 //! Threads: one per model for decoding, two per connection, one for each load; ggml's own workers below them.
 //! Never:   a network, a file of an agent, a decision about who may use what: agentd asks, agentd decides.
 
-mod batch;
+mod answer;
 mod chat;
 mod devices;
 mod embed;
@@ -16,7 +16,13 @@ mod engine;
 mod generations;
 mod logging;
 mod model;
+mod plan;
+mod radix;
+mod schedule;
 mod server;
+mod shape;
+mod shelf;
+mod swap;
 mod template;
 mod text;
 mod wire;
@@ -26,6 +32,7 @@ use clap::Parser;
 use devices::Devices;
 use engine::Engine;
 use llama_cpp_2::llama_backend::{LlamaBackend, load_backends_from_path};
+use model::Swapping;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -51,6 +58,15 @@ struct Arguments {
     /// Threads of one model; without it, one for each core.
     #[arg(long, value_name = "N")]
     threads: Option<u32>,
+    /// Memory of each chat model for parts of its KV cache that had to give way.
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    swap_memory_mib: u32,
+    /// A folder of this engine's own for more of them; what lies in it is removed at the start.
+    #[arg(long, value_name = "DIR")]
+    swap_dir: Option<PathBuf>,
+    /// Room of each chat model in that folder.
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    swap_disk_mib: u32,
 }
 
 fn main() -> ExitCode {
@@ -82,6 +98,15 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         println!("{json}");
         return Ok(());
     };
+    if let Some(folder) = &arguments.swap_dir {
+        swap::clean(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    }
+    let bytes = |mebibytes: u32| u64::from(mebibytes) * 1024 * 1024;
+    let swapping = Swapping {
+        memory_bytes: bytes(arguments.swap_memory_mib),
+        disk_bytes: bytes(arguments.swap_disk_mib),
+        folder: arguments.swap_dir.clone(),
+    };
     let threads = arguments.threads.unwrap_or(devices::physical_cores() as u32).max(1);
     tracing::info!(
         backend = devices.cpu_backend,
@@ -89,7 +114,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         threads,
         "engine ready"
     );
-    let engine = Arc::new(Engine::new(backend, devices, threads));
+    let engine = Arc::new(Engine::new(backend, devices, threads, swapping));
     Err(format!("the socket failed: {}", server::serve(&listener, &engine)))
 }
 

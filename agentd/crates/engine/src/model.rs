@@ -9,22 +9,25 @@ use crate::chat::{self, ChatJob};
 use crate::devices;
 use crate::embed::{self, EmbedJob};
 use crate::logging;
+use crate::shape::Grammars;
+use crate::shelf::Shelves;
 use crate::template::{Segment, Template};
-use agentd_domain::engine::{ChatMessage, LoadModel, LoadedModel, ModelKind};
+use agentd_domain::engine::{ChatMessage, LoadModel, LoadedModel, ModelKind, ModelUsage, Shape};
 use agentd_domain::fault::Report;
 use agentd_domain::gguf::{self, Summary};
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
+use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 /// Architectures without a decoder: they embed and cannot chat.
@@ -54,6 +57,26 @@ const HEADROOM_BYTES: u64 = 32 * 1024 * 1024;
 pub(crate) struct Gauge {
     pub(crate) running: AtomicU32,
     pub(crate) waiting: AtomicU32,
+    usage: Mutex<ModelUsage>,
+}
+
+impl Gauge {
+    pub(crate) fn set_usage(&self, usage: ModelUsage) {
+        *self.usage.lock().unwrap_or_else(PoisonError::into_inner) = usage;
+    }
+
+    pub(crate) fn usage(&self) -> ModelUsage {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// What may be kept of the KV cache outside of it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Swapping {
+    pub(crate) memory_bytes: u64,
+    pub(crate) disk_bytes: u64,
+    /// Without one nothing goes to disk.
+    pub(crate) folder: Option<PathBuf>,
 }
 
 pub(crate) enum Worker {
@@ -66,6 +89,8 @@ pub(crate) struct Model {
     pub(crate) worker: Worker,
     pub(crate) gauge: Arc<Gauge>,
     pub(crate) thread: JoinHandle<()>,
+    /// Before the model: a grammar points into its vocabulary.
+    grammars: Grammars,
     llama: Arc<LlamaModel>,
     template: Template,
     /// Texts of the control tokens, which a message may not contain as such.
@@ -73,7 +98,12 @@ pub(crate) struct Model {
 }
 
 /// Loads the model; blocks until its context exists.
-pub(crate) fn load(backend: &Arc<LlamaBackend>, request: &LoadModel, threads: u32) -> Result<Model, Report> {
+pub(crate) fn load(
+    backend: &Arc<LlamaBackend>,
+    request: &LoadModel,
+    threads: u32,
+    swapping: &Swapping,
+) -> Result<Model, Report> {
     let path = Path::new(&request.path);
     let (file, file_bytes) = open(path)?;
     let summary = gguf::check(file_bytes, &mut |at, into| {
@@ -96,12 +126,21 @@ pub(crate) fn load(backend: &Arc<LlamaBackend>, request: &LoadModel, threads: u3
         .map_err(|why| unreadable(path, &why))?;
 
     let gauge = Arc::new(Gauge::default());
-    let settings = Settings { threads: useful_threads(&summary, threads), ..sizes };
+    let refused = sharing_refused(&llama, &summary);
+    let sharing = refused.is_none();
+    let settings = Settings {
+        threads: useful_threads(&summary, threads),
+        ids: if sharing { sizes.ids } else { sizes.sequences as u16 },
+        sharing,
+        shelves: if sharing { shelves(swapping) } else { Shelves::default() },
+        ..sizes
+    };
     let (ready, readiness) = channel();
     let (worker, thread) = match request.kind {
         ModelKind::Chat => {
             let (jobs, inbox) = channel();
-            let spawned = chat::spawn(backend, &llama, settings, inbox, &gauge, ready);
+            let folder = swapping.folder.clone();
+            let spawned = chat::spawn(backend, &llama, settings, folder, inbox, &gauge, ready);
             (Worker::Chat(jobs), spawned)
         }
         ModelKind::Embedding => {
@@ -128,7 +167,7 @@ pub(crate) fn load(backend: &Arc<LlamaBackend>, request: &LoadModel, threads: u3
         request,
         &summary,
         llama,
-        Loaded { file_bytes, sha256, context_tokens, settings, worker, thread, gauge },
+        Loaded { file_bytes, sha256, context_tokens, settings, worker, thread, gauge, refused },
     ))
 }
 
@@ -140,6 +179,52 @@ pub(crate) struct Settings {
     pub(crate) threads: u32,
     /// KV cache in 32-bit numbers, where that is cheap.
     pub(crate) exact_cache: bool,
+    /// Sequence ids: for who works, who stepped aside, what is cached, and one that copies go through.
+    pub(crate) ids: u16,
+    pub(crate) sharing: bool,
+    pub(crate) shelves: Shelves,
+}
+
+/// llama.cpp reserves logits for every sequence id: ids beyond what running requests need may cost so much.
+const OUTPUT_BYTES: u64 = 32 * 1024 * 1024;
+/// `LLAMA_MAX_SEQ` is 256; more than this is never of use on one device.
+const MAX_IDS: u32 = 128;
+
+/// A power of two, so that a batch divides evenly among the ids where llama.cpp reserves its memory.
+fn ids(sequences: u32, vocabulary: u64) -> u16 {
+    let mut ids = (2 * sequences + 16).next_power_of_two();
+    while ids < MAX_IDS && u64::from(2 * ids) * vocabulary * 4 <= OUTPUT_BYTES {
+        ids *= 2;
+    }
+    ids as u16
+}
+
+/// Why a cache cannot be cut and shared at any token, if so.
+fn sharing_refused(llama: &LlamaModel, summary: &Summary) -> Option<String> {
+    let number = |key: &str| {
+        let value = llama.meta_val_str(&format!("{}.{key}", summary.architecture)).ok()?;
+        value.parse::<u64>().ok().filter(|number| *number > 0)
+    };
+    if llama.is_recurrent() {
+        return Some("it is recurrent: its state has no tokens to cut at".to_owned());
+    }
+    if llama.is_hybrid() {
+        return Some("it is partly recurrent: its state has no tokens to cut at".to_owned());
+    }
+    if let Some(window) = number("attention.sliding_window") {
+        return Some(format!("some layers see the last {window} tokens only: earlier ones leave the cache"));
+    }
+    number("attention.indexer.head_count")
+        .map(|_| "its attention keeps a second index of the cache".to_owned())
+}
+
+/// Memory for what is put aside: as configured, but at most half of what is left once the weights are loaded.
+fn shelves(swapping: &Swapping) -> Shelves {
+    let left_bytes = devices::host_memory().map_or(u64::MAX, |(_, available_bytes)| available_bytes);
+    let memory_bytes = swapping.memory_bytes.min(left_bytes.saturating_sub(HEADROOM_BYTES) / 2);
+    let disk_bytes = if swapping.folder.is_some() { swapping.disk_bytes } else { 0 };
+    // How large a cell is shows when the first was computed.
+    Shelves { memory_bytes, disk_bytes, bytes_per_cell: 0 }
 }
 
 /// A KV cache in f32 up to this size. 16-bit numbers would halve it, but a small model's cache is small, and
@@ -159,7 +244,16 @@ fn sizes(request: &LoadModel, summary: &Summary) -> Settings {
         wanted => wanted.min(MAX_SEQUENCES),
     };
     let exact_cache = cache_bytes(summary, wanted, 4) <= EXACT_CACHE_BYTES;
-    Settings { context_tokens: wanted, sequences, threads: 1, exact_cache }
+    let ids = ids(sequences, summary.vocabulary);
+    Settings {
+        context_tokens: wanted,
+        sequences,
+        threads: 1,
+        exact_cache,
+        ids,
+        sharing: true,
+        shelves: Shelves::default(),
+    }
 }
 
 /// Weights that a thread should have to read for each token. Below that the threads mostly wait for each other,
@@ -252,6 +346,7 @@ struct Loaded {
     worker: Worker,
     thread: JoinHandle<()>,
     gauge: Arc<Gauge>,
+    refused: Option<String>,
 }
 
 fn describe(request: &LoadModel, summary: &Summary, llama: Arc<LlamaModel>, loaded: Loaded) -> Model {
@@ -277,12 +372,14 @@ fn describe(request: &LoadModel, summary: &Summary, llama: Arc<LlamaModel>, load
         sequences: loaded.settings.sequences,
         dimension: u32::try_from(llama.n_embd_out()).unwrap_or(0),
         chat_template: chat.then(|| template.origin.clone()),
+        sharing_refused: loaded.refused.filter(|_| chat),
     };
     Model {
         info,
         worker: loaded.worker,
         gauge: loaded.gauge,
         thread: loaded.thread,
+        grammars: Grammars::default(),
         llama,
         template,
         controls,
@@ -290,6 +387,11 @@ fn describe(request: &LoadModel, summary: &Summary, llama: Arc<LlamaModel>, load
 }
 
 impl Model {
+    /// What keeps an answer to a form, compiled once for all who want it.
+    pub(crate) fn grammar(&self, shape: &Shape) -> Result<Option<LlamaSampler>, Report> {
+        self.grammars.get(&self.llama, shape)
+    }
+
     /// Token ids of a text, without special tokens.
     pub(crate) fn tokenize(&self, text: &str) -> Vec<LlamaToken> {
         self.llama.vocab().tokenize(text.as_bytes(), false, false)

@@ -45,8 +45,10 @@ pub struct Sizes {
     pub kind: ModelKind,
     /// `n_ctx`: cells of all sequences together.
     pub cells: u64,
-    /// `n_seq_max`
+    /// Sequences that work at once.
     pub sequences: u64,
+    /// `n_seq_max`: ids also for those that stepped aside and for what is cached.
+    pub ids: u64,
     /// `n_ubatch`
     pub batch_tokens: u64,
     /// Rows of logits that the graph is laid out for (`n_outputs_max`), and that are kept at once.
@@ -68,7 +70,10 @@ pub mod engine {
     pub const SEQUENCES_MOST: u64 = 64;
     pub const CONTEXT_TOKENS_LEAST: u64 = 64;
     pub const CONTEXT_TOKENS_MOST: u64 = 4 * 1024 * 1024;
-    pub const BATCH_TOKENS: u64 = 256;
+    pub const BATCH_TOKENS: u64 = 512;
+    /// More ids than running requests need cost at most so much for their logits.
+    pub const OUTPUT_BYTES: u64 = 32 * 1024 * 1024;
+    pub const IDS_MOST: u64 = 128;
     pub const EMBED_BATCH_TOKENS: u64 = 512;
     pub const EMBED_SEQUENCES: u64 = 16;
     /// A cache in 32-bit numbers up to this size.
@@ -89,6 +94,7 @@ impl Sizes {
                 kind,
                 cells: engine::EMBED_BATCH_TOKENS,
                 sequences: engine::EMBED_SEQUENCES,
+                ids: engine::EMBED_SEQUENCES,
                 batch_tokens: engine::EMBED_BATCH_TOKENS,
                 outputs: engine::EMBED_BATCH_TOKENS,
                 outputs_kept: engine::EMBED_BATCH_TOKENS,
@@ -107,6 +113,11 @@ impl Sizes {
             0 => engine::SEQUENCES,
             wanted => wanted.min(engine::SEQUENCES_MOST),
         };
+        // A cache that cannot be cut at any token is not shared, and needs no ids for that.
+        let shared = !shape.blocks.iter().any(|block| block.recurrent)
+            && shape.window_tokens.unwrap_or(0) == 0
+            && shape.index_length == 0;
+        let ids = if shared { ids(sequences, shape.vocabulary) } else { sequences };
         let widest = [2, shape.embedding_length, shape.blocks.len() as u64, cells, 4]
             .into_iter()
             .fold(1, u64::saturating_mul);
@@ -116,9 +127,10 @@ impl Sizes {
             kind,
             cells,
             sequences,
+            ids,
             batch_tokens: engine::BATCH_TOKENS,
             outputs: engine::BATCH_TOKENS,
-            outputs_kept: sequences,
+            outputs_kept: ids,
             key: cache,
             value: cache,
             flash_attention: !exact,
@@ -134,9 +146,20 @@ impl Sizes {
         if self.unified {
             return (cells, cells);
         }
-        let each = pad((cells / self.sequences.max(1)).max(1));
-        (each.saturating_mul(self.sequences.max(1)), each)
+        let each = pad((cells / self.ids.max(1)).max(1));
+        (each.saturating_mul(self.ids.max(1)), each)
     }
+}
+
+/// As the engine's `model.rs` has it: a power of two, twice what works and some to keep.
+fn ids(sequences: u64, vocabulary: u64) -> u64 {
+    let mut ids = (2 * sequences + 16).next_power_of_two();
+    while ids < engine::IDS_MOST
+        && (2 * ids).saturating_mul(vocabulary).saturating_mul(4) <= engine::OUTPUT_BYTES
+    {
+        ids *= 2;
+    }
+    ids
 }
 
 /// Where layers go: the last `offloaded` of the blocks and the output layer to the devices, the rest to host memory.
@@ -318,7 +341,7 @@ fn window_cells(attention: &Attention, sizes: &Sizes, stream_cells: u64) -> u64 
     if sizes.full_windows {
         return stream_cells;
     }
-    let windows = if sizes.unified { sizes.sequences } else { 1 };
+    let windows = if sizes.unified { sizes.ids } else { 1 };
     let seen = attention.window_tokens.saturating_mul(windows).saturating_add(sizes.batch_tokens);
     stream_cells.min(seen).checked_next_multiple_of(BLOCK_CELLS).unwrap_or(u64::MAX)
 }
@@ -329,7 +352,7 @@ fn state_bytes(shape: &Shape, block: &Block, sizes: &Sizes) -> u64 {
         return 0;
     }
     let numbers = shape.recurrent_convolution.saturating_add(shape.recurrent_state);
-    numbers.saturating_mul(4).saturating_mul(sizes.sequences.max(1))
+    numbers.saturating_mul(4).saturating_mul(sizes.ids.max(1))
 }
 
 /// What is computed on one device.
@@ -387,7 +410,7 @@ fn compute_bytes(shape: &Shape, sizes: &Sizes, attention: &Attention, cells: u64
         let state = sum(&[shape.recurrent_convolution, shape.recurrent_state]);
         let recurring = if shape.blocks.iter().any(|block| block.recurrent) {
             sum(&[
-                product(&[sizes.sequences, state, 2, 4]),
+                product(&[sizes.ids, state, 2, 4]),
                 product(&[tokens, sum(&[width, shape.recurrent_convolution]), 8, 4]),
             ])
         } else {

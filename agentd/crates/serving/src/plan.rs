@@ -5,7 +5,7 @@
 use crate::error::ApiError;
 use crate::handle::ServedModel;
 use crate::request::{ChatRequest, Common, CompletionRequest, EmbeddingsRequest, Message, OneOrMany};
-use agentd_domain::engine::{ChatMessage, Generate, ModelKind, Prompt, Sampling};
+use agentd_domain::engine::{ChatMessage, Generate, ModelKind, Prompt, Sampling, Shape, Share};
 use serde_json::Value;
 
 /// OpenAI takes four; more is a mistake, and each costs a search per piece.
@@ -214,12 +214,22 @@ fn finish(
             .ok_or_else(|| ApiError::invalid("max_tokens", "max_tokens", "`max_tokens` must be 1 or more"))?,
     };
     let sampling = sampling(&common)?;
+    let shape = shape(&common)?;
     let stop = common.stop.map(OneOrMany::into_vec).unwrap_or_default();
     if stop.len() > MAX_STOPS || stop.iter().any(String::is_empty) {
         let text = format!("`stop` takes up to {MAX_STOPS} texts, none of them empty");
         return Err(ApiError::invalid("stop", "stop", text));
     }
-    let generate = Generate { model: model.name.clone(), key, prompt, sampling, max_tokens, stop };
+    let generate = Generate {
+        model: model.name.clone(),
+        key,
+        prompt,
+        sampling,
+        max_tokens,
+        stop,
+        share: Share::default(),
+        shape,
+    };
     Ok(Planned { generate, delivery })
 }
 
@@ -272,12 +282,33 @@ fn refuse_unsupported(common: &Common) -> Result<(), ApiError> {
     if given(&common.logprobs) {
         return Err(unsupported("logprobs"));
     }
-    let format =
-        common.response_format.as_ref().and_then(|format| format.get("type")).and_then(Value::as_str);
-    if format.is_some_and(|kind| kind != "text") {
-        return Err(unsupported("response_format"));
-    }
     Ok(())
+}
+
+/// `response_format` as OpenAI has it, `grammar` as llama.cpp's server has it. The engine says what is wrong inside.
+fn shape(common: &Common) -> Result<Shape, ApiError> {
+    let format = common.response_format.as_ref().filter(|format| !format.is_null());
+    if let Some(grammar) = common.grammar.as_ref().filter(|grammar| !grammar.is_empty()) {
+        if format.is_some() {
+            let text = "`grammar` and `response_format` both say what the answer must be: send one of them";
+            return Err(ApiError::invalid("grammar", "grammar_conflict", text));
+        }
+        return Ok(Shape::Grammar(grammar.clone()));
+    }
+    let Some(format) = format else { return Ok(Shape::Free) };
+    match format.get("type").and_then(Value::as_str) {
+        None | Some("text") => Ok(Shape::Free),
+        Some("json_object") => Ok(Shape::JsonObject),
+        Some("json_schema") => {
+            let schema = format.get("json_schema").and_then(|outer| outer.get("schema"));
+            let schema = schema.filter(|schema| schema.is_object()).ok_or_else(|| {
+                let text = "`response_format.json_schema.schema` must be a JSON schema, an object";
+                ApiError::invalid("response_format", "schema_missing", text)
+            })?;
+            Ok(Shape::JsonSchema(schema.to_string()))
+        }
+        Some(_) => Err(unsupported("response_format")),
+    }
 }
 
 fn unsupported(param: &str) -> ApiError {

@@ -48,6 +48,8 @@ pub struct Common {
     pub tools: Option<Value>,
     pub functions: Option<Value>,
     pub response_format: Option<Value>,
+    /// Not OpenAI's; llama.cpp's server takes it under this name.
+    pub grammar: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -104,7 +104,8 @@ pub fn embeddings(model: &str, vectors: &[Vec<f32>], tokens: u32, encoding: Enco
 
 fn usage(done: &Done) -> Value {
     json!({ "prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
-            "total_tokens": done.prompt_tokens + done.completion_tokens })
+            "total_tokens": done.prompt_tokens + done.completion_tokens,
+            "prompt_tokens_details": { "cached_tokens": done.cached_tokens } })
 }
 
 fn finish_reason(reason: FinishReason) -> &'static str {

@@ -10,7 +10,7 @@ use crate::meter::{Meter, Used};
 use crate::plan::{self, Delivery, Planned};
 use crate::request::{ChatRequest, CompletionRequest, EmbeddingsRequest};
 use crate::response::{self, Api, Head};
-use agentd_domain::engine::Done;
+use agentd_domain::engine::{Done, Generate, Share};
 use agentd_domain::fault::Report;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
@@ -38,6 +38,8 @@ pub struct Front {
     pub engine: Arc<dyn EngineHandle>,
     /// Goes before each idempotency key, so that callers never meet in one generation.
     pub caller: String,
+    /// What the engine is told of who asks.
+    pub share: Share,
 }
 
 /// Every request must have a [`Front`] among its extensions; without one the answer is 500.
@@ -131,7 +133,8 @@ impl Front {
             created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             model: planned.generate.model.clone(),
         };
-        let pieces = self.engine.generate(planned.generate, leaving).await?;
+        let generate = Generate { share: self.share.clone(), ..planned.generate };
+        let pieces = self.engine.generate(generate, leaving).await?;
         match planned.delivery {
             Delivery::Whole => whole(head, pieces).await,
             Delivery::Stream { usage } => Ok(streamed(head, pieces, usage)),

@@ -2,7 +2,7 @@
 
 use agentd_domain::engine::{
     ChatMessage, ClientFrame, Done, EngineStatus, Event, Generate, LoadModel, LoadedModel, ModelKind,
-    PROTOCOL_VERSION, Prompt, Request, Sampling, ServerFrame,
+    ModelUsage, PROTOCOL_VERSION, Prompt, Request, Sampling, ServerFrame, Shape, Share,
 };
 use agentd_domain::fault::Report;
 use agentd_domain::paths::{BUILTIN_EMBEDDER, BUILTIN_TINY};
@@ -27,6 +27,11 @@ pub struct Engine {
 impl Engine {
     /// `None`, with the reason printed, where there is no engine to test.
     pub fn start() -> Option<Self> {
+        Self::start_with(&[])
+    }
+
+    /// With further arguments; `FOLDER` in one of them is an empty folder.
+    pub fn start_with(arguments: &[&str]) -> Option<Self> {
         let (Some(program), Some(models)) = (env::var_os("AGENTD_ENGINE_BIN"), env::var_os("AGENTD_MODELS"))
         else {
             println!(
@@ -36,12 +41,16 @@ impl Engine {
         };
         let program = PathBuf::from(program);
         let folder = tempfile::tempdir().expect("a temporary folder");
+        let empty = folder.path().join("swap");
+        std::fs::create_dir(&empty).expect("an empty folder");
+        let empty = empty.to_str().expect("a plain path");
         let backends = program.parent().expect("the program's folder").join("backends");
         let mut process = Command::new(&program)
             .arg("--listen")
             .arg(folder.path().join("engine.sock"))
             .arg("--backends")
             .arg(backends)
+            .args(arguments.iter().map(|argument| argument.replace("FOLDER", empty)))
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -153,8 +162,19 @@ impl Client {
     }
 
     pub fn load(&mut self, model: &str, path: &Path, kind: ModelKind) -> Result<LoadedModel, Report> {
+        self.load_sized(model, path, kind, (0, 0))
+    }
+
+    /// With the cells of its cache and its sequences; 0 is the engine's own choice.
+    pub fn load_sized(
+        &mut self,
+        model: &str,
+        path: &Path,
+        kind: ModelKind,
+        (context_tokens, sequences): (u32, u32),
+    ) -> Result<LoadedModel, Report> {
         let path = path.to_str().expect("a plain path").to_owned();
-        let load = LoadModel { model: model.to_owned(), path, kind, context_tokens: 0, sequences: 0 };
+        let load = LoadModel { model: model.to_owned(), path, kind, context_tokens, sequences };
         match self.ask(Request::Load(load)) {
             Event::Loaded(info) => Ok(info),
             Event::Error(report) => Err(report),
@@ -169,6 +189,11 @@ impl Client {
         }
     }
 
+    /// How the cache of the only chat model is used.
+    pub fn usage(&mut self) -> ModelUsage {
+        self.status().usage.remove(0)
+    }
+
     pub fn tokenize(&mut self, model: &str, text: &str) -> Vec<i32> {
         match self.ask(Request::Tokenize { model: model.to_owned(), text: text.to_owned() }) {
             Event::Tokens { tokens } => tokens,
@@ -177,7 +202,12 @@ impl Client {
     }
 
     pub fn logits(&mut self, model: &str, tokens: &[i32]) -> Vec<f32> {
-        match self.ask(Request::Logits { model: model.to_owned(), tokens: tokens.to_vec() }) {
+        self.logits_with(model, tokens, None)
+    }
+
+    /// With what is in the cache already, if there is a share.
+    pub fn logits_with(&mut self, model: &str, tokens: &[i32], share: Option<Share>) -> Vec<f32> {
+        match self.ask(Request::Logits { model: model.to_owned(), tokens: tokens.to_vec(), share }) {
             Event::Logits { logits } => logits,
             other => panic!("expected logits, got {other:?}"),
         }
@@ -234,7 +264,16 @@ impl Client {
 
 pub fn greedy(key: &str, prompt: Prompt, max_tokens: u32) -> Generate {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    Generate { model: "tiny".to_owned(), key: key.to_owned(), prompt, sampling, max_tokens, stop: Vec::new() }
+    Generate {
+        model: "tiny".to_owned(),
+        key: key.to_owned(),
+        prompt,
+        sampling,
+        max_tokens,
+        stop: Vec::new(),
+        share: Share::default(),
+        shape: Shape::Free,
+    }
 }
 
 pub fn text(text: &str) -> Prompt {

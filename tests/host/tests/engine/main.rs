@@ -1,4 +1,4 @@
-//! Does the real engine keep the promises of B12, B14 and of the GGUF lines of B20?
+//! Does the real engine keep the promises of B12, B14, E7, E10, E16 and of the GGUF lines of B20?
 //!
 //! Real process, real llama.cpp, the models that the image builder makes. The mathematics is compared with NumPy
 //! scripts in `tests/fixtures/models` that share no code with us or with llama.cpp.
@@ -8,3 +8,5 @@ mod companion;
 mod conversations;
 mod files;
 mod mathematics;
+mod sharing;
+mod turns;

@@ -704,6 +704,7 @@ fn loaded(model: &Model, parameters: u64, dimension: u32) -> LoadedModel {
         sequences: 4,
         dimension,
         chat_template: None,
+        sharing_refused: None,
     }
 }
 

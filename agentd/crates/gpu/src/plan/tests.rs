@@ -122,6 +122,7 @@ fn sizes(cells: u64) -> Sizes {
         kind: ModelKind::Chat,
         cells,
         sequences: 8,
+        ids: 8,
         batch_tokens: 256,
         outputs: 256,
         outputs_kept: 8,
@@ -415,7 +416,7 @@ proptest! {
         shares in prop::collection::vec(any::<u64>(), 0..4),
         offloaded in prop::option::of(any::<u64>()),
     ) {
-        let sizes = Sizes { cells, sequences, unified, full_windows, ..sizes(0) };
+        let sizes = Sizes { cells, sequences, ids: sequences, unified, full_windows, ..sizes(0) };
         let devices = shares.into_iter().enumerate().map(|(at, share)| (format!("GPU{at}"), share)).collect();
         let layout = Layout { host: "CPU".to_owned(), devices, offloaded };
         let need = need(&shape, architecture, &sizes, &layout, &|_| u64::MAX);

@@ -74,7 +74,12 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         (json!({ "n": 2 }), "n_unsupported"),
         (json!({ "tools": [{ "type": "function" }] }), "tools_unsupported"),
         (json!({ "logprobs": true }), "logprobs_unsupported"),
-        (json!({ "response_format": { "type": "json_object" } }), "response_format_unsupported"),
+        (json!({ "response_format": { "type": "xml" } }), "response_format_unsupported"),
+        (json!({ "response_format": { "type": "json_schema", "json_schema": {} } }), "schema_missing"),
+        (
+            json!({ "response_format": { "type": "json_object" }, "grammar": "root ::= [a-z]" }),
+            "grammar_conflict",
+        ),
         (json!({ "temperature": 3.0 }), "out_of_range"),
         (json!({ "max_tokens": 0 }), "max_tokens"),
         (json!({ "stop": [""] }), "stop"),
@@ -150,4 +155,22 @@ proptest! {
                 || top_k < -1 || top_k > i64::from(u32::MAX));
         }
     }
+}
+
+#[test]
+fn the_form_of_an_answer_reaches_the_engine() {
+    let shape = |more: Value| {
+        let mut body = json!({ "messages": hello() });
+        body.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        plan_chat(body).expect("planned").generate.shape
+    };
+    assert_eq!(shape(json!({})), Shape::Free);
+    assert_eq!(shape(json!({ "response_format": { "type": "text" } })), Shape::Free);
+    assert_eq!(shape(json!({ "response_format": { "type": "json_object" } })), Shape::JsonObject);
+    let schema = json!({ "type": "object", "properties": { "b": { "type": "integer" }, "a": {} } });
+    let format =
+        json!({ "type": "json_schema", "json_schema": { "name": "x", "strict": true, "schema": schema } });
+    let Shape::JsonSchema(text) = shape(json!({ "response_format": format })) else { panic!("a schema") };
+    assert_eq!(serde_json::from_str::<Value>(&text).expect("JSON"), schema);
+    assert_eq!(shape(json!({ "grammar": "root ::= \"a\"" })), Shape::Grammar("root ::= \"a\"".to_owned()));
 }

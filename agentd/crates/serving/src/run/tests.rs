@@ -42,6 +42,7 @@ impl EngineHandle for FakeEngine {
                 reason: FinishReason::Length,
                 prompt_tokens: 3,
                 completion_tokens: self.pieces.len() as u32,
+                cached_tokens: 2,
             }))),
         }
         Box::pin(async move { Ok(Box::pin(stream::iter(said)) as Pieces) })
@@ -64,7 +65,7 @@ async fn ask(
     key: Option<&str>,
 ) -> (StatusCode, String, Arc<FakeEngine>) {
     let engine = Arc::new(engine);
-    let front = Front { engine: engine.clone(), caller: "agent-1".to_owned() };
+    let front = Front { engine: engine.clone(), caller: "agent-1".to_owned(), share: Default::default() };
     let mut request = Request::post(path).header("content-type", "application/json");
     if let Some(key) = key {
         request = request.header("idempotency-key", key);
@@ -98,7 +99,11 @@ async fn a_whole_answer_has_openais_shape() {
         json!({ "role": "assistant", "content": "hello", "refusal": null })
     );
     assert_eq!(value["choices"][0]["finish_reason"], "length");
-    assert_eq!(value["usage"], json!({ "prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5 }));
+    let details = json!({ "cached_tokens": 2 });
+    assert_eq!(
+        value["usage"],
+        json!({ "prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "prompt_tokens_details": details })
+    );
     assert_eq!(*engine.keys.lock().expect("unpoisoned"), ["agent-1/once"]);
 }
 
@@ -171,7 +176,8 @@ async fn nonsense_and_too_much_are_openai_errors() {
 
 #[tokio::test]
 async fn models_are_listed_and_found() {
-    let front = Front { engine: Arc::new(FakeEngine::default()), caller: String::new() };
+    let front =
+        Front { engine: Arc::new(FakeEngine::default()), caller: String::new(), share: Default::default() };
     let get = |path: &str| {
         let request = Request::get(path).body(Body::empty()).expect("request");
         router_of(front.clone()).oneshot(request)
@@ -210,7 +216,7 @@ async fn with_a_key_a_repeated_answer_has_the_same_id_and_its_reader_may_return(
 #[tokio::test]
 async fn the_meter_is_filled_before_the_end_is_given_out_and_not_before() {
     let engine = FakeEngine { pieces: vec!["a", "b"], ..FakeEngine::default() };
-    let front = Front { engine: Arc::new(engine), caller: String::new() };
+    let front = Front { engine: Arc::new(engine), caller: String::new(), share: Default::default() };
     let request = Request::post("/v1/chat/completions").body(Body::from(chat_body(true))).expect("request");
     let response = router_of(front).oneshot(request).await.expect("answer");
     let meter = response.extensions().get::<Meter>().expect("a meter").clone();
@@ -228,7 +234,7 @@ async fn the_meter_is_filled_before_the_end_is_given_out_and_not_before() {
 #[tokio::test]
 async fn a_failed_answer_fills_no_meter() {
     let engine = FakeEngine { pieces: vec!["a"], fails_after: Some(1), ..FakeEngine::default() };
-    let front = Front { engine: Arc::new(engine), caller: String::new() };
+    let front = Front { engine: Arc::new(engine), caller: String::new(), share: Default::default() };
     let request = Request::post("/v1/chat/completions").body(Body::from(chat_body(true))).expect("request");
     let response = router_of(front).oneshot(request).await.expect("answer");
     let meter = response.extensions().get::<Meter>().expect("a meter").clone();

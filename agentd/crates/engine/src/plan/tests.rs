@@ -1,0 +1,652 @@
+//! Does a whole engine keep the promises, with a cache that is exactly what llama.cpp's is?
+//!
+//! The cache here has cells with a position, a token and the sequences that hold them. A cell's *state* is a hash of
+//! everything before it, so that a wrong prefix, a hole or a swapped blob shows in what is "computed".
+
+use super::*;
+use proptest::prelude::*;
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+/// What a cell holds depends on all tokens up to it, as keys and values do.
+fn state(before: u64, token: i32) -> u64 {
+    (before ^ (token as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15))
+        .rotate_left(23)
+        .wrapping_mul(0xBF58_476D_1CE4_E5B9)
+}
+
+fn state_of(tokens: &[i32]) -> u64 {
+    tokens.iter().fold(1, |before, token| state(before, *token))
+}
+
+#[derive(Clone)]
+struct Cell {
+    position: u32,
+    state: u64,
+    holders: BTreeSet<SeqId>,
+}
+
+type Kept = Vec<(u32, u64)>;
+
+struct Cache {
+    cells: Vec<Cell>,
+    total: usize,
+    blobs: HashMap<BlobId, (Kept, Tier)>,
+    /// Disk or memory that fails now and then.
+    broken: bool,
+}
+
+impl Cache {
+    fn of(&self, seq: SeqId) -> Kept {
+        let mut own: Kept =
+            self.cells.iter().filter(|c| c.holders.contains(&seq)).map(|c| (c.position, c.state)).collect();
+        own.sort_unstable();
+        own
+    }
+
+    fn trim(&mut self, seq: SeqId, from: u32) {
+        for cell in self.cells.iter_mut().filter(|cell| cell.position >= from) {
+            cell.holders.remove(&seq);
+        }
+        self.cells.retain(|cell| !cell.holders.is_empty());
+    }
+
+    fn run(&mut self, planner: &mut Planner) {
+        loop {
+            let effects = planner.take_effects();
+            if effects.is_empty() {
+                return;
+            }
+            let mut effects = effects.into_iter();
+            while let Some(effect) = effects.next() {
+                match effect {
+                    Effect::Share { from, to, length } => {
+                        assert!(self.of(to).is_empty(), "{to:?} is somebody's");
+                        assert!(self.of(from).len() as u32 >= length);
+                        for cell in &mut self.cells {
+                            if cell.position < length && cell.holders.contains(&from) {
+                                cell.holders.insert(to);
+                            }
+                        }
+                    }
+                    Effect::Trim { seq, from } => self.trim(seq, from),
+                    Effect::Store { seq, from, upto, blob, tier } => {
+                        let own = self.of(seq);
+                        let kept: Kept =
+                            own.into_iter().filter(|(at, _)| (from..upto).contains(at)).collect();
+                        assert_eq!(kept.len() as u32, upto - from, "all of what is stored is there");
+                        if self.broken && blob % 3 == 0 {
+                            planner.blob_lost(blob);
+                        } else {
+                            self.blobs.insert(blob, (kept, tier));
+                        }
+                    }
+                    Effect::Load { blob, seq, from, upto } => {
+                        assert_eq!(self.of(seq).len() as u32, from, "no hole before what is loaded");
+                        let Some((kept, _)) = self.blobs.get(&blob).filter(|_| !self.broken || blob % 5 != 0)
+                        else {
+                            assert!(self.broken, "{blob} was kept");
+                            self.cells.clear();
+                            planner.load_failed(blob, effects.collect());
+                            break;
+                        };
+                        assert!(
+                            self.cells.len() + kept.len() <= self.total,
+                            "it is unfolded beside all others"
+                        );
+                        for (position, state) in kept.iter().filter(|(at, _)| (from..upto).contains(at)) {
+                            let holders = BTreeSet::from([seq]);
+                            self.cells.push(Cell { position: *position, state: *state, holders });
+                        }
+                        assert_eq!(self.of(seq).len() as u32, upto);
+                    }
+                    Effect::Drop { blob } => {
+                        self.blobs.remove(&blob);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Computes a batch: every token must find a free cell and its whole past.
+    fn decode(&mut self, planner: &Planner, parts: &[Part]) {
+        for part in parts {
+            let past = self.of(part.seq);
+            assert_eq!(past.len() as u32, part.from, "the past of {part:?}");
+            assert!(past.iter().enumerate().all(|(at, cell)| cell.0 == at as u32), "a hole before {part:?}");
+            let mut last = past.last().map_or(1, |cell| cell.1);
+            for (position, token) in (part.from..).zip(planner.tokens_of(part)) {
+                assert!(self.cells.len() < self.total, "NoKvCacheSlot");
+                last = state(last, *token);
+                self.cells.push(Cell { position, state: last, holders: BTreeSet::from([part.seq]) });
+            }
+        }
+    }
+}
+
+/// One client's view of its request.
+#[derive(Debug, Clone)]
+struct Client {
+    account: usize,
+    prompt: Vec<i32>,
+    answer: Vec<i32>,
+    most_new: u32,
+    began_ms: u64,
+    first_ms: Option<u64>,
+    ended_ms: Option<u64>,
+}
+
+struct Machine {
+    planner: Planner,
+    cache: Cache,
+    clients: HashMap<RequestId, Client>,
+    now_ms: u64,
+    computed: u64,
+}
+
+/// What a step takes in the simulated machine: half a millisecond for a token of a prompt, 20 ms for the weights.
+fn step_ms(tokens: u32) -> u64 {
+    20 + u64::from(tokens) / 2
+}
+
+fn room(cells: u32, running: u32) -> Room {
+    Room {
+        cells,
+        running,
+        ids: (2 * running + 16) as u16,
+        batch_tokens: 256,
+        shelves: Shelves { memory_bytes: 200_000, disk_bytes: 200_000, bytes_per_cell: 100 },
+        sharing: true,
+    }
+}
+
+impl Machine {
+    fn new(room: Room) -> Self {
+        let total = room.cells as usize;
+        let cache = Cache { cells: Vec::new(), total, blobs: HashMap::new(), broken: false };
+        Self { planner: Planner::new(room), cache, clients: HashMap::new(), now_ms: 0, computed: 0 }
+    }
+
+    fn ask(&mut self, account: usize, prompt: Vec<i32>, most_new: u32) -> RequestId {
+        self.ask_as(account, prompt, most_new, 50, 1)
+    }
+
+    fn ask_as(
+        &mut self,
+        account: usize,
+        prompt: Vec<i32>,
+        most_new: u32,
+        priority: u8,
+        weight: u32,
+    ) -> RequestId {
+        let ask = Ask {
+            account: format!("a{account}"),
+            domain: Domain::from("all"),
+            priority,
+            weight,
+            cells_most: 0,
+            tokens: prompt.clone(),
+            most_new,
+            reuse: true,
+        };
+        self.put(account, ask)
+    }
+
+    fn put(&mut self, account: usize, ask: Ask) -> RequestId {
+        let client = Client {
+            account,
+            prompt: ask.tokens.clone(),
+            answer: Vec::new(),
+            most_new: ask.most_new,
+            began_ms: self.now_ms,
+            first_ms: None,
+            ended_ms: None,
+        };
+        let id = self.planner.add(ask, self.now_ms);
+        self.clients.insert(id, client);
+        id
+    }
+
+    /// One step, as the decode thread does it. False when there was nothing to do.
+    fn step(&mut self) -> bool {
+        if self.planner.is_idle() {
+            return false;
+        }
+        self.planner.arrange(self.now_ms);
+        self.cache.run(&mut self.planner);
+        let parts = self.planner.parts(self.now_ms);
+        if parts.is_empty() && self.cache.broken && self.planner.running() == 0 {
+            // A blob did not come back, and everything begins anew.
+            return true;
+        }
+        assert!(!parts.is_empty(), "requests are here and nobody works: {}", self.planner.waiting());
+        assert!(parts.iter().map(|part| part.tokens).sum::<u32>() <= self.planner.room.batch_tokens);
+        self.cache.decode(&self.planner, &parts);
+        let tokens: u32 = parts.iter().map(|part| part.tokens).sum();
+        let took = step_ms(tokens);
+        self.now_ms += took;
+        self.planner.computed(&parts, Duration::from_millis(took));
+        for part in &parts {
+            let client = self.clients.get_mut(&part.request).unwrap();
+            let upto = (part.from + part.tokens).min(client.prompt.len() as u32);
+            self.computed += u64::from(upto.saturating_sub(part.from));
+            if !part.last {
+                continue;
+            }
+            // "Sampling": the cell's state must be that of all tokens before it, whatever was shared and swapped.
+            let all: Vec<i32> = client.prompt.iter().chain(&client.answer).copied().collect();
+            let seen = self.cache.of(part.seq).last().unwrap().1;
+            assert_eq!(seen, state_of(&all), "the past of request {} is wrong", part.request);
+            let token = (seen % 1000) as i32 + 1000;
+            client.answer.push(token);
+            client.first_ms.get_or_insert(self.now_ms);
+            let full = self.planner.chosen(part.request, token);
+            if full || client.answer.len() as u32 == client.most_new {
+                client.ended_ms = Some(self.now_ms);
+                self.planner.finish(part.request);
+            }
+        }
+        self.cache.run(&mut self.planner);
+        self.agree();
+        true
+    }
+
+    /// The shadow is the cache.
+    fn agree(&self) {
+        self.planner.tree.check();
+        let (used, total) = self.planner.cells();
+        assert_eq!(used as usize, self.cache.cells.len(), "used cells");
+        let counts = self.planner.counts();
+        assert_eq!(counts.private + counts.shared + (total - used), total);
+        let shared = self.cache.cells.iter().filter(|cell| cell.holders.len() > 1).count();
+        assert_eq!(counts.shared as usize, shared);
+        let promised: u32 = self
+            .planner
+            .running
+            .iter()
+            .map(|id| {
+                let request = &self.planner.requests[id];
+                assert!(request.promised >= self.planner.held(request));
+                request.promised - self.planner.held(request)
+            })
+            .sum();
+        assert!(used + promised <= total, "promised twice");
+        for (seq, cached) in &self.planner.cached {
+            assert!(self.planner.tree.length(*seq) > 0, "{cached:?} holds nothing");
+        }
+        let (memory, disk) = self.planner.shelved_bytes();
+        assert!(
+            memory <= self.planner.room.shelves.memory_bytes && disk <= self.planner.room.shelves.disk_bytes
+        );
+        assert_eq!(
+            self.cache.blobs.keys().copied().collect::<BTreeSet<_>>(),
+            self.planner.shelf.ids(),
+            "blobs"
+        );
+        let ids: usize = self.planner.requests.values().filter(|request| request.seq.is_some()).count();
+        assert_eq!(
+            ids + self.planner.cached.len() + self.planner.idle_ids.len(),
+            self.planner.room.ids as usize,
+            "ids are neither lost nor given twice"
+        );
+        assert_eq!(self.planner.idle_ids.iter().collect::<HashSet<_>>().len(), self.planner.idle_ids.len());
+    }
+
+    fn run_to_end(&mut self) {
+        for _ in 0..200_000 {
+            if !self.step() {
+                return;
+            }
+        }
+        panic!("it never ends: {} run, {} wait", self.planner.running(), self.planner.waiting());
+    }
+
+    fn answer(&self, id: RequestId) -> &[i32] {
+        &self.clients[&id].answer
+    }
+}
+
+/// What a request alone on a large machine answers.
+fn alone(prompt: &[i32], most_new: u32) -> Vec<i32> {
+    let mut all = prompt.to_vec();
+    for _ in 0..most_new {
+        all.push((state_of(&all) % 1000) as i32 + 1000);
+    }
+    all.split_off(prompt.len())
+}
+
+fn text(seed: i32, length: usize) -> Vec<i32> {
+    (0..length as i32).map(|n| seed.wrapping_mul(31).wrapping_add(n * n) % 97).collect()
+}
+
+fn joined(first: &[i32], second: &[i32]) -> Vec<i32> {
+    first.iter().chain(second).copied().collect()
+}
+
+fn jain(shares: &[f64]) -> f64 {
+    let sum: f64 = shares.iter().sum();
+    sum * sum / (shares.len() as f64 * shares.iter().map(|share| share * share).sum::<f64>())
+}
+
+/// E12's count, as CI takes it: eight at once, 1k in common, tails of 64.
+#[test]
+fn what_arrives_together_is_computed_once() {
+    let mut machine = Machine::new(room(4096, 8));
+    let common = text(1, 1024);
+    for tail in 0..8 {
+        machine.ask(tail as usize, joined(&common, &text(100 + tail, 64)), 20);
+    }
+    machine.run_to_end();
+    let whole = 8 * (1024 + 64);
+    assert!(machine.computed as f64 <= 0.18 * f64::from(whole), "{} of {whole}", machine.computed);
+    assert_eq!(machine.planner.counters().cached_tokens, 7 * 1024);
+    assert_eq!(machine.planner.counters().preemptions, 0);
+    // And a ninth finds it all, later.
+    let before = machine.computed;
+    machine.ask(3, joined(&common, &text(104, 64)), 5);
+    machine.run_to_end();
+    assert_eq!(machine.computed - before, 1);
+}
+
+#[test]
+fn one_owners_cache_is_not_anothers() {
+    let mut machine = Machine::new(room(4096, 8));
+    let prompt = text(1, 500);
+    let ask = |owner: &str| Ask {
+        account: "same".to_owned(),
+        domain: Domain::from(owner),
+        priority: 50,
+        weight: 1,
+        cells_most: 0,
+        tokens: prompt.clone(),
+        most_new: 3,
+        reuse: true,
+    };
+    for owner in ["first", "second"] {
+        let ask = ask(owner);
+        machine.put(0, ask);
+    }
+    machine.run_to_end();
+    assert_eq!(machine.computed, 1000);
+    assert_eq!(machine.planner.counters().cached_tokens, 0);
+}
+
+#[test]
+fn a_longer_conversation_computes_only_what_is_new() {
+    let mut machine = Machine::new(room(4096, 4));
+    let first = text(5, 300);
+    let id = machine.ask(0, first.clone(), 40);
+    machine.run_to_end();
+    let so_far = joined(&first, machine.answer(id));
+    machine.computed = 0;
+    machine.ask(0, joined(&so_far, &text(9, 30)), 10);
+    machine.run_to_end();
+    // The answer's last token was chosen and never computed.
+    assert_eq!(machine.computed, 31);
+}
+
+#[test]
+fn cached_beginnings_go_for_cells_and_come_back_from_memory() {
+    let mut machine = Machine::new(room(1024, 2));
+    let prompts: Vec<Vec<i32>> = (0..4).map(|n| text(n, 400)).collect();
+    for (n, prompt) in prompts.iter().enumerate() {
+        machine.ask(n, prompt.clone(), 10);
+        machine.run_to_end();
+    }
+    machine.computed = 0;
+    let id = machine.ask(0, prompts[0].clone(), 10);
+    machine.run_to_end();
+    assert!(machine.computed <= 1, "{} tokens were computed again", machine.computed);
+    assert!(machine.planner.counters().restored >= 1);
+    assert_eq!(machine.answer(id), alone(&prompts[0], 10));
+}
+
+/// E15's rule, and E7's: who is important is in at once, nobody fails, everybody's answer is what it would be alone.
+#[test]
+fn the_important_gets_in_while_it_is_full() {
+    let mut machine = Machine::new(room(2048, 4));
+    let low: Vec<RequestId> = (0..6).map(|n| machine.ask_as(n, text(n as i32, 300), 200, 20, 1)).collect();
+    for _ in 0..20 {
+        machine.step();
+    }
+    let (before, asked) = (machine.planner.counters().preemptions, machine.now_ms);
+    let high = machine.ask_as(9, text(77, 600), 20, 90, 1);
+    machine.step();
+    assert!(machine.planner.requests[&high].running, "admitted within one step");
+    assert!(machine.planner.counters().preemptions > before);
+    machine.run_to_end();
+    let waited = machine.clients[&high].first_ms.unwrap() - asked;
+    // Alone it would be 600 tokens in three steps; the others answer beside it.
+    assert!(waited as f64 <= 1.5 * (600.0 / 2.0 + 3.0 * 20.0), "{waited} ms");
+    for id in low {
+        let client = &machine.clients[&id];
+        assert_eq!(client.answer, alone(&client.prompt, 200), "request {id}");
+    }
+    assert!(machine.planner.counters().recomputed_tokens <= 400, "{:?}", machine.planner.counters());
+}
+
+#[test]
+fn a_long_prompt_does_not_freeze_who_answers() {
+    let mut machine = Machine::new(room(16_384, 8));
+    for n in 0..4 {
+        machine.ask(n, text(n as i32, 30), 400);
+    }
+    for _ in 0..30 {
+        machine.step();
+    }
+    machine.ask(8, text(50, 8000), 10);
+    let mut worst = 0;
+    while machine.planner.running() > 4 || machine.planner.waiting() > 0 {
+        let before = (machine.now_ms, machine.clients.values().map(|c| c.answer.len()).sum::<usize>());
+        machine.step();
+        let answered = machine.clients.values().map(|c| c.answer.len()).sum::<usize>() - before.1;
+        if machine.planner.running() >= 5 {
+            assert!(answered >= 4, "all four said something");
+        }
+        worst = worst.max(machine.now_ms - before.0);
+    }
+    assert!(worst <= 300, "a step of {worst} ms");
+}
+
+#[test]
+fn an_account_at_its_limit_waits_for_itself_and_for_nobody_else() {
+    let mut machine = Machine::new(room(8192, 8));
+    let ask = |account: &str, seed: i32| Ask {
+        account: account.to_owned(),
+        domain: Domain::from("all"),
+        priority: 50,
+        weight: 1,
+        cells_most: 400,
+        tokens: text(seed, 200),
+        most_new: 0,
+        reuse: true,
+    };
+    for seed in 0..3 {
+        machine.put(0, ask("bound", seed));
+    }
+    machine.put(1, ask("other", 9));
+    let mut most = 0;
+    for _ in 0..100_000 {
+        if !machine.step() {
+            break;
+        }
+        most = most.max(machine.planner.account_cells("bound"));
+    }
+    assert!(most <= 400, "{most} cells");
+    for client in machine.clients.values() {
+        assert_eq!(client.answer.len(), 201, "to the end of its share");
+        assert_eq!(client.answer, alone(&client.prompt, 201));
+    }
+}
+
+#[test]
+fn a_cache_that_was_lost_is_computed_again() {
+    let mut machine = Machine::new(room(1024, 3));
+    let ids: Vec<RequestId> = (0..5).map(|n| machine.ask(n, text(n as i32, 200), 80)).collect();
+    for _ in 0..40 {
+        machine.step();
+    }
+    machine.planner.lost(Vec::new());
+    machine.cache.cells.clear();
+    machine.run_to_end();
+    for id in ids {
+        assert_eq!(machine.answer(id), alone(&machine.clients[&id].prompt, 80));
+    }
+}
+
+/// E14's rule: four times more than fits, for a long time; service by weight.
+fn oversubscribed(weights: &[u32], requests_each: usize) -> Vec<f64> {
+    let mut machine = Machine::new(room(1500, 4));
+    let mut open: Vec<usize> = weights.iter().map(|_| 0).collect();
+    let mut next = 0i32;
+    // Each account keeps the same number of requests waiting or running: four times what there are places for.
+    let each = (16 / weights.len()).max(2);
+    let mut ask = |machine: &mut Machine, account: usize| {
+        next += 1;
+        let (prompt, new) = (100 + (next as usize * 37) % 200, 40 + (next as u32 * 13) % 60);
+        machine.ask_as(account, text(next, prompt), new, 50, weights[account]);
+    };
+    let end = 400_000;
+    let mut ended = HashSet::new();
+    while machine.now_ms < end {
+        for (account, open) in open.iter_mut().enumerate() {
+            while *open < each {
+                ask(&mut machine, account);
+                *open += 1;
+            }
+        }
+        assert!(machine.step());
+        for (id, client) in &machine.clients {
+            if client.ended_ms.is_some() && ended.insert(*id) {
+                open[client.account] -= 1;
+            }
+        }
+    }
+    assert!(ended.len() > requests_each, "{} requests ended", ended.len());
+    let mut served = vec![0.0; weights.len()];
+    for client in machine.clients.values() {
+        if client.first_ms.is_some() {
+            served[client.account] += client.prompt.len() as f64 + 2.0 * client.answer.len() as f64;
+        }
+        if client.ended_ms.is_some() {
+            assert_eq!(client.answer, alone(&client.prompt, client.most_new));
+        }
+    }
+    served.iter().zip(weights).map(|(served, weight)| served / f64::from(*weight)).collect()
+}
+
+#[test]
+fn service_is_fair_by_weight_when_four_times_too_many_ask() {
+    for weights in [&[1u32, 1, 1, 1][..], &[1, 2, 4, 1], &[3, 1]] {
+        let shares = oversubscribed(weights, 100);
+        assert!(jain(&shares) >= 0.95, "{weights:?}: {shares:?}");
+    }
+}
+
+/// Requests of the highest priority come without end; one of the lowest is served all the same.
+#[test]
+fn nobody_starves() {
+    let mut machine = Machine::new(room(1200, 2));
+    let poor = machine.ask_as(0, text(1, 100), 30, 0, 1);
+    let mut seed = 2;
+    while machine.clients[&poor].ended_ms.is_none() {
+        while machine.planner.waiting() < 6 {
+            seed += 1;
+            machine.ask_as(1 + (seed % 3) as usize, text(seed, 150), 50, 100, 1);
+        }
+        machine.step();
+        assert!(machine.now_ms < 120_000, "it waits for two minutes");
+    }
+    assert_eq!(machine.answer(poor), alone(&machine.clients[&poor].prompt, 30));
+}
+
+#[derive(Debug, Clone)]
+enum Act {
+    Ask { account: usize, shared: usize, own: usize, new: u32, priority: u8, weight: u32, cells_most: u32 },
+    Cancel(usize),
+    Steps(u32),
+    Pass(u64),
+    Lose,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    prop_oneof![
+        6 => (0usize..4, 0usize..400, 1usize..200, 0u32..150, 0u8..=100, 1u32..5, prop_oneof![3 => Just(0u32), 1 => 650u32..900])
+            .prop_map(|(account, shared, own, new, priority, weight, cells_most)| {
+                Act::Ask { account, shared, own, new, priority, weight, cells_most }
+            }),
+        1 => (0usize..40).prop_map(Act::Cancel),
+        6 => (1u32..25).prop_map(Act::Steps),
+        1 => (0u64..30_000).prop_map(Act::Pass),
+        1 => Just(Act::Lose),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(std::env::var("CASES").map_or(160, |c| c.parse().unwrap())))]
+    /// Whatever comes, goes, grows and is put aside: no cell is promised twice, no answer is other than alone, and
+    /// everything ends.
+    #[test]
+    fn a_whole_engine(
+        acts in proptest::collection::vec(act(), 1..40),
+        cells in 620u32..2000,
+        running in 1u32..6,
+        memory in 0u64..120_000,
+        disk in 0u64..120_000,
+        broken in proptest::bool::weighted(0.2),
+        sharing in proptest::bool::weighted(0.8),
+    ) {
+        let shelves = Shelves { memory_bytes: memory, disk_bytes: disk, bytes_per_cell: 100 };
+        let mut machine = Machine::new(Room { shelves, sharing, ids: (running + 3) as u16, ..room(cells, running) });
+        machine.cache.broken = broken;
+        let (mut ids, mut cancelled, mut most) = (Vec::new(), HashSet::new(), HashMap::new());
+        for act in acts {
+            match act {
+                Act::Ask { account, shared, own, new, priority, weight, cells_most } => {
+                    let tokens = joined(&text(1, shared), &text(2 + account as i32, own));
+                    ids.push(machine.put(account, Ask {
+                        account: format!("a{account}"),
+                        domain: Domain::from(if account == 3 { "apart" } else { "together" }),
+                        priority,
+                        weight,
+                        cells_most,
+                        tokens,
+                        most_new: new,
+                        reuse: !own.is_multiple_of(7),
+                    }));
+                    most.extend(ids.last().map(|id| (*id, cells_most)));
+                }
+                Act::Cancel(which) => if let Some(id) = ids.get(which) {
+                    cancelled.insert(*id);
+                    machine.planner.finish(*id);
+                    machine.cache.run(&mut machine.planner);
+                    machine.agree();
+                },
+                Act::Steps(count) => for _ in 0..count {
+                    machine.step();
+                },
+                Act::Pass(ms) => machine.now_ms += ms,
+                Act::Lose => {
+                    machine.planner.lost(Vec::new());
+                    machine.cache.cells.clear();
+                }
+            }
+        }
+        machine.run_to_end();
+        for id in &ids {
+            let client = &machine.clients[id];
+            let expected = alone(&client.prompt, client.answer.len() as u32);
+            prop_assert_eq!(&client.answer, &expected);
+            prop_assert!(cancelled.contains(id) || client.ended_ms.is_some(), "request {} was lost", id);
+            if !cancelled.contains(id) {
+                let limit = if most[id] == 0 { cells } else { most[id].min(cells) };
+                // The last token of an answer needs no cell.
+                let room = limit.max(client.prompt.len() as u32) - client.prompt.len() as u32 + 1;
+                let wanted = if client.most_new == 0 { room } else { client.most_new.min(room) };
+                prop_assert_eq!(client.answer.len() as u32, wanted);
+            }
+        }
+        // Nothing is left but what may be thrown away.
+        prop_assert_eq!(machine.planner.counts().evictable, machine.planner.cells().0);
+        prop_assert!(machine.clients.values().all(|client| client.began_ms <= machine.now_ms));
+    }
+}

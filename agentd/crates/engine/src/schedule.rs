@@ -1,0 +1,331 @@
+//! Whose turn is it, how much of a prompt is read at once, and who has to step aside?
+//!
+//! Pure rules, without the state they are applied to (that is [`crate::plan`]'s).
+//!
+//! Order: by class of priority, to which waiting adds; within a class accounts that have something left of their
+//! share before those that have had it; within these whoever is done soonest (what is in the cache already need not
+//! be computed, so a long resident prefix goes first), counted from when it came, so that nobody is passed for ever.
+//! Cost:  a computed prompt token counts 1, a token of an answer 2, a token from the cache nothing.
+//! Source: deficit with longest-prefix match (DLPM), arXiv 2501.14312; virtual token counter, arXiv 2401.00588.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+/// Priorities are 0 to 100; each twenty are a class.
+const PRIORITIES_PER_CLASS: u8 = 20;
+pub(crate) const TOP_CLASS: u8 = 5;
+/// What one class is worth in time: a request that has waited this long counts as one class higher, so that no
+/// stream of more urgent requests keeps it out for ever. Ten seconds are a long answer on a small machine.
+const CLASS_AGE_MS: u64 = 10_000;
+/// Longest time that a prompt may keep those who answer waiting. Half of what a reader takes for a stall.
+const STALL: Duration = Duration::from_millis(250);
+/// A chunk is never smaller: below this the weights are read for too few tokens.
+const MIN_CHUNK_TOKENS: u32 = 32;
+/// The first chunk beside somebody who answers, before anything was measured.
+const FIRST_CHUNK_TOKENS: u32 = 64;
+/// How much a new measurement counts.
+const LEARNING: f64 = 0.3;
+/// What the account with the greatest weight is given when all have used up theirs, in virtual tokens. Larger keeps
+/// one prefix in work for longer, smaller is fairer over short times.
+const REFILL: f64 = 512.0;
+/// What an answer's token costs beside a prompt's.
+const OUTPUT_COST: f64 = 2.0;
+/// What a request waits for rather than compute it a second time beside somebody who is at it.
+const WORTH_WAITING_TOKENS: u32 = 256;
+const WORTH_WAITING_LEAST: u32 = 32;
+
+/// The class of a priority, after it has waited.
+pub(crate) fn class(priority: u8, waited_ms: u64) -> u8 {
+    let aged = waited_ms / CLASS_AGE_MS;
+    let own = u64::from(priority.min(100) / PRIORITIES_PER_CLASS);
+    (own + aged).min(u64::from(TOP_CLASS)) as u8
+}
+
+/// Tokens in progress elsewhere for which a prompt of this length waits: half of a short one.
+pub(crate) fn worth_waiting_for(prompt_tokens: u32) -> u32 {
+    (prompt_tokens / 2).clamp(WORTH_WAITING_LEAST, WORTH_WAITING_TOKENS)
+}
+
+/// What each account may still use before others go first.
+#[derive(Debug, Default)]
+pub(crate) struct Accounts(HashMap<String, Account>);
+
+#[derive(Debug)]
+struct Account {
+    deficit: f64,
+    weight: f64,
+    requests: u32,
+}
+
+impl Accounts {
+    /// A request of this account came. Its latest weight holds.
+    pub(crate) fn join(&mut self, name: &str, weight: u32) {
+        let weight = f64::from(weight.max(1));
+        let account = self.0.entry(name.to_owned()).or_insert(Account { deficit: 0.0, weight, requests: 0 });
+        account.weight = weight;
+        account.requests += 1;
+    }
+
+    /// A request of this account has ended.
+    pub(crate) fn leave(&mut self, name: &str) {
+        if let Some(account) = self.0.get_mut(name) {
+            account.requests = account.requests.saturating_sub(1);
+            // Who owes something is remembered until it is paid: leaving and coming back makes nobody richer.
+            if account.requests == 0 && account.deficit >= 0.0 {
+                self.0.remove(name);
+            }
+        }
+    }
+
+    pub(crate) fn charge_prompt(&mut self, name: &str, tokens: u32) {
+        self.charge(name, f64::from(tokens));
+    }
+
+    pub(crate) fn charge_answer(&mut self, name: &str, tokens: u32) {
+        self.charge(name, f64::from(tokens) * OUTPUT_COST);
+    }
+
+    fn charge(&mut self, name: &str, cost: f64) {
+        if let Some(account) = self.0.get_mut(name) {
+            account.deficit -= cost;
+        }
+    }
+
+    pub(crate) fn has_share_left(&self, name: &str) -> bool {
+        self.0.get(name).is_some_and(|account| account.deficit > 0.0)
+    }
+
+    /// Shares that an account is behind (negative) or ahead of the others.
+    pub(crate) fn over_share(&self, name: &str) -> f64 {
+        self.0.get(name).map_or(0.0, |account| -account.deficit / account.weight)
+    }
+
+    /// Gives everybody a new share, as often as it takes until one of those who wait has something left.
+    pub(crate) fn refill<'a>(&mut self, waiting: impl Iterator<Item = &'a str>) {
+        let most = self.0.values().map(|account| account.weight).fold(1.0, f64::max);
+        let rounds = |account: &Account| {
+            let each = (REFILL * account.weight / most).max(1.0);
+            if account.deficit > 0.0 { 0.0 } else { (-account.deficit / each).floor() + 1.0 }
+        };
+        let needed = waiting.filter_map(|name| self.0.get(name)).map(rounds).fold(f64::INFINITY, f64::min);
+        if needed == 0.0 || needed.is_infinite() {
+            return;
+        }
+        for account in self.0.values_mut() {
+            let each = (REFILL * account.weight / most).max(1.0);
+            // Nobody saves up more than one share.
+            account.deficit = (account.deficit + needed * each).min(each);
+        }
+        self.0.retain(|_, account| account.requests > 0 || account.deficit < 0.0);
+    }
+}
+
+/// What steps take on this machine, measured as they go by.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    prompt_tokens_per_ms: Option<f64>,
+    /// A step in which everybody only answers.
+    answer_ms: Option<f64>,
+}
+
+impl Pace {
+    pub(crate) fn measured(&mut self, prompt_tokens: u32, answering: u32, took: Duration) {
+        let took_ms = took.as_secs_f64() * 1000.0;
+        if prompt_tokens == 0 {
+            learn(&mut self.answer_ms, took_ms);
+            return;
+        }
+        // Small chunks measure the reading of weights, not of prompts; without another measurement they must do.
+        if prompt_tokens >= MIN_CHUNK_TOKENS || self.prompt_tokens_per_ms.is_none() {
+            let beside = if answering > 0 { self.answer_ms.unwrap_or(0.0) } else { 0.0 };
+            // At least a tenth belongs to the prompt, whatever was measured before.
+            let own_ms = (took_ms - beside).max(took_ms / 10.0).max(0.001);
+            learn(&mut self.prompt_tokens_per_ms, f64::from(prompt_tokens) / own_ms);
+        }
+    }
+
+    /// Prompt tokens of the next step.
+    pub(crate) fn chunk(&self, answering: u32, most: u32) -> u32 {
+        if answering == 0 {
+            return most;
+        }
+        let Some(rate) = self.prompt_tokens_per_ms else {
+            return FIRST_CHUNK_TOKENS.min(most);
+        };
+        let left_ms = STALL.as_secs_f64() * 1000.0 - self.answer_ms.unwrap_or(0.0);
+        let tokens = (rate * left_ms.max(0.0)).min(f64::from(most)) as u32;
+        tokens.max(MIN_CHUNK_TOKENS).min(most)
+    }
+
+    /// How long so many prompt tokens take, by what is known.
+    pub(crate) fn prompt_ms(&self, tokens: u32) -> u64 {
+        // Before the first measurement any order of magnitude does: a small model on a small machine.
+        (f64::from(tokens) / self.prompt_tokens_per_ms.unwrap_or(0.5)) as u64
+    }
+
+    pub(crate) fn prompt_tokens_per_s(&self) -> u32 {
+        self.prompt_tokens_per_ms.map_or(0, |rate| (rate * 1000.0) as u32)
+    }
+}
+
+fn learn(known: &mut Option<f64>, new: f64) {
+    *known = Some(known.map_or(new, |old| old + LEARNING * (new - old)));
+}
+
+/// Where somebody stands in the queue. Smaller goes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Turn {
+    /// Counted from the top.
+    class: u8,
+    has_had_its_share: bool,
+    /// When it would be done if it had been alone since it came.
+    due_ms: u64,
+    order: u64,
+}
+
+impl Turn {
+    pub(crate) fn new(class: u8, has_share_left: bool, arrived_ms: u64, takes_ms: u64, order: u64) -> Self {
+        Self {
+            class: TOP_CLASS - class.min(TOP_CLASS),
+            has_had_its_share: !has_share_left,
+            due_ms: arrived_ms.saturating_add(takes_ms),
+            order,
+        }
+    }
+}
+
+/// How willingly somebody who works is put aside. Smaller goes first.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Sacrifice {
+    pub(crate) class: u8,
+    /// By how many of its shares its account is ahead.
+    pub(crate) over_share: f64,
+    /// What comes back from memory costs little, what must be computed again much: tokens to bring back.
+    pub(crate) to_restore: u32,
+    pub(crate) order: u64,
+}
+
+impl Sacrifice {
+    pub(crate) fn compare(&self, other: &Self) -> std::cmp::Ordering {
+        // Ahead by less than a share is not ahead: small differences must not make sequences change places.
+        let ahead = |sacrifice: &Self| (sacrifice.over_share / REFILL).floor();
+        self.class
+            .cmp(&other.class)
+            .then(ahead(other).total_cmp(&ahead(self)))
+            .then(self.to_restore.cmp(&other.to_restore))
+            .then(other.order.cmp(&self.order))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn waiting_makes_important() {
+        assert_eq!((class(0, 0), class(50, 0), class(100, 0), class(255, 0)), (0, 2, 5, 5));
+        assert_eq!(class(0, 3 * CLASS_AGE_MS), 3);
+        assert_eq!(class(50, u64::MAX), TOP_CLASS);
+    }
+
+    #[test]
+    fn a_chunk_is_as_long_as_a_stall_may_be() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.chunk(0, 512), 512, "nobody is kept waiting");
+        assert_eq!(pace.chunk(3, 512), FIRST_CHUNK_TOKENS);
+        // 512 tokens a second, an answer's step takes 50 ms.
+        pace.measured(0, 3, Duration::from_millis(50));
+        for _ in 0..30 {
+            pace.measured(100, 3, Duration::from_micros(50_000 + 195_312));
+        }
+        assert_eq!(pace.chunk(3, 512), 102, "200 ms at 512 tokens a second");
+        assert_eq!(pace.prompt_ms(512), 999);
+        // A machine so slow that nothing fits into the time still reads something.
+        pace.measured(0, 3, Duration::from_secs(60));
+        assert_eq!(pace.chunk(3, 512), MIN_CHUNK_TOKENS);
+    }
+
+    #[test]
+    fn turns_go_by_class_then_share_then_what_is_soon_done() {
+        let urgent = Turn::new(5, false, 1000, 9000, 9);
+        let behind = Turn::new(2, true, 900, 8000, 3);
+        let cached = Turn::new(2, true, 1000, 10, 8);
+        let old = Turn::new(2, true, 0, 900, 1);
+        let had = Turn::new(2, false, 0, 0, 0);
+        let mut turns = [had, behind, old, cached, urgent];
+        turns.sort();
+        assert_eq!(turns, [urgent, old, cached, behind, had]);
+    }
+
+    #[test]
+    fn a_refill_follows_weights_and_nobody_saves_up() {
+        let mut accounts = Accounts::default();
+        accounts.join("light", 1);
+        accounts.join("heavy", 4);
+        accounts.refill(["light", "heavy"].into_iter());
+        accounts.refill(["light", "heavy"].into_iter());
+        assert_eq!(accounts.0["heavy"].deficit, REFILL);
+        assert_eq!(accounts.0["light"].deficit, REFILL / 4.0);
+        accounts.charge_answer("light", 1000);
+        assert!(!accounts.has_share_left("light"));
+        // Alone in the queue, it goes on at once; the other has no more than one share for it.
+        accounts.refill(["light"].into_iter());
+        assert!(accounts.has_share_left("light"));
+        assert_eq!(accounts.0["heavy"].deficit, REFILL);
+        // Who leaves in debt and comes back still owes.
+        accounts.charge_prompt("light", 10_000);
+        accounts.leave("light");
+        accounts.join("light", 1);
+        assert!(accounts.over_share("light") > 5_000.0);
+        accounts.leave("heavy");
+        assert!(!accounts.0.contains_key("heavy"));
+    }
+
+    #[test]
+    fn the_lowest_and_the_one_ahead_steps_aside() {
+        let one = |class, over_share, to_restore, order| Sacrifice { class, over_share, to_restore, order };
+        let mut all = [
+            one(2, 0.0, 10, 1),
+            one(2, 0.0, 10, 2),
+            one(2, 0.0, 5, 0),
+            one(2, 3.0 * REFILL, 900, 0),
+            one(1, -3.0, 900, 0),
+        ];
+        all.sort_by(Sacrifice::compare);
+        let seen: Vec<_> = all.iter().map(|one| (one.class, one.to_restore, one.order)).collect();
+        assert_eq!(seen, [(1, 900, 0), (2, 900, 0), (2, 5, 0), (2, 10, 2), (2, 10, 1)]);
+    }
+
+    proptest! {
+        /// Whoever is served by deficit gets service by weight, whatever the requests cost.
+        #[test]
+        fn service_follows_weights(
+            weights in proptest::collection::vec(1u32..6, 2..6),
+            costs in proptest::collection::vec(20u32..400, 50..51),
+        ) {
+            let names: Vec<String> = (0..weights.len()).map(|n| format!("a{n}")).collect();
+            let mut accounts = Accounts::default();
+            for (name, weight) in names.iter().zip(&weights) {
+                accounts.join(name, *weight);
+            }
+            let mut served = vec![0.0; names.len()];
+            for turn in 0..4000usize {
+                accounts.refill(names.iter().map(String::as_str));
+                // The worst order: always the first that has anything left.
+                let next = names.iter().position(|name| accounts.has_share_left(name)).unwrap();
+                let cost = costs[(turn * 7 + next * 3) % costs.len()];
+                accounts.charge_prompt(&names[next], cost);
+                served[next] += f64::from(cost);
+            }
+            let shares: Vec<f64> = served.iter().zip(&weights).map(|(s, w)| s / f64::from(*w)).collect();
+            prop_assert!(jain(&shares) >= 0.95, "{shares:?}");
+        }
+    }
+
+    /// Jain's index of fairness: 1 when all are equal, 1/n when one has everything.
+    pub(crate) fn jain(shares: &[f64]) -> f64 {
+        let sum: f64 = shares.iter().sum();
+        sum * sum / (shares.len() as f64 * shares.iter().map(|share| share * share).sum::<f64>())
+    }
+}
