@@ -231,7 +231,7 @@ fn shelves(swapping: &Swapping) -> Shelves {
 /// exactness makes its results comparable with a reference.
 const EXACT_CACHE_BYTES: u64 = 32 * 1024 * 1024;
 
-fn sizes(request: &LoadModel, summary: &Summary) -> Settings {
+pub(crate) fn sizes(request: &LoadModel, summary: &Summary) -> Settings {
     let own = summary
         .context_length
         .map_or(DEFAULT_CONTEXT_TOKENS, |length| u32::try_from(length).unwrap_or(u32::MAX));
@@ -272,7 +272,7 @@ fn cache_bytes(summary: &Summary, context_tokens: u32, bytes_per_number: u64) ->
     2 * width * layers * u64::from(context_tokens) * bytes_per_number
 }
 
-fn check_kind(request: &LoadModel, summary: &Summary) -> Result<(), Report> {
+pub(crate) fn check_kind(request: &LoadModel, summary: &Summary) -> Result<(), Report> {
     let encoder = ENCODERS.contains(&summary.architecture.as_str());
     let wrong = match request.kind {
         ModelKind::Chat if encoder => Some("it can embed but not chat"),
@@ -453,7 +453,7 @@ impl Model {
     }
 }
 
-fn open(path: &Path) -> Result<(File, u64), Report> {
+pub(crate) fn open(path: &Path) -> Result<(File, u64), Report> {
     let opened = File::open(path).and_then(|file| file.metadata().map(|metadata| (file, metadata)));
     let (file, metadata) = opened.map_err(|error| unreadable(path, &error.to_string()))?;
     if !metadata.is_file() {
