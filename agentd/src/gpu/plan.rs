@@ -2,7 +2,7 @@
 //!
 //! Pure but for nothing: headers and readings in, needs and decisions out.
 
-use agentd_domain::engine::{Device, LoadedModel, ModelKind};
+use agentd_domain::engine::{Device, GpuReadings, LoadedModel, ModelKind};
 use agentd_domain::gguf::{Shape, Summary};
 use agentd_domain::ledger::{Basis, DeviceNeed, Enforcement, Fit, ModelPlan, Need, PartitionId, PlanOrder};
 use agentd_gpu::admission::Refusal;
@@ -149,12 +149,21 @@ pub(super) fn devices(devices: &[Device], engine_memory_bytes: u64) -> Vec<ledge
             reported_free_bytes: device.memory_free_bytes,
             // Host memory has the engine's cgroup around it. A GPU has a limit only where somebody set one.
             enforcement: if host { Enforcement::Kernel } else { Enforcement::Engine },
-            problem: None,
+            problem: device.gpu.as_ref().and_then(ill),
             gpu: device.gpu.clone(),
         }
     };
     // An accelerator without memory of its own computes in the host's.
     devices.iter().filter(|one| one.memory_total_bytes > 0 && one.kind != "accelerator").map(device).collect()
+}
+
+/// Why nothing new goes to a device, by what its driver has told.
+fn ill(readings: &GpuReadings) -> Option<String> {
+    let health = &readings.health;
+    if health.action.takes_work() {
+        return None;
+    }
+    Some(health.sentence().unwrap_or_else(|| health.action.advice().to_owned()))
 }
 
 /// What the engine takes of a device: of host memory what is resident, of a GPU what its driver calls used.

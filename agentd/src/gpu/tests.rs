@@ -1,7 +1,8 @@
 use super::*;
 use crate::engine::Choice;
 use crate::store::Store;
-use agentd_domain::engine::ModelKind;
+use agentd_domain::device::DeviceEvent;
+use agentd_domain::engine::{GpuReadings, ModelKind};
 use agentd_domain::ledger::DEFAULT_PARTITION;
 use std::path::PathBuf;
 use uuid::Uuid;
@@ -227,6 +228,21 @@ fn a_plan_says_how_it_fits_each_partition() {
 }
 
 #[test]
+fn a_device_that_its_driver_gave_up_takes_nothing_new() {
+    let scene = Scene::new();
+    let mut card = Device { name: "CUDA0".to_owned(), kind: "gpu".to_owned(), ..devices().remove(0) };
+    let mut readings = GpuReadings::default();
+    readings.health.step(DeviceEvent::Xid(79));
+    card.gpu = Some(readings);
+    let all = [devices(), vec![card]].concat();
+    let report = scene.gpu.may_load(&scene.model("m", 100), &all, &[]).expect_err("it fell off the bus");
+    assert_eq!((report.code.as_str(), report.http_status()), ("device_unhealthy", 503));
+    assert!(report.why.contains("XID 79"), "{report}");
+    let view = scene.view();
+    assert!(view.devices[0].problem.is_none() && view.devices[1].problem.is_some());
+}
+
+#[test]
 fn what_the_engine_uses_beyond_its_plan_is_shown_and_kept_free() {
     let scene = Scene::new();
     let choice = scene.model("m", 100);
@@ -241,6 +257,7 @@ fn what_the_engine_uses_beyond_its_plan_is_shown_and_kept_free() {
         rss_bytes: planned + 50 * MIB,
         uptime_ms: 1,
         usage: Vec::new(),
+        gpus: Vec::new(),
     };
     scene.gpu.learn(&status);
     let device = scene.view().devices.remove(0);

@@ -13,6 +13,7 @@
 //!
 //! Always: every number of bytes says which device it is on; a limit says who keeps it ([`Enforcement`]).
 
+pub use crate::enforcement::Enforcement;
 use crate::engine::{GpuReadings, ModelKind};
 use crate::fault::Report;
 use crate::gguf::Shape;
@@ -74,33 +75,6 @@ impl FromStr for PartitionId {
 impl fmt::Display for PartitionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
-    }
-}
-
-/// Who keeps a limit, the hardest last.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Enforcement {
-    /// Nobody: it is counted and shown.
-    Advisory,
-    /// Our engine, which owns the device's memory and gives out cells: exact between its agents, and no wall against a
-    /// fault of the engine itself.
-    Engine,
-    /// The kernel or its driver: a limit on the engine's cgroup. More is refused to the process.
-    Kernel,
-    /// The device itself: a MIG instance.
-    Hardware,
-}
-
-impl Enforcement {
-    /// As in JSON.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Hardware => "hardware",
-            Self::Kernel => "kernel",
-            Self::Engine => "engine",
-            Self::Advisory => "advisory",
-        }
     }
 }
 
@@ -336,11 +310,6 @@ mod tests {
         assert_eq!((partition.priority, partition.weight, partition.guaranteed), (50, 100, false));
         assert!(serde_json::from_str::<Partition>(r#"{"id":"A b","devices":[],"bytes":1}"#).is_err());
         assert!(serde_json::from_str::<Partition>(r#"{"id":"a","devices":[],"bytes":1,"x":1}"#).is_err());
-    }
-
-    #[test]
-    fn harder_comes_last() {
-        assert!(Enforcement::Hardware > Enforcement::Kernel && Enforcement::Engine > Enforcement::Advisory);
     }
 
     #[test]
