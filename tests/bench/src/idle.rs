@@ -80,7 +80,7 @@ fn with_agentd(agents: usize) -> Result<Vec<Row>> {
     let before: ApplianceStatus = appliance.ctl().json(&["status"])?;
     let already = running(&appliance.ctl())?;
     let program = appliance.file("idle");
-    compile(&program)?;
+    compile(&setup().built.checkout.root, &program)?;
     let packages = appliance.file("packages");
     let names: Vec<String> = (0..agents).map(|number| format!("idle-{number:04}")).collect();
     let tars: Vec<PathBuf> =
@@ -117,8 +117,8 @@ fn running(ctl: &Ctl) -> Result<usize> {
 }
 
 /// The agent that waits; also for the guest without agentd.
-pub fn compile(to: &Path) -> Result<()> {
-    let source = setup().built.checkout.root.join("tests/guest/idle.c");
+pub fn compile(checkout: &Path, to: &Path) -> Result<()> {
+    let source = checkout.join("tests/guest/idle.c");
     let mut gcc = Command::new("gcc");
     gcc.args(["-static", "-nostdlib", "-fno-stack-protector", "-Os", "-s", "-o"]).arg(to).arg(source);
     crate::spawn::run(&mut gcc)

@@ -11,5 +11,6 @@ pub mod debian;
 pub mod idle;
 pub mod report;
 pub mod rights;
+pub mod serve;
 pub mod size;
 pub mod spawn;

@@ -4,7 +4,8 @@
 use anyhow::Result;
 use clap::Parser;
 use image::source::Checkout;
-use tests_bench::{bombs, boot, idle, report, rights, size, spawn};
+use tests_bench::{bombs, boot, idle, report, rights, serve, size, spawn};
+use tests_models::Layout;
 
 /// Measures promises with numbers. Run it on an otherwise idle machine.
 #[derive(Parser)]
@@ -39,9 +40,27 @@ enum Arguments {
         #[arg(long, default_value_t = 7)]
         pairs: usize,
     },
+    /// Many agents on one model, beside llama-server (building it takes some minutes; needs root)
+    Serve {
+        /// 0 is parity, 1 to 9 are the workloads, 18 is the idle engine; may be given several times. All without it
+        #[arg(long, value_name = "N")]
+        workload: Vec<u8>,
+        /// A small model and short prompts
+        #[arg(long)]
+        quick: bool,
+        /// Q8_0 instead of Q4_K_M
+        #[arg(long)]
+        q8: bool,
+        /// Runs of each, in turn
+        #[arg(long, default_value_t = 5)]
+        pairs: usize,
+        /// With ggml compiled for this machine alone, instead of the variant that agentd chooses
+        #[arg(long)]
+        native: bool,
+    },
     /// Copies results of earlier runs to tests/results/bench and writes README's table
     Keep {
-        /// boot, size, rights, spawn, idle, bombs
+        /// boot, size, rights, spawn, idle, bombs, serve
         #[arg(required = true)]
         names: Vec<String>,
     },
@@ -60,6 +79,11 @@ fn main() -> Result<()> {
         Arguments::Spawn { starts } => report::publish(&spawn::measure(starts.max(1))?, &checkout),
         Arguments::Idle { agents } => report::publish(&idle::measure(agents.max(1))?, &checkout),
         Arguments::Bombs { pairs } => report::publish(&bombs::measure(pairs.max(1))?, &checkout),
+        Arguments::Serve { workload, quick, q8, pairs, native } => {
+            let layout = if q8 { Layout::Q8_0 } else { Layout::Q4KM };
+            let options = serve::Options { workloads: workload, quick, layout, pairs: pairs.max(1), native };
+            report::publish(&serve::measure(options)?, &checkout)
+        }
         Arguments::Keep { names } => report::keep(&checkout, &names),
         Arguments::Readme => report::readme(&checkout),
     }

@@ -5,6 +5,7 @@
 
 use anyhow::{Context, Result, ensure};
 use image::qemu::Accelerator;
+use image::source::Checkout;
 use std::fs;
 use std::path::{Path, PathBuf};
 use tests_qemu::setup;
@@ -25,6 +26,19 @@ pub fn result(name: &str, rows: Vec<Row>) -> Bench {
         commit: setup.built.checkout.commit.clone(),
         machine: machine(),
         accelerator: accelerator.to_owned(),
+        rows,
+    }
+}
+
+/// The same for what ran on this machine's own kernel, without an image or a guest.
+pub fn here(name: &str, rows: Vec<Row>, checkout: &Checkout) -> Bench {
+    Bench {
+        name: name.to_owned(),
+        command: format!("scripts/bench {name}"),
+        date: jiff::Timestamp::now().strftime("%Y-%m-%d").to_string(),
+        commit: checkout.commit.clone(),
+        machine: machine(),
+        accelerator: "no guest: this machine's own kernel".to_owned(),
         rows,
     }
 }

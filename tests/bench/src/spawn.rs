@@ -95,7 +95,7 @@ impl Scene {
         }
         let source = checkout.root.join("tests/guest/one-byte.c");
         run(Command::new("gcc").args(["-static", "-Os", "-s", "-o"]).arg(ours.join("one-byte")).arg(source))?;
-        crate::idle::compile(&ours.join("idle"))?;
+        crate::idle::compile(&checkout.root, &ours.join("idle"))?;
         let image = folder.path().join("programs.img");
         run(Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(&ours).arg(image).arg("32M"))?;
         let native = checkout.root.join("tests/bench/spawn-native.sh");

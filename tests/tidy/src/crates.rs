@@ -43,22 +43,27 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     // What runs elsewhere
     ("echo-agent", &[]),
     ("image", &["agentd-domain"]),
+    // Seeded models, for whoever tests or measures an engine.
+    ("tests-models", &[]),
     // scripts/gpu-check: runs on machines that build nothing else of this.
     ("tests-gpu-check", &["agentd-domain"]),
-    ("tests-host", &["agentd-domain", "echo-agent", "tests-nvml-mock"]),
+    ("tests-host", &["agentd-domain", "echo-agent", "tests-models", "tests-nvml-mock"]),
     // A library that programs load by its path; tests write the state it answers from.
     ("tests-nvml-mock", &[]),
     // Programs that run inside a guest, for tests and benchmarks.
     ("tests-guest", &["agentd-domain", "agentd-sandbox"]),
     ("tests-qemu", &["agentd-domain", "image", "init-sys"]),
     // The form of a result is tidy's, which reads what bench writes.
-    ("tests-bench", &["agentd-domain", "image", "tests-qemu", "tests-tidy"]),
+    ("tests-bench", &["agentd-domain", "image", "tests-host", "tests-models", "tests-qemu", "tests-tidy"]),
     ("tests-tidy", &[]),
 ];
 
 /// Edges that only tests have: a client is tested against the real server.
-pub const TEST_ARROWS: &[(&str, &[&str])] =
-    &[("agentctl", &["agentd-console"]), ("tests-qemu", &["agentd-capability"])];
+pub const TEST_ARROWS: &[(&str, &[&str])] = &[
+    ("agentctl", &["agentd-console"]),
+    ("tests-models", &["agentd-domain"]),
+    ("tests-qemu", &["agentd-capability"]),
+];
 
 /// Programs that are one static, single-threaded file each, or that must be small because every jail holds one.
 pub const STATIC_CRATES: &[&str] = &["init", "agentd-sandbox", "echo-agent"];

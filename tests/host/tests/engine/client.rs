@@ -159,6 +159,11 @@ impl Client {
         self.stream.write_all(bytes).expect("the engine reads");
     }
 
+    /// Takes so many bytes of whatever comes.
+    pub fn read_bytes(&mut self, count: usize) {
+        self.stream.read_exact(&mut vec![0; count]).expect("bytes from the engine");
+    }
+
     pub fn receive(&mut self) -> ServerFrame {
         let mut length = [0; 4];
         self.stream.read_exact(&mut length).expect("a frame from the engine");

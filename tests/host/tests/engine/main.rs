@@ -11,5 +11,7 @@ mod files;
 mod limits;
 mod mathematics;
 mod plan;
+mod rude;
+mod seeded;
 mod sharing;
 mod turns;

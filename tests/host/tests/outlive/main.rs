@@ -8,15 +8,15 @@
 //! launcher alone, from other seeds.
 
 mod oracle;
-mod scene;
 
 use oracle::{Told, differences, stored, told};
-use scene::{LIMIT, Scene, Served};
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use tests_host::scene::{LIMIT, Package, Programs, Scene, Served};
 
 /// Adoption takes less, natively or under KVM.
 const ADOPTED_WITHIN: Duration = Duration::from_secs(1);
@@ -59,6 +59,43 @@ impl Dice {
     }
 }
 
+/// With so many agents that work without end. The error is why this cannot run here.
+fn scene(agents: usize) -> Result<Scene, String> {
+    let package = |number: usize| {
+        let name = format!("busy-{number:02}");
+        let program = Path::new(env!("CARGO_BIN_EXE_outlive-agent")).to_owned();
+        Package { manifest: manifest(&name), program, name }
+    };
+    let packages: Vec<Package> = (1..=agents).map(package).collect();
+    Scene::new(Programs::from_env()?, &packages)
+}
+
+fn manifest(name: &str) -> String {
+    format!(
+        r#"schema = 1
+[agent]
+name = "{name}"
+version = "1.0.0"
+exec = ["/agent/bin/outlive-agent"]
+[model]
+use = "default"
+[limits]
+memory_high = "48M"
+memory_max = "64M"
+pids = 16
+disk = "64M"
+inodes = 1000
+open_files = 64
+tmp = "8M"
+[memory]
+working = "rw"
+spirit = "rw"
+[restart]
+policy = "always"
+"#
+    )
+}
+
 /// Times are measured: one scene after the other.
 static ALONE: Mutex<()> = Mutex::new(());
 
@@ -70,7 +107,7 @@ fn agents_outlive_agentd_and_not_the_launcher() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let Size { agents, kills, seed } = size();
     let mut dice = Dice(seed);
-    let mut scene = match Scene::new(agents) {
+    let mut scene = match scene(agents) {
         Ok(scene) => scene,
         Err(why) => return println!("SKIP: outlive: {why}"),
     };
@@ -106,7 +143,7 @@ fn the_launcher_may_die_at_any_moment() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let Size { kills, seed, .. } = size();
     let mut dice = Dice(!seed);
-    let mut scene = match Scene::new(3) {
+    let mut scene = match scene(3) {
         Ok(scene) => scene,
         Err(why) => return println!("SKIP: outlive: {why}"),
     };

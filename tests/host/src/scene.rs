@@ -1,4 +1,4 @@
-//! The real launcher, agentd and engine, with agents of ours, below a folder of their own.
+//! The real launcher, agentd and engine, with agents of a test's own, below a folder of their own.
 //!
 //! The launcher looks for its programs and for bundled agents at the appliance's places: it is started in a mount
 //! namespace where these lie over `/usr`. agentd has `--root`, its own uid and its own walls. Who starts it again
@@ -37,11 +37,45 @@ pub struct Scene {
     port: u16,
 }
 
-struct Programs {
-    fixed: PathBuf,
-    dynamic: PathBuf,
-    engine: PathBuf,
-    models: PathBuf,
+/// Where the programs are, as the image has them.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    /// The folder of the static ones.
+    pub fixed: PathBuf,
+    pub dynamic: PathBuf,
+    /// The engine itself; its libraries lie beside it.
+    pub engine: PathBuf,
+    /// The folder of its back ends.
+    pub backends: PathBuf,
+    pub models: PathBuf,
+}
+
+impl Programs {
+    /// Where `scripts/test host` has put them. The error is which variable is missing.
+    pub fn from_env() -> Result<Self, String> {
+        let set = |name: &str| {
+            let why = || format!("{name} is not set; `scripts/test host` sets it");
+            std::env::var_os(name).map(PathBuf::from).ok_or_else(why)
+        };
+        let engine = set("AGENTD_ENGINE_BIN")?;
+        Ok(Self {
+            fixed: set("AGENTD_STATIC_BIN")?,
+            dynamic: set("AGENTD_BIN")?,
+            backends: engine.with_file_name("backends"),
+            engine,
+            models: set("AGENTD_MODELS")?,
+        })
+    }
+}
+
+/// An agent that the scene installs.
+#[derive(Debug, Clone)]
+pub struct Package {
+    pub name: String,
+    /// Copied to `/agent/bin/<its file's name>`.
+    pub program: PathBuf,
+    /// `agent.toml`.
+    pub manifest: String,
 }
 
 /// A run as agentd told that it serves it.
@@ -53,18 +87,8 @@ pub struct Served {
 }
 
 impl Scene {
-    /// With so many agents, nothing started. The error is why this cannot run here.
-    pub fn new(agents: usize) -> Result<Self, String> {
-        let set = |name: &str| {
-            let why = || format!("{name} is not set; `scripts/test host` sets it");
-            std::env::var_os(name).map(PathBuf::from).ok_or_else(why)
-        };
-        let programs = Programs {
-            fixed: set("AGENTD_STATIC_BIN")?,
-            dynamic: set("AGENTD_BIN")?,
-            engine: set("AGENTD_ENGINE_BIN")?,
-            models: set("AGENTD_MODELS")?,
-        };
+    /// With these agents, nothing started. The error is why this cannot run here.
+    pub fn new(programs: Programs, agents: &[Package]) -> Result<Self, String> {
         if !run(Command::new("unshare").args(["--mount", "true"])) {
             return Err("a mount namespace needs root and `unshare`".to_owned());
         }
@@ -88,11 +112,12 @@ impl Scene {
         Ok(scene)
     }
 
-    fn at(&self, path: &str) -> PathBuf {
+    /// A path of the appliance, below the scene's folder.
+    pub fn at(&self, path: &str) -> PathBuf {
         self.folder.path().join(path)
     }
 
-    fn lay_out(&self, agents: usize) {
+    fn lay_out(&self, agents: &[Package]) {
         fs::set_permissions(self.folder.path(), fs::Permissions::from_mode(0o711)).expect("permissions");
         let models = self.at("data/models/builtin");
         for folder in ["state/agentd", "bin", "over/lib/agentd/backends", "over/share/agentd/agents"] {
@@ -114,7 +139,7 @@ impl Scene {
         copy(&self.programs.engine, &over.join("agentd-engine"), 0o755);
         let beside = self.programs.engine.parent().expect("the engine's folder");
         for (from, to) in
-            [(beside.to_owned(), over.clone()), (beside.join("backends"), over.join("backends"))]
+            [(beside.to_owned(), over.clone()), (self.programs.backends.clone(), over.join("backends"))]
         {
             for entry in fs::read_dir(&from).expect("a folder").flatten() {
                 let name = entry.file_name();
@@ -123,14 +148,13 @@ impl Scene {
                 }
             }
         }
-        for number in 1..=agents {
-            let name = format!("busy-{number:02}");
+        for agent in agents {
             for place in ["over/share/agentd/agents", "usr/share/agentd/agents"] {
-                let package = self.at(place).join(&name);
+                let package = self.at(place).join(&agent.name);
                 fs::create_dir_all(package.join("bin")).expect("a folder");
-                fs::write(package.join("agent.toml"), manifest(&name)).expect("a manifest");
-                let program = Path::new(env!("CARGO_BIN_EXE_outlive-agent"));
-                copy(program, &package.join("bin/outlive-agent"), 0o755);
+                fs::write(package.join("agent.toml"), &agent.manifest).expect("a manifest");
+                let name = agent.program.file_name().expect("a program has a name");
+                copy(&agent.program, &package.join("bin").join(name), 0o755);
             }
         }
     }
@@ -233,6 +257,10 @@ impl Scene {
 
     pub fn agentd_lives(&mut self) -> bool {
         self.agentd.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+
+    pub fn agentd_pid(&self) -> i32 {
+        self.agentd.as_ref().map_or(0, |child| child.id() as i32)
     }
 
     pub fn launcher_pid(&self) -> i32 {
@@ -350,32 +378,6 @@ fn remove_groups(group: &Path) {
         }
     }
     let _ = fs::remove_dir(group);
-}
-
-fn manifest(name: &str) -> String {
-    format!(
-        r#"schema = 1
-[agent]
-name = "{name}"
-version = "1.0.0"
-exec = ["/agent/bin/outlive-agent"]
-[model]
-use = "default"
-[limits]
-memory_high = "48M"
-memory_max = "64M"
-pids = 16
-disk = "64M"
-inodes = 1000
-open_files = 64
-tmp = "8M"
-[memory]
-working = "rw"
-spirit = "rw"
-[restart]
-policy = "always"
-"#
-    )
 }
 
 fn copy(from: &Path, to: &Path, mode: u32) {

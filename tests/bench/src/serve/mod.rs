@@ -1,0 +1,261 @@
+//! How does agentd serve many agents on one model, beside llama-server on the same file?
+//!
+//! Both run on this machine at once and are loaded in turn, so that what disturbs one disturbs the other; ratios are
+//! taken pair by pair. agentd's is the whole way of an agent's request ([`ours`]), llama-server's its own HTTP ([`peer`]).
+//! The models have seeded weights (`tests/models`): the shape, the arithmetic and the memory of Qwen2.5-0.5B.
+//! Workloads: [`workloads`], one function each. What must hold before any of it means something: [`parity`].
+
+mod client;
+mod load;
+mod ours;
+mod parity;
+mod peer;
+mod processes;
+mod workloads;
+
+use crate::report;
+use anyhow::{Context as _, Result, ensure};
+use image::cache::Cache;
+use image::source::Checkout;
+use image::{models, programs};
+use load::Load;
+use ours::Ours;
+use peer::{Kind, Peer, Setting};
+use std::path::PathBuf;
+use tests_host::scene::Programs;
+use tests_models::{Layout, QWEN_HALF_BILLION, SMALL, Shape};
+use tests_tidy::promises::{Bench, Row};
+
+/// What is measured, and how large.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// 0 is parity, 1 to 9 are the workloads, 18 is the idle engine; empty is all.
+    pub workloads: Vec<u8>,
+    /// The small shape and short prompts: minutes instead of hours.
+    pub quick: bool,
+    pub layout: Layout,
+    /// Pairs of runs, interleaved.
+    pub pairs: usize,
+    /// With ggml's back end compiled for this machine alone, instead of the variant that agentd chooses.
+    pub native: bool,
+}
+
+pub(crate) struct Context {
+    options: Options,
+    checkout: Checkout,
+    programs: Programs,
+    peer: peer::Programs,
+    /// The program of agents that wait.
+    idle: PathBuf,
+    shape: Shape,
+    model: PathBuf,
+    threads: u32,
+    _folder: tempfile::TempDir,
+}
+
+pub fn measure(options: Options) -> Result<Bench> {
+    let context = Context::prepare(options)?;
+    let chosen =
+        |number: u8| context.options.workloads.is_empty() || context.options.workloads.contains(&number);
+    let mut rows = Vec::new();
+    let mut loops = None;
+    if chosen(0) {
+        let (found, measured) = parity::loops(&context)?;
+        loops = Some(found);
+        rows.extend(measured);
+        rows.extend(parity::words_agree(&context)?);
+    }
+    for (number, name, workload) in workloads::ALL {
+        if chosen(number) {
+            println!("W{number}: {name}");
+            let measured = workload(&context).with_context(|| format!("W{number}: {name}"))?;
+            measured.iter().for_each(|row| println!("  {}: {:.3} {}", row.what, row.value, row.unit));
+            rows.extend(measured);
+        }
+    }
+    if chosen(18) {
+        rows.extend(workloads::idle(&context)?);
+    }
+    if let Some(loops) = loops {
+        rows.extend(rows.iter().filter_map(|row| loops.normalised(row)).collect::<Vec<_>>());
+    }
+    ensure!(!rows.is_empty(), "there is no such workload: 0 to 9 and 18 are");
+    Ok(report::here("serve", rows, &context.checkout))
+}
+
+impl Context {
+    fn prepare(options: Options) -> Result<Self> {
+        let cache = Cache::from_env()?;
+        let checkout = Checkout::find()?;
+        let peer = peer::ensure_peer(&cache, &checkout)?;
+        // Named by the environment, as for the tests of `tests/host`, or built now.
+        let mut programs = match Programs::from_env() {
+            Ok(programs) => {
+                println!("programs as AGENTD_ENGINE_BIN and the like name them");
+                programs
+            }
+            Err(_) => built(&cache, &checkout)?,
+        };
+        if options.native {
+            programs.backends = peer.native_backends();
+        }
+        let folder = tempfile::Builder::new().prefix("agentd-serve-").tempdir()?;
+        let idle = folder.path().join("idle");
+        crate::idle::compile(&checkout.root, &idle)?;
+        let shape = if options.quick { SMALL } else { QWEN_HALF_BILLION };
+        let model = tests_models::ensure(&cache.path(""), &shape, options.layout)?;
+        // As the engine counts them where it is not told: one for each core.
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = u32::try_from(threads)?;
+        Ok(Self { options, checkout, programs, peer, idle, shape, model, threads, _folder: folder })
+    }
+
+    fn model_words(&self) -> String {
+        format!("{} {}", self.shape.name, self.options.layout.name())
+    }
+
+    /// How agentd was started, where that is not as shipped.
+    fn ours_words(&self) -> &'static str {
+        if self.options.native { " natively built" } else { "" }
+    }
+}
+
+/// The appliance's programs, as the image has them.
+fn built(cache: &Cache, checkout: &Checkout) -> Result<Programs> {
+    let built = programs::build(cache, checkout)?;
+    let of = |name: &str| -> Result<PathBuf> {
+        let found = built.programs.iter().find(|program| program.built.ends_with(name));
+        Ok(found.with_context(|| format!("no program {name}"))?.built.clone())
+    };
+    let folder_of = |name: &str| -> Result<PathBuf> {
+        Ok(of(name)?.parent().context("a program lies in a folder")?.to_owned())
+    };
+    Ok(Programs {
+        fixed: folder_of("agent-launcher")?,
+        dynamic: folder_of("agentd")?,
+        engine: of("agentd-engine")?,
+        backends: built.library_folder.join("backends"),
+        models: models::ensure(&cache.path(""))?.folder,
+    })
+}
+
+/// Both servers on one model, loaded in turn.
+pub(crate) struct Bed {
+    ours: Ours,
+    peer: Peer,
+    /// How [`LATE`] reaches agentd's side; as the others where nothing is set.
+    late: Option<client::Place>,
+}
+
+/// The number of the agent with a priority above all others'.
+pub(crate) const LATE: usize = usize::MAX;
+
+/// Whom a load is put on: the n-th agent's way in.
+pub(crate) type Way<'a> = &'a (dyn Fn(usize) -> client::Place + Sync);
+
+impl Bed {
+    fn start(context: &Context, cells: u32, sequences: u32, agents: usize) -> Result<Self> {
+        Self::beside(context, cells, sequences, agents, Kind::Best { cache_ram_mib: 8192 })
+    }
+
+    fn beside(context: &Context, cells: u32, sequences: u32, agents: usize, kind: Kind) -> Result<Self> {
+        let ours = Ours::start(&context.programs, &context.idle, &context.model, cells, sequences, agents)?;
+        let setting = Setting { cells, sequences, threads: context.threads, kind };
+        let peer = Peer::start(&context.peer, &context.model, &setting)?;
+        Ok(Self { ours, peer, late: None })
+    }
+
+    /// The same load on both, in turn, the first changing from pair to pair; each pair has words of its own. One small
+    /// request to each goes before, which touches the weights' pages.
+    fn pairs(&self, pairs: usize, load: impl Fn(Way<'_>, u64) -> Load) -> Vec<Pair> {
+        let places: Vec<_> = self.ours.places().to_vec();
+        let late = self.late.clone();
+        let ours = move |agent: usize| match &late {
+            Some(place) if agent == LATE => place.clone(),
+            _ => places[agent % places.len()].clone(),
+        };
+        let place = self.peer.place.clone();
+        let theirs = move |_: usize| place.clone();
+        for place in [ours(0), theirs(0)] {
+            client::Ask::new(&place, tests_models::words(1, 64), 8).run();
+        }
+        let run = |pair: usize| {
+            let seed = 1000 * (pair as u64 + 1);
+            if pair.is_multiple_of(2) {
+                let ours = load(&ours, seed);
+                Pair { ours, theirs: load(&theirs, seed) }
+            } else {
+                let theirs = load(&theirs, seed);
+                Pair { ours: load(&ours, seed), theirs }
+            }
+        };
+        (0..pairs).map(run).collect()
+    }
+}
+
+pub(crate) struct Pair {
+    ours: Load,
+    theirs: Load,
+}
+
+/// Rows of what was measured pair by pair: the ratio, and both sides as they are.
+pub(crate) struct Compared<'a> {
+    what: String,
+    pairs: &'a [Pair],
+}
+
+impl Compared<'_> {
+    /// Ours over theirs.
+    fn ratio(&self, of: &str, value: impl Fn(&Load) -> Option<f64>) -> Result<Row> {
+        let ratio = |pair: &Pair| Some(value(&pair.ours)? / value(&pair.theirs)?);
+        let ratios: Option<Vec<f64>> = self.pairs.iter().map(ratio).collect();
+        let ratios = ratios.with_context(|| {
+            let failed = |load: &Load| load.failures().first().map(|&why| why.to_owned());
+            let why = self.pairs.iter().find_map(|pair| failed(&pair.ours).or_else(|| failed(&pair.theirs)));
+            format!(
+                "{}: no {of}: {}",
+                self.what,
+                why.unwrap_or_else(|| "a server does not say it".to_owned())
+            )
+        })?;
+        Row::median(format!("{}: {of}, ours over theirs", self.what), &ratios, "x")
+    }
+
+    /// Each side by itself, for the record.
+    fn sides(&self, of: &str, unit: &str, value: impl Fn(&Load) -> Option<f64>) -> Result<Vec<Row>> {
+        let mut rows = Vec::new();
+        let side = |name: &str, values: Vec<f64>| -> Result<Row> {
+            Ok(Row::median(format!("{}: {of}, {name}", self.what), &values, unit)?.detail())
+        };
+        let ours: Vec<f64> = self.pairs.iter().filter_map(|pair| value(&pair.ours)).collect();
+        let theirs: Vec<f64> = self.pairs.iter().filter_map(|pair| value(&pair.theirs)).collect();
+        for (name, values) in [("agentd", ours), ("llama-server", theirs)] {
+            if !values.is_empty() {
+                rows.push(side(name, values)?);
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Requests without an answer, on each side.
+    fn failures(&self) -> Vec<Row> {
+        let count = |of: &dyn Fn(&Pair) -> usize| self.pairs.iter().map(of).sum::<usize>() as f64;
+        let asked = count(&|pair| pair.ours.all().count());
+        let ours = count(&|pair| pair.ours.failures().len());
+        let theirs = count(&|pair| pair.theirs.failures().len());
+        let what = &self.what;
+        let mut rows = vec![
+            Row::new(format!("{what}: failed requests of agentd's {asked}"), ours, "requests").at_most(0.0),
+            Row::new(format!("{what}: failed requests of llama-server"), theirs, "requests"),
+        ];
+        let said = self.pairs.iter().flat_map(|pair| pair.theirs.failures()).next();
+        if let Some(said) = said {
+            rows[1].what += &format!(" ({})", said.chars().take(80).collect::<String>());
+        }
+        rows
+    }
+
+    fn own_cpu(&self) -> Result<Row> {
+        parity::own_cpu(&self.what, self.pairs.iter().flat_map(|pair| [&pair.ours, &pair.theirs]))
+    }
+}

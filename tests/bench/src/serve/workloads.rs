@@ -1,0 +1,568 @@
+//! The nine workloads and the idle engine. Sizes stand in the rows; with `--quick` they are small and so is the model.
+//!
+//! Each function starts both servers anew with the cache and the places that its workload is about, equal on both
+//! sides, measures pair by pair and returns its rows. Prompts have one token per word and no two requests share any
+//! that the workload does not say they share.
+
+use super::client::{Ask, Told};
+use super::load::{Load, Next, closed, jain, open, quantile, together};
+use super::peer::Kind;
+use super::{Bed, Compared, Context, LATE, Pair, Way, processes};
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
+use std::time::{Duration, Instant};
+use tests_models::words;
+use tests_tidy::promises::Row;
+
+type Workload = fn(&Context) -> Result<Vec<Row>>;
+
+pub(super) const ALL: [(u8, &str, Workload); 9] = [
+    (1, "unique prompts", unique),
+    (2, "a shared prompt, all at once", shared),
+    (3, "more agents than places, turn by turn", turns),
+    (4, "a noisy neighbour", neighbour),
+    (5, "words that were there before", echo),
+    (6, "answers by a schema", schema),
+    (7, "four times more than fits", oversubscribed),
+    (8, "one more while all is full", arrival),
+    (9, "four branches of one trunk", branches),
+];
+
+/// Milliseconds to the first token at this share of the requests.
+fn first(share: f64) -> impl Fn(&Load) -> Option<f64> {
+    move |load| quantile(&load.firsts_ms(), share)
+}
+
+fn throughput(load: &Load) -> Option<f64> {
+    load.failures().is_empty().then(|| load.tokens_per_second())
+}
+
+/// W1, E11. Nothing is shared: the same kernels do the same work, so nothing may be lost.
+fn unique(context: &Context) -> Result<Vec<Row>> {
+    let (prompt, answer, rounds) = if context.options.quick { (256, 32, 2) } else { (512, 64, 2) };
+    let bed = Bed::start(context, 8 * (prompt + answer) + 512, 8, 8)?;
+    let mut rows = Vec::new();
+    for agents in [1, 4, 8] {
+        let pairs = bed.pairs(context.options.pairs, |way, seed| {
+            closed(
+                (0..agents)
+                    .map(|agent| {
+                        let ask = move |round: usize| {
+                            let own = seed + 10 * agent as u64 + round as u64;
+                            Ask::new(&way(agent), words(own, prompt as usize), answer)
+                        };
+                        Box::new(move |told: &[Told]| (told.len() < rounds).then(|| ask(told.len())))
+                            as Next<'_>
+                    })
+                    .collect(),
+            )
+        });
+        let what = format!(
+            "W1, {agents} agents, {rounds} unique prompts of {prompt} and answers of {answer} tokens each, {}{}",
+            context.model_words(),
+            context.ours_words()
+        );
+        let compared = Compared { what, pairs: &pairs };
+        rows.push(compared.ratio("tokens per second", throughput)?.at_least(0.97));
+        rows.push(compared.ratio("time to first token p50", first(0.5))?.at_most(1.03));
+        rows.extend(compared.sides("tokens per second", "tokens/s", throughput)?);
+        rows.extend(compared.sides("time to first token p50", "ms", first(0.5))?);
+        rows.extend(compared.sides("time to first token p99", "ms", first(0.99))?);
+        rows.extend(compared.sides("between tokens p50", "ms", |load| quantile(&load.gaps_ms(), 0.5))?);
+        rows.extend(compared.sides("between tokens p99", "ms", |load| quantile(&load.gaps_ms(), 0.99))?);
+        rows.extend(compared.failures());
+        rows.push(compared.own_cpu()?);
+    }
+    // The same in an open loop at half of what the closed one came to.
+    let rate = 0.5 * bed_rate(&rows, answer);
+    let asks = if context.options.quick { 12 } else { 16 };
+    let pairs = bed.pairs(context.options.pairs, |way, seed| {
+        let ask =
+            |number: usize| Ask::new(&way(number), words(seed + number as u64, prompt as usize), answer);
+        open((0..asks).map(ask).collect(), rate, seed)
+    });
+    let what = format!(
+        "W1, open loop, {asks} requests at {rate:.2} a second (Poisson), prompts of {prompt}, answers of {answer} tokens, {}{}",
+        context.model_words(),
+        context.ours_words()
+    );
+    let compared = Compared { what, pairs: &pairs };
+    rows.push(compared.ratio("time to first token p50", first(0.5))?.detail());
+    rows.extend(compared.sides("time to first token p99", "ms", first(0.99))?);
+    rows.extend(compared.failures());
+    rows.push(compared.own_cpu()?);
+    Ok(rows)
+}
+
+/// Requests per second that llama-server answered with eight agents.
+fn bed_rate(rows: &[Row], answer: u32) -> f64 {
+    let theirs =
+        rows.iter().rfind(|row| row.what.ends_with("tokens per second, llama-server")).map(|row| row.value);
+    theirs.unwrap_or(1.0) / f64::from(answer)
+}
+
+/// W2, E12. Eight agents arrive together; what they share is computed once.
+fn shared(context: &Context) -> Result<Vec<Row>> {
+    let agents = 8;
+    let (shared, tail, answer, most) =
+        if context.options.quick { (1024, 64, 32, 0.18) } else { (4096, 100, 64, 0.16) };
+    // Room for everything, also where nothing is shared: what is compared is work, not memory.
+    let cells = agents * (shared + tail + answer) + 512;
+    let bed = Bed::start(context, cells, agents, agents as usize)?;
+    let load = |way: Way<'_>, seed: u64| {
+        let trunk = words(seed, shared as usize);
+        let ask = |agent: u32| {
+            let own = words(seed + 1 + u64::from(agent), tail as usize);
+            Ask::new(&way(agent as usize), format!("{trunk}{own}"), answer)
+        };
+        together((0..agents).map(ask).collect())
+    };
+    let pairs = bed.pairs(context.options.pairs, load);
+    let what = format!(
+        "W2, {agents} agents at once, {shared} tokens shared, tails of {tail}, answers of {answer}, {}{}",
+        context.model_words(),
+        context.ours_words()
+    );
+    let compared = Compared { what, pairs: &pairs };
+    let mut rows = Vec::new();
+    // What agentd does not say it computed, it is taken to have computed.
+    let computed = |load: &Load| {
+        let asked: u64 = load.all().map(|told| told.usage.prompt_tokens).sum();
+        load.failures().is_empty().then(|| load.computed_tokens().unwrap_or(asked as f64))
+    };
+    rows.push(compared.ratio("computed prompt tokens", computed)?.at_most(most));
+    let timed = [
+        compared.ratio("time to first token p50", first(0.5))?,
+        compared.ratio("time to first token of the last agent", first(1.0))?,
+        compared.ratio("tokens per second", throughput)?,
+    ];
+    if context.options.quick {
+        rows.extend(timed);
+    } else {
+        let [p50, last, tokens] = timed;
+        rows.extend([p50.at_most(0.28), last.at_most(0.20), tokens.at_least(4.0)]);
+    }
+    rows.extend(compared.sides("computed prompt tokens", "tokens", computed)?);
+    rows.extend(compared.sides("time to first token p50", "ms", first(0.5))?);
+    rows.extend(compared.sides("time to first token of the last agent", "ms", first(1.0))?);
+    rows.extend(compared.sides("tokens per second", "tokens/s", throughput)?);
+    rows.extend(compared.failures());
+    rows.push(compared.own_cpu()?);
+    if !context.options.quick {
+        drop(bed);
+        rows.extend(with_defaults(context, cells, agents, &compared.what, &load)?);
+    }
+    Ok(rows)
+}
+
+/// The same load with llama-server as it starts by itself, once, for the record.
+fn with_defaults(
+    context: &Context,
+    cells: u32,
+    agents: u32,
+    what: &str,
+    load: &dyn Fn(Way<'_>, u64) -> Load,
+) -> Result<Vec<Row>> {
+    let bed = Bed::beside(context, cells, agents, agents as usize, Kind::Defaults)?;
+    let pairs = bed.pairs(1, load);
+    let compared = Compared { what: format!("{what}, llama-server with its defaults"), pairs: &pairs };
+    let mut rows = compared.sides("tokens per second", "tokens/s", throughput)?;
+    rows.extend(compared.sides("time to first token p50", "ms", first(0.5))?);
+    rows.extend(compared.failures().into_iter().map(Row::detail));
+    Ok(rows)
+}
+
+/// W3, E12's warm turns. Agents that come back after a tool's answer, more of them than places.
+fn turns(context: &Context) -> Result<Vec<Row>> {
+    let (agents, turns, begin, tool, answer, think_ms) =
+        if context.options.quick { (12, 3, 512, 32, 16, 100) } else { (12, 4, 1024, 64, 32, 500) };
+    let places = 8;
+    let whole = begin + turns * (tool + answer);
+    // As many as have a place at once fit; the others' turns wait for a place with their cache kept elsewhere.
+    let cells = places * whole + 512;
+    let mut rows = Vec::new();
+    // Inside llama-server's host cache, and with one that the agents exceed.
+    for (words_of, cache_ram_mib, least) in [
+        ("inside llama-server's --cache-ram of 8192 MiB", 8192, 0.97),
+        ("beyond its --cache-ram of 16 MiB", 16, 2.0),
+    ] {
+        let bed = Bed::beside(context, cells, places, agents, Kind::Best { cache_ram_mib })?;
+        let pairs = bed.pairs(context.options.pairs, |way, seed| {
+            closed(
+                (0..agents)
+                    .map(|agent| conversation(way, seed, agent, [begin, turns, tool, answer], think_ms))
+                    .collect(),
+            )
+        });
+        let what = format!(
+            "W3, {agents} agents on {places} places, {turns} turns from {begin} tokens, {tool} more each, answers of {answer}, \
+             {words_of}, {}{}",
+            context.model_words(),
+            context.ours_words()
+        );
+        let compared = Compared { what, pairs: &pairs };
+        // Of a warm turn what counts is how soon it speaks: its tokens per second hold the thinking.
+        let speed = |load: &Load| {
+            let warm: Vec<f64> =
+                load.told.iter().flat_map(|told| told.iter().skip(1)).filter_map(Told::first_ms).collect();
+            load.failures().is_empty().then(|| quantile(&warm, 0.5).map(|ms| 1000.0 / ms)).flatten()
+        };
+        rows.push(compared.ratio("speed of warm turns to their first token p50", speed)?.at_least(least));
+        rows.push(compared.ratio("tokens per second", throughput)?);
+        rows.extend(compared.sides("speed of warm turns to their first token p50", "/s", speed)?);
+        rows.extend(compared.sides("computed prompt tokens", "tokens", Load::computed_tokens)?);
+        rows.extend(compared.failures());
+        rows.push(compared.own_cpu()?);
+    }
+    Ok(rows)
+}
+
+/// One agent's turns: its prompt grows by the answer and by what a tool said.
+fn conversation<'a>(
+    way: Way<'a>,
+    seed: u64,
+    agent: usize,
+    [begin, turns, tool, answer]: [u32; 4],
+    think_ms: u64,
+) -> Next<'a> {
+    let own = seed + 100 * agent as u64;
+    let mut prompt = words(own, begin as usize);
+    Box::new(move |told: &[Told]| {
+        let turn = u32::try_from(told.len()).ok().filter(|turn| *turn < turns)?;
+        if let Some(before) = told.last() {
+            prompt.push_str(&before.text);
+            prompt.push_str(&words(own + u64::from(turn), tool as usize));
+        }
+        let think = Duration::from_millis(if turn == 0 { 0 } else { think_ms });
+        Some(Ask { think, ..Ask::new(&way(agent), prompt.clone(), answer) })
+    })
+}
+
+/// W4, E13. Four agents talk while a fifth sends long prompts.
+fn neighbour(context: &Context) -> Result<Vec<Row>> {
+    let (long, prompts, answer) = if context.options.quick { (4000, 2, 256) } else { (8000, 2, 768) };
+    let talkers = 4;
+    let cells = long + talkers * (128 + answer) + 1024;
+    let bed = Bed::start(context, cells, talkers + 1, talkers as usize + 1)?;
+    let pairs = bed.pairs(context.options.pairs, |way, seed| {
+        let talk = |agent: u32| {
+            let ask = Ask::new(&way(agent as usize), words(seed + u64::from(agent), 128), answer);
+            let mut ask = Some(ask);
+            Box::new(move |_: &[Told]| ask.take()) as Next<'_>
+        };
+        let noise = move |told: &[Told]| {
+            let number = told.len();
+            let prompt = || words(seed + 50 + number as u64, long as usize);
+            let think = Duration::from_millis(500);
+            (number < prompts).then(|| Ask { think, ..Ask::new(&way(talkers as usize), prompt(), 8) })
+        };
+        closed((0..talkers).map(talk).chain([Box::new(noise) as Next<'_>]).collect())
+    });
+    let what = format!(
+        "W4, {talkers} agents talk ({answer} tokens) while one sends {prompts} prompts of {long} tokens, {}{}",
+        context.model_words(),
+        context.ours_words()
+    );
+    let compared = Compared { what, pairs: &pairs };
+    let gaps = |share: f64| {
+        move |load: &Load| {
+            let talk = load.told.iter().take(talkers as usize).flatten();
+            quantile(&talk.flat_map(Told::gaps_ms).collect::<Vec<_>>(), share)
+        }
+    };
+    let stalls: Vec<f64> = pairs.iter().filter_map(|pair| gaps(0.99)(&pair.ours)).collect();
+    let mut rows = vec![
+        Row::median(format!("{}: stall of who talks p99, agentd", compared.what), &stalls, "ms")?
+            .at_most(500.0),
+    ];
+    rows.extend(compared.sides("stall of who talks p99", "ms", gaps(0.99))?);
+    rows.extend(compared.sides("stall of who talks, the longest", "ms", gaps(1.0))?);
+    rows.push(compared.ratio("tokens per second", throughput)?);
+    let last = |load: &Load| load.told.last().and_then(|noise| quantile(&firsts(noise), 0.5));
+    rows.extend(compared.sides("time to first token of the long prompts", "ms", last)?);
+    rows.extend(compared.failures());
+    rows.push(compared.own_cpu()?);
+    Ok(rows)
+}
+
+fn firsts(told: &[Told]) -> Vec<f64> {
+    told.iter().filter_map(Told::first_ms).collect()
+}
+
+/// W5. A prompt that repeats itself. Seeded weights do not copy what they read, so speculation finds only what an answer
+/// repeats by itself; what can be shown here is that it costs nothing.
+fn echo(context: &Context) -> Result<Vec<Row>> {
+    let (block, times, answer) = if context.options.quick { (64, 4, 128) } else { (128, 4, 256) };
+    let bed = Bed::start(context, block * times + answer + 512, 2, 1)?;
+    let pairs = bed.pairs(context.options.pairs, |way, seed| {
+        let prompt = words(seed, block as usize).repeat(times as usize);
+        together(vec![Ask::new(&way(0), prompt, answer)])
+    });
+    let what = format!(
+        "W5, one agent, {block} tokens {times} times over, an answer of {answer}, {}{}",
+        context.model_words(),
+        context.ours_words()
+    );
+    let compared = Compared { what, pairs: &pairs };
+    let mut rows = vec![compared.ratio("tokens per second", throughput)?.at_least(0.97)];
+    rows.extend(compared.sides("tokens per second", "tokens/s", throughput)?);
+    rows.extend(compared.failures());
+    Ok(rows)
+}
+
+/// W6. Eight agents whose answers follow a JSON schema.
+fn schema(context: &Context) -> Result<Vec<Row>> {
+    let agents = 8;
+    let (prompt, answer) = (128, 96);
+    let bed = Bed::start(context, agents * (prompt + answer) + 512, agents, agents as usize)?;
+    let form = json!({ "response_format": { "type": "json_schema", "json_schema": { "name": "call", "strict": true,
+        "schema": { "type": "object", "additionalProperties": false, "required": ["tool", "count", "sure"],
+            "properties": { "tool": { "enum": ["read", "write", "search"] },
+                "count": { "type": "integer", "minimum": 0, "maximum": 99 }, "sure": { "type": "boolean" } } } } } });
+    let pairs = bed.pairs(context.options.pairs, |way, seed| {
+        let ask = |agent: u32| {
+            let ask = Ask::new(&way(agent as usize), words(seed + u64::from(agent), prompt as usize), answer);
+            // A schema's answer ends by itself.
+            let mut extra = form.clone();
+            extra["ignore_eos"] = false.into();
+            Ask { extra, ..ask }
+        };
+        together((0..agents).map(ask).collect())
+    });
+    let what =
+        format!("W6, {agents} agents, JSON by a schema, {}{}", context.model_words(), context.ours_words());
+    let valid = |load: &Load| {
+        let good = |told: &&Told| {
+            let value: Option<serde_json::Value> = serde_json::from_str(&told.text).ok();
+            value.is_some_and(|value| {
+                ["read", "write", "search"].iter().any(|tool| value["tool"] == *tool)
+                    && value["count"].as_u64().is_some_and(|count| count <= 99)
+                    && value["sure"].is_boolean()
+            })
+        };
+        load.all().filter(good).count() as f64
+    };
+    let compared = Compared { what, pairs: &pairs };
+    let asked = pairs.len() as f64 * f64::from(agents);
+    let sum = |side: fn(&Pair) -> &Load| pairs.iter().map(|pair| valid(side(pair))).sum::<f64>();
+    let mut rows = vec![
+        Row::new(
+            format!("{}: valid answers, agentd", compared.what),
+            sum(|p| &p.ours),
+            &format!("of {asked}"),
+        )
+        .at_least(asked),
+        Row::new(
+            format!("{}: valid answers, llama-server", compared.what),
+            sum(|p| &p.theirs),
+            &format!("of {asked}"),
+        ),
+    ];
+    // A side that refuses has no speed.
+    if let Ok(ratio) = compared.ratio("tokens per second", throughput) {
+        rows.push(ratio);
+    }
+    rows.extend(compared.failures());
+    Ok(rows)
+}
+
+/// W7, E14. All agents ask all the time, four times more than the cache holds.
+fn oversubscribed(context: &Context) -> Result<Vec<Row>> {
+    let (prompt, answer, seconds) = if context.options.quick { (192, 320, 8) } else { (384, 640, 90) };
+    let agents = 16;
+    let cells = agents * (prompt + answer) / 4;
+    let bed = Bed::start(context, cells, agents, agents as usize)?;
+    let window = Duration::from_secs(seconds);
+    let pairs = bed.pairs(context.options.pairs, |way, seed| {
+        let until = Instant::now() + window;
+        closed(
+            (0..agents)
+                .map(|agent| {
+                    let own = seed + 1000 * u64::from(agent);
+                    Box::new(move |told: &[Told]| {
+                        let text = || words(own + told.len() as u64, prompt as usize);
+                        (Instant::now() < until).then(|| Ask::new(&way(agent as usize), text(), answer))
+                    }) as Next<'_>
+                })
+                .collect(),
+        )
+    });
+    let what = format!(
+        "W7, {agents} agents for {seconds} s, prompts of {prompt}, answers of {answer}, {cells} cells for four times as many, {}{}",
+        context.model_words(),
+        context.ours_words()
+    );
+    let compared = Compared { what, pairs: &pairs };
+    // What each was given while all wanted more: tokens of answers, and prompts that came to speak.
+    let fairness = |load: &Load| {
+        let end = load.begun + window;
+        let service = |told: &Vec<Told>| {
+            let spoken =
+                told.iter().map(|told| told.pieces.iter().filter(|at| **at <= end).count()).sum::<usize>();
+            let read = told.iter().filter(|told| told.pieces.first().is_some_and(|at| *at <= end)).count();
+            (spoken + read * prompt as usize) as f64
+        };
+        Some(jain(&load.told.iter().map(service).collect::<Vec<_>>()))
+    };
+    let fair: Vec<f64> = pairs.iter().filter_map(|pair| fairness(&pair.ours)).collect();
+    let mut rows = vec![
+        Row::median(format!("{}: Jain's index of service, agentd", compared.what), &fair, "of 1")?
+            .at_least(0.95),
+    ];
+    rows.extend(compared.sides("Jain's index of service", "of 1", fairness)?);
+    let done = |load: &Load| {
+        let whole = load.all().filter(|told| told.failed.is_none());
+        let tokens: u64 = whole.map(|told| told.usage.completion_tokens).sum();
+        Some(tokens as f64 / load.wall.as_secs_f64())
+    };
+    rows.extend(compared.sides("tokens of whole answers per second", "tokens/s", done)?);
+    rows.extend(compared.failures());
+    rows.push(compared.own_cpu()?);
+    Ok(rows)
+}
+
+/// W8, E15 and E16. Every place is taken by long answers; one more agent comes, whose priority is the highest.
+///
+/// No agent has a priority of its own through agentd's front: who comes late asks the engine itself, with the same words.
+/// llama-server has no priorities; there it waits for a place.
+fn arrival(context: &Context) -> Result<Vec<Row>> {
+    let (prompt, answer, after_s) = if context.options.quick { (512, 512, 1) } else { (1024, 512, 40) };
+    let busy = 8;
+    let cells = busy * (prompt + answer) + 256;
+    let mut bed = Bed::start(context, cells, busy, busy as usize)?;
+    bed.late = Some(bed.ours.past_agentd(json!({ "account": "late", "priority": 100 })));
+    let one = |way: Way<'_>, seed: u64| Ask::new(&way(LATE), words(seed + 99, prompt as usize), 8);
+    let idle = bed.pairs(context.options.pairs, |way, seed| together(vec![one(way, seed + 500)]));
+    let full = bed.pairs(context.options.pairs, |way, seed| {
+        let talk = |agent: u32| {
+            let ask = Ask::new(&way(agent as usize), words(seed + u64::from(agent), prompt as usize), answer);
+            let mut ask = Some(ask);
+            Box::new(move |_: &[Told]| ask.take()) as Next<'_>
+        };
+        // Late enough that all others speak.
+        let mut late = Some(Ask { think: Duration::from_secs(after_s), ..one(way, seed) });
+        closed((0..busy).map(talk).chain([Box::new(move |_: &[Told]| late.take()) as Next<'_>]).collect())
+    });
+    let what = format!(
+        "W8, an agent of the highest priority with {prompt} tokens while {busy} of {busy} places speak, {}{}",
+        context.model_words(),
+        context.ours_words()
+    );
+    let last = |load: &Load| load.told.last().and_then(|told| quantile(&firsts(told), 0.5));
+    let times = |side: fn(&Pair) -> &Load| -> Result<Vec<f64>> {
+        let pairs = idle.iter().zip(&full);
+        let times = pairs.map(|(idle, full)| Some(last(side(full))? / last(side(idle))?));
+        let failed =
+            || full.iter().find_map(|pair| side(pair).failures().first().map(|why| (*why).to_owned()));
+        let times: Option<Vec<f64>> = times.collect();
+        times.with_context(|| format!("who came late was not answered: {:?}", failed()))
+    };
+    let over = "first token over that of an idle machine";
+    let mut rows = vec![
+        Row::median(format!("{what}: {over}, agentd's engine"), &times(|pair| &pair.ours)?, "x")?
+            .at_most(1.5),
+        Row::median(format!("{what}: {over}, llama-server"), &times(|pair| &pair.theirs)?, "x")?,
+    ];
+    let compared = Compared { what, pairs: &full };
+    rows.extend(compared.sides("time to first token of who came late", "ms", last)?);
+    rows.extend(compared.failures());
+    rows.extend(restored(&compared.what, &bed)?);
+    Ok(rows)
+}
+
+/// E16: what was preempted meanwhile, brought back instead of computed again.
+fn restored(what: &str, bed: &Bed) -> Result<Vec<Row>> {
+    let usage = bed.ours.usage()?;
+    let number = |name: &str| usage[name].as_f64().with_context(|| format!("no {name} in {usage}"));
+    ensure!(number("swapped_in")? > 0.0, "nobody had to give way, so nothing was brought back: {usage}");
+    let (tokens, us) = (number("last_swap_tokens")?, number("last_swap_in_us")?);
+    let again_us = tokens / number("prompt_tokens_per_s")?.max(1.0) * 1e6;
+    let what = format!("{what}: the last sequence of {tokens} tokens that gave way");
+    Ok(vec![
+        Row::new(
+            format!("{what}, brought back so many times faster than computed again"),
+            again_us / us.max(1.0),
+            "x",
+        )
+        .at_least(10.0),
+        Row::new(format!("{what}, brought back in"), us / 1000.0, "ms").detail(),
+        Row::new(format!("{what}, copied away in"), number("last_swap_out_us")? / 1000.0, "ms").detail(),
+        Row::new(
+            format!("{what}, computed again in, by the engine's measured speed"),
+            again_us / 1000.0,
+            "ms",
+        )
+        .detail(),
+    ])
+}
+
+/// W9. One agent reads a trunk, then four go on from it, each its own way.
+fn branches(context: &Context) -> Result<Vec<Row>> {
+    let (trunk, tail, answer) = if context.options.quick { (1024, 32, 32) } else { (3072, 64, 64) };
+    let agents = 4;
+    let cells = (agents + 1) * (trunk + tail + answer) + 512;
+    let bed = Bed::start(context, cells, agents + 1, agents as usize)?;
+    let pairs = bed.pairs(context.options.pairs, |way, seed| {
+        let text = words(seed, trunk as usize);
+        let read = Ask::new(&way(0), text.clone(), 4).run();
+        // What comes of the trunk's own reading is not part of the measurement; if it fails the branches show it.
+        drop(read);
+        let ask = |agent: u32| {
+            let own = words(seed + 1 + u64::from(agent), tail as usize);
+            Ask::new(&way(agent as usize), format!("{text}{own}"), answer)
+        };
+        together((0..agents).map(ask).collect())
+    });
+    let what = format!(
+        "W9, {agents} branches of {tail} tokens from a trunk of {trunk} that was read before, answers of {answer}, {}{}",
+        context.model_words(),
+        context.ours_words()
+    );
+    let compared = Compared { what, pairs: &pairs };
+    let mut rows = vec![
+        compared.ratio("tokens per second", throughput)?,
+        compared.ratio("time to first token of the last branch", first(1.0))?,
+    ];
+    rows.extend(compared.sides("tokens per second", "tokens/s", throughput)?);
+    rows.extend(compared.sides("computed prompt tokens", "tokens", Load::computed_tokens)?);
+    rows.extend(compared.failures());
+    Ok(rows)
+}
+
+/// E18. With a model loaded and nobody who asks.
+pub(super) fn idle(context: &Context) -> Result<Vec<Row>> {
+    let time = Duration::from_secs(60);
+    let bed = Bed::start(context, 4096, 8, 1)?;
+    // After work, so that whatever spins a while has stopped.
+    let warm = bed.pairs(1, |way, seed| together(vec![Ask::new(&way(0), words(seed, 64), 16)]));
+    ensure!(warm.iter().all(|pair| pair.ours.failures().is_empty()), "{:?}", bed.ours.said());
+    std::thread::sleep(Duration::from_secs(5));
+    let pids = [bed.ours.engine_pid(), bed.peer.pid()];
+    let before = pids.map(processes::cpu);
+    std::thread::sleep(time);
+    let mut took = Vec::new();
+    for (pid, before) in pids.into_iter().zip(before) {
+        took.push((processes::cpu(pid)?.saturating_sub(before?)).as_secs_f64() * 1000.0);
+    }
+    let what = |who: &str| {
+        format!("idle {who} with {} loaded: processor time in {} s", context.model_words(), time.as_secs())
+    };
+    let resident = |pid: i32| processes::resident_bytes(pid).map(|bytes| bytes as f64 / (1024.0 * 1024.0));
+    Ok(vec![
+        // One tick is what the kernel can tell.
+        Row::new(what("engine"), took[0], "ms").at_most(10.0),
+        Row::new(what("llama-server"), took[1], "ms"),
+        Row::new(
+            format!("engine with {} loaded: resident", context.model_words()),
+            resident(pids[0])?,
+            "MiB",
+        )
+        .detail(),
+        Row::new(
+            format!("llama-server with {} loaded: resident", context.model_words()),
+            resident(pids[1])?,
+            "MiB",
+        )
+        .detail(),
+    ])
+}
