@@ -19,6 +19,7 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     // agentd writes the audit log, agentctl checks it: both by the same code.
     ("agentd-audit", &["agentd-domain"]),
     ("agentd-capability", &["agentd-domain"]),
+    ("agentd-gpu", &["agentd-domain"]),
     ("agentd-sandbox", &["agentd-domain", "init-sys"]),
     ("agentd-engine", &["agentd-domain"]),
     ("agentd-serving", &["agentd-domain"]),
@@ -34,6 +35,7 @@ pub const ARROWS: &[(&str, &[&str])] = &[
             "agentd-console",
             "agentd-domain",
             "agentd-egress",
+            "agentd-gpu",
             "agentd-memory",
             "agentd-sandbox",
             "agentd-serving",

@@ -8,12 +8,13 @@ use agentd_console::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, Sta
 use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::*;
 use agentd_domain::audit::{Linked, SignedHead};
-use agentd_domain::engine::{Device, LoadedModel, ModelKind};
+use agentd_domain::engine::{Device, GpuReadings, LoadedModel, ModelKind};
 use agentd_domain::fault::Report;
 use agentd_domain::health::{Note, Pain, PainFrom, Pressure, Severity, Throttle};
 use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::{Clock, Health};
 use agentd_domain::launcher::{ExitCause, ExitRecord};
+use agentd_domain::ledger::*;
 use agentd_domain::manifest::Limits;
 use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::*;
@@ -42,6 +43,7 @@ struct Inner {
     /// As agentd keeps it: each record's line, and each head's behind it.
     audit: Vec<u8>,
     secrets: Vec<SecretInfo>,
+    devices: Devices,
 }
 
 pub const NOW_UNIX_MS: i64 = 1_795_176_243_000;
@@ -67,6 +69,7 @@ impl Default for Fake {
                 calls: Vec::new(),
                 audit,
                 secrets: Vec::new(),
+                devices: devices(),
             }),
             log: tokio::sync::broadcast::channel(64).0,
         }
@@ -289,6 +292,73 @@ impl Appliance for Fake {
                 "`agentctl model ls` shows the names",
             )
         }))
+    }
+
+    fn pull_model(&self, name: ModelName, from: PullModel) -> Pending<'_, Flow<PullPart>> {
+        self.note(format!("pull {name} from {}", from.url));
+        if !from.url.starts_with("https://") {
+            let fix = "name an https address";
+            return ready(Err(Report::caller(
+                "url_malformed",
+                "the model was not pulled",
+                "no address",
+                fix,
+            )));
+        }
+        let mut model = chat_model();
+        model.name = name.as_str().to_owned();
+        let parts = vec![
+            PullPart::Progress { bytes: 512, total_bytes: Some(1024) },
+            PullPart::Progress { bytes: 1024, total_bytes: Some(1024) },
+            PullPart::Done { model },
+        ];
+        ready(Ok(Box::pin(futures::stream::iter(parts)) as Flow<PullPart>))
+    }
+
+    fn devices(&self) -> Pending<'_, Devices> {
+        ready(Ok(self.inner.lock().expect("lock").devices.clone()))
+    }
+
+    fn set_partition(&self, partition: Partition) -> Pending<'_, Devices> {
+        self.note(format!("set partition {}", partition.id));
+        let mut inner = self.inner.lock().expect("lock");
+        inner.devices.partitions.retain(|one| one.partition.id != partition.id);
+        inner.devices.partitions.push(partition_view(partition));
+        ready(Ok(inner.devices.clone()))
+    }
+
+    fn remove_partition(&self, id: PartitionId) -> Pending<'_, Devices> {
+        self.note(format!("remove partition {id}"));
+        let mut inner = self.inner.lock().expect("lock");
+        let before = inner.devices.partitions.len();
+        inner.devices.partitions.retain(|one| one.partition.id != id);
+        ready(if inner.devices.partitions.len() < before {
+            Ok(inner.devices.clone())
+        } else {
+            let why = format!("there is no partition `{id}`");
+            Err(Report::caller(
+                "not_found",
+                "nothing was removed",
+                why,
+                "`agentctl gpu partition ls` shows them",
+            ))
+        })
+    }
+
+    fn assign_partition(&self, agent: AgentKey, to: PartitionId) -> Pending<'_, Devices> {
+        self.note(format!("assign {agent} to {to}"));
+        let found = self.find(&agent, |_| ());
+        ready(found.map(|()| self.inner.lock().expect("lock").devices.clone()))
+    }
+
+    fn plan_model(&self, name: ModelName, context_tokens: u32, _sequences: u32) -> Pending<'_, ModelPlan> {
+        self.note(format!("plan {name} with {context_tokens}"));
+        ready(Ok(model_plan(name.as_str())))
+    }
+
+    fn plan_header(&self, order: PlanOrder) -> Pending<'_, ModelPlan> {
+        self.note(format!("plan header {} of {} blocks", order.architecture, order.shape.blocks.len()));
+        ready(Ok(model_plan(&order.model)))
     }
 
     fn secrets(&self) -> Pending<'_, Vec<SecretInfo>> {
@@ -740,5 +810,124 @@ fn plan() -> SandboxPlan {
         rlimits: vec![Rlimit { name: "NOFILE".into(), soft: 512, hard: 512 }],
         network: NetworkPlan::LoopbackOnly,
         api: vec!["memory.remember".into()],
+    }
+}
+
+fn partition_view(partition: Partition) -> PartitionView {
+    PartitionView {
+        builtin: partition.id.is_default(),
+        configured: false,
+        enforcement: Enforcement::Engine,
+        held: Held::default(),
+        free_bytes: partition.bytes,
+        agents: Vec::new(),
+        problem: None,
+        partition,
+    }
+}
+
+fn partition(id: &str, device: &str, bytes: u64) -> Partition {
+    Partition {
+        id: id.parse().expect("a name"),
+        devices: vec![device.to_owned()],
+        bytes,
+        priority: 50,
+        weight: 100,
+        sequences_most: 0,
+        guaranteed: false,
+    }
+}
+
+fn need() -> Need {
+    Need {
+        devices: vec![DeviceNeed {
+            device: "CUDA0".to_owned(),
+            weights_bytes: 4000 * MIB,
+            kv_bytes: 512 * MIB,
+            compute_bytes: 300 * MIB,
+            ..DeviceNeed::default()
+        }],
+        basis: Basis::Header,
+        kv_bytes_per_cell: 128 * 1024,
+        cells: 4096,
+        sequences: 8,
+        assumed: Vec::new(),
+    }
+}
+
+/// A card with a model on it, and three partitions: what is left, one that somebody uses, one of a card that is gone.
+pub fn devices() -> Devices {
+    let planned = DeviceNeed { overhead_bytes: 489 * MIB, ..need().devices.remove(0) };
+    let mut chat =
+        partition_view(Partition { guaranteed: true, priority: 80, ..partition("chat", "CUDA0", 2 << 30) });
+    chat.agents.push(AgentHold {
+        agent_id: echo().agent_id,
+        agent: Some(echo().name),
+        cells: 4096,
+        kv_bytes: 512 * MIB,
+    });
+    chat.held.kv_bytes = 512 * MIB;
+    let mut gone = partition_view(partition("vision", "CUDA7", 1 << 30));
+    gone.problem = Some(Report::environment(
+        "partition_not_in_force",
+        "the partition vision is not in force",
+        "there is no device CUDA7",
+        "put the device back",
+    ));
+    Devices {
+        devices: vec![DeviceView {
+            name: "CUDA0".to_owned(),
+            description: "NVIDIA Test 24G".to_owned(),
+            kind: "gpu".to_owned(),
+            total_bytes: 24 << 30,
+            reserve_bytes: 1 << 30,
+            free_bytes: (23 << 30) - planned.total_bytes(),
+            planned,
+            reported_free_bytes: 9626 * MIB,
+            used_bytes: Some(5301 * MIB),
+            difference_bytes: Some(489 * MIB as i64),
+            enforcement: Enforcement::Kernel,
+            problem: None,
+            gpu: Some(GpuReadings { utilisation_percent: Some(82), ..GpuReadings::default() }),
+        }],
+        partitions: vec![partition_view(partition("default", "CUDA0", 21 << 30)), chat, gone],
+        models: vec![ModelView {
+            model: "tiny".to_owned(),
+            partition: PartitionId::default_partition(),
+            need: need(),
+            cells_held: 4096,
+            evictable: false,
+        }],
+    }
+}
+
+fn model_plan(model: &str) -> ModelPlan {
+    let no = "the partition chat has 2.0 GiB for one model";
+    ModelPlan {
+        model: model.to_owned(),
+        architecture: "llama".to_owned(),
+        context_length: Some(131_072),
+        need: need(),
+        fits: vec![
+            Fit {
+                partition: PartitionId::default_partition(),
+                bytes: 21 << 30,
+                free_bytes: 16 << 30,
+                refusal: None,
+                context_tokens_most: 131_072,
+            },
+            Fit {
+                partition: "chat".parse().expect("a name"),
+                bytes: 2 << 30,
+                free_bytes: 2 << 30,
+                refusal: Some(Report::caller(
+                    "model_too_large",
+                    "it does not fit now",
+                    no,
+                    "take a smaller one",
+                )),
+                context_tokens_most: 0,
+            },
+        ],
     }
 }
