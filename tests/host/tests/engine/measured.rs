@@ -1,6 +1,6 @@
 //! How much is sharing, swapping and stepping aside worth? Printed, not judged: times belong to the machine.
 //!
-//! `AGENTD_CHAT_MODEL=model.gguf cargo test -p tests-host --test engine -- --ignored --nocapture measured`, with what
+//! `AGENTD_MEASURE=1 AGENTD_CHAT_MODEL=model.gguf cargo test -p tests-host --test engine -- --nocapture measured`, with what
 //! `scripts/test host` sets; without a model of its own it measures the tiny one, whose times are mostly overhead.
 
 use crate::client::{Client, Engine};
@@ -57,8 +57,11 @@ fn together(client: &mut Client, requests: Vec<(String, Vec<i32>, Share)>) -> Ti
 }
 
 #[test]
-#[ignore = "measures for minutes"]
 fn measured() {
+    if env::var_os("AGENTD_MEASURE").is_none() {
+        println!("SKIP: engine: it measures for minutes; AGENTD_MEASURE=1 asks for it");
+        return;
+    }
     let Some(engine) = Engine::start() else { return };
     let model = env::var_os("AGENTD_CHAT_MODEL").map_or_else(|| engine.tiny(), PathBuf::from);
     let mut client = engine.connect();
