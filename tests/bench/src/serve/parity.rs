@@ -95,7 +95,8 @@ fn ours(bench: &Bench, folder: &Path) -> Result<PathBuf> {
     gcc.arg("-O2").arg("-I").arg(bench.peer.tree.join("include"));
     gcc.arg("-I").arg(bench.peer.tree.join("ggml/include"));
     gcc.arg(bench.checkout.path("tests/bench/serve-loop.c")).arg("-o").arg(&program).arg("-L").arg(libraries);
-    gcc.arg(format!("-Wl,-rpath,{}", libraries.display()));
+    // Of the whole program, also of what the libraries need themselves.
+    gcc.arg(format!("-Wl,--disable-new-dtags,-rpath,{}", libraries.display()));
     gcc.args(["-l:libllama.so.0", "-l:libggml.so.0", "-l:libggml-base.so.0"]);
     crate::spawn::run(&mut gcc)?;
     Ok(program)
