@@ -24,6 +24,7 @@ use agentd_domain::api::{
     Agent, AgentKey, AgentState, ApplianceStatus, ChatRequest, EngineState, LogLine, Model, ModelName, Run,
 };
 use agentd_domain::audit::SignedHead;
+use agentd_domain::engine::{Device, GpuReadings};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::Health;
@@ -163,6 +164,10 @@ impl Machine {
         let memory = readings::memory();
         let disk = readings::disk(&self.places.data);
         let mut problems = self.board.problems();
+        let (engine, asked) = self.engine_state().await;
+        // What was read when agentd connected, where the engine does not answer.
+        let (devices, gpus) = asked.unwrap_or_else(|| (self.engine.view().devices.clone(), Vec::new()));
+        problems.extend(gpus.iter().filter_map(GpuReadings::problem));
         let mut status = ApplianceStatus {
             version: crate::VERSION.to_owned(),
             slot: "unknown".to_owned(),
@@ -174,11 +179,13 @@ impl Machine {
             agentd_rss_bytes: readings::own_rss_bytes(),
             data_total_bytes: disk.total_bytes,
             data_available_bytes: disk.available_bytes,
-            devices: self.engine.view().devices.clone(),
+            devices,
+            gpus,
+            regions: readings::device_regions(&self.places.cgroup_root),
             clock: Default::default(),
             now_unix_ms: clock::unix_ms(),
             addresses: Vec::new(),
-            engine: self.engine_state().await,
+            engine,
             milestones: Vec::new(),
         };
         if let Some(system) = system {
@@ -198,21 +205,25 @@ impl Machine {
         status
     }
 
-    async fn engine_state(&self) -> EngineState {
+    /// With the devices as the engine reads them now, if it answers.
+    async fn engine_state(&self) -> (EngineState, Option<(Vec<Device>, Vec<GpuReadings>)>) {
         let view = self.engine.view();
         match &view.stage {
-            Stage::Starting => EngineState::Starting,
-            Stage::Down(report) => EngineState::Down { report: report.clone() },
+            Stage::Starting => (EngineState::Starting, None),
+            Stage::Down(report) => (EngineState::Down { report: report.clone() }, None),
             Stage::Loading | Stage::Ready => match self.engine.status().await {
-                Ok(status) => EngineState::Ready {
-                    backend: status.backend,
-                    models: status.models,
-                    rss_bytes: status.rss_bytes,
-                    private_bytes: readings::engines_private_bytes(&self.places.cgroup_root),
-                    uptime_ms: status.uptime_ms,
-                    loading: view.stage == Stage::Loading,
-                },
-                Err(report) => EngineState::Down { report },
+                Ok(status) => {
+                    let ready = EngineState::Ready {
+                        backend: status.backend,
+                        models: status.models,
+                        rss_bytes: status.rss_bytes,
+                        private_bytes: readings::engines_private_bytes(&self.places.cgroup_root),
+                        uptime_ms: status.uptime_ms,
+                        loading: view.stage == Stage::Loading,
+                    };
+                    (ready, Some((status.devices, status.gpus)))
+                }
+                Err(report) => (EngineState::Down { report }, None),
             },
         }
     }

@@ -5,8 +5,11 @@
 //! Sources: proc_meminfo(5), Documentation/admin-guide/cgroup-v2.rst.
 
 use crate::agents::LivingRun;
+use agentd_domain::device::Region;
+use agentd_domain::enforcement::parse_dmem;
 use agentd_domain::ids::AgentId;
 use agentd_domain::paths;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -71,6 +74,23 @@ pub fn engines_private_bytes(cgroup_root: &Path) -> u64 {
     value_of(&fs::read_to_string(file).unwrap_or_default(), "anon").unwrap_or(0)
 }
 
+/// What the kernel says of device memory; nothing where it keeps no accounts of it.
+pub fn device_regions(cgroup_root: &Path) -> Vec<Region> {
+    let read = |group: &str, file: &str| {
+        parse_dmem(&fs::read_to_string(cgroup_root.join(group).join(file)).unwrap_or_default())
+    };
+    let (engines, agents) =
+        (read(paths::CGROUP_ENGINES, "dmem.current"), read(paths::CGROUP_AGENTS, "dmem.current"));
+    let held = |by: &BTreeMap<String, Option<u64>>, name: &str| by.get(name).copied().flatten().unwrap_or(0);
+    let region = |(name, capacity): (String, Option<u64>)| Region {
+        capacity_bytes: capacity.unwrap_or(0),
+        engines_bytes: held(&engines, &name),
+        agents_bytes: held(&agents, &name),
+        name,
+    };
+    read("", "dmem.capacity").into_iter().map(region).collect()
+}
+
 /// The number after a key at the beginning of a line.
 pub fn value_of(text: &str, key: &str) -> Option<u64> {
     text.lines().find_map(|line| {
@@ -82,6 +102,27 @@ pub fn value_of(text: &str, key: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_kernels_accounts_of_device_memory_are_read_for_every_maker() {
+        let root = tempfile::tempdir().unwrap();
+        assert_eq!(device_regions(root.path()), [], "a kernel without such accounts");
+        let capacity = "drm/0000:03:00.0/vram0 8514437120\nnvidia/0000:c1:00.0/vidmem 85899345920\n";
+        fs::write(root.path().join("dmem.capacity"), capacity).unwrap();
+        for (group, bytes) in [("engines", 4096), ("agents", 512)] {
+            fs::create_dir(root.path().join(group)).unwrap();
+            let text = format!("drm/0000:03:00.0/vram0 {bytes}\nnvidia/0000:c1:00.0/vidmem 0\n");
+            fs::write(root.path().join(group).join("dmem.current"), text).unwrap();
+        }
+        let regions = device_regions(root.path());
+        assert_eq!(regions.len(), 2);
+        let first = &regions[0];
+        assert_eq!(
+            (first.capacity_bytes, first.engines_bytes, first.agents_bytes),
+            (8_514_437_120, 4096, 512)
+        );
+        assert_eq!((regions[1].name.as_str(), regions[1].engines_bytes), ("nvidia/0000:c1:00.0/vidmem", 0));
+    }
 
     #[test]
     fn meminfo_is_in_kib() {

@@ -10,6 +10,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // From the build script of llama-cpp-sys-2, feature `dynamic-backends`.
     let backends = PathBuf::from(env::var("DEP_LLAMA_BACKENDS_DIR")?);
     let libraries = backends.parent().ok_or("the back ends' folder has no parent")?.join("lib");
+    compile_shim(backends.parent().ok_or("the back ends' folder has no parent")?)?;
     // OUT_DIR is <target>/<profile>/build/<crate>/out.
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let profile = out.ancestors().nth(3).ok_or("OUT_DIR is not deep enough")?;
@@ -31,6 +32,26 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if target.join(MISCOMPILED).exists() {
         fs::remove_file(target.join(MISCOMPILED))?;
     }
+    Ok(())
+}
+
+/// Our only C++, against the headers of the llama.cpp that llama-cpp-sys-2 has just compiled: CMake's record in its
+/// build folder says where they are, staging headers that are not installed included.
+fn compile_shim(built: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    const SHIM: &str = "src/ffi/memory.cpp";
+    println!("cargo:rerun-if-changed={SHIM}");
+    let record = fs::read_to_string(built.join("build/CMakeCache.txt"))?;
+    let source = record
+        .lines()
+        .find_map(|line| line.strip_prefix("CMAKE_HOME_DIRECTORY:INTERNAL="))
+        .ok_or("CMakeCache.txt does not say where llama.cpp's sources are")?;
+    let source = Path::new(source);
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .file(SHIM)
+        .includes(["include", "src", "ggml/include"].map(|folder| source.join(folder)))
+        .compile("agentd_memory");
     Ok(())
 }
 

@@ -257,6 +257,7 @@ fn out_of_order(asked: &str, got: &Event) -> Report {
         Event::Loaded(_) => "loaded",
         Event::Unloaded { .. } => "unloaded",
         Event::Status(_) => "status",
+        Event::Plan(_) => "plan",
         Event::Piece { .. } => "piece",
         Event::Done(_) => "done",
         Event::Cancelled { .. } => "cancelled",

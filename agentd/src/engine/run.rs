@@ -177,7 +177,11 @@ impl Task {
 
     async fn connect(&mut self) -> Result<(Reader, Session), Report> {
         let launcher = self.links.launcher.clone();
-        let spec = EngineSpec { set: SET.to_owned(), memory_max_bytes: self.links.memory_max_bytes };
+        let spec = EngineSpec {
+            set: SET.to_owned(),
+            memory_max_bytes: self.links.memory_max_bytes,
+            device_limits: Vec::new(),
+        };
         let path = self.links.sockets.join(format!("{SET}.sock"));
         let started = tokio::task::spawn_blocking(move || launcher.start_engine(spec)).await;
         // An engine that runs although the launcher cannot be asked is as good as any.

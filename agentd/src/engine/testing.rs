@@ -72,6 +72,7 @@ fn answer(request: Request, seen: &mut Seen) -> std::io::Result<Vec<Event>> {
         Request::Hello { .. } => vec![Event::Hello { version: PROTOCOL_VERSION, devices: Vec::new() }],
         Request::Status => vec![Event::Status(EngineStatus {
             devices: Vec::new(),
+            gpus: Vec::new(),
             models: seen.loaded.clone(),
             backend: "fake".to_owned(),
             running_sequences: 0,

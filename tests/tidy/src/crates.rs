@@ -43,9 +43,13 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     // What runs elsewhere
     ("echo-agent", &[]),
     ("image", &["agentd-domain"]),
-    ("tests-host", &["agentd-domain", "echo-agent", "tests-models"]),
     // Seeded models, for whoever tests or measures an engine.
     ("tests-models", &[]),
+    // scripts/gpu-check: runs on machines that build nothing else of this.
+    ("tests-gpu-check", &["agentd-domain"]),
+    ("tests-host", &["agentd-domain", "echo-agent", "tests-models", "tests-nvml-mock"]),
+    // A library that programs load by its path; tests write the state it answers from.
+    ("tests-nvml-mock", &[]),
     // Programs that run inside a guest, for tests and benchmarks.
     ("tests-guest", &["agentd-domain", "agentd-sandbox"]),
     ("tests-qemu", &["agentd-domain", "image", "init-sys"]),

@@ -65,6 +65,18 @@ pub fn status(status: &ApplianceStatus) -> String {
         let free = human::bytes(device.memory_free_bytes);
         let _ = writeln!(text, "device     {} {}, {free} free", device.name, device.description);
     }
+    for gpu in &status.gpus {
+        let name = gpu.name.as_deref().unwrap_or("GPU");
+        let _ = writeln!(text, "gpu        {name}: {}", gpu.facts().join(", "));
+        if let Some(sentence) = gpu.health.sentence() {
+            let _ = writeln!(text, "           {sentence}");
+        }
+    }
+    for region in &status.regions {
+        let (name, all) = (&region.name, human::bytes(region.capacity_bytes));
+        let (engines, agents) = (human::bytes(region.engines_bytes), human::bytes(region.agents_bytes));
+        let _ = writeln!(text, "region     {name}: engines {engines}, agents {agents}, of {all}");
+    }
     if let EngineState::Ready { models, .. } = &status.engine {
         for model in models {
             let parameters = human::count(model.parameters);

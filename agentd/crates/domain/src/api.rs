@@ -37,7 +37,8 @@
 //! `{name}` of an agent is its name or its id ([`AgentKey`]); of a model it is a [`ModelName`]. A session is
 //! shown as `Authorization: Bearer <token>`, or as the web console's cookie.
 
-use crate::engine::{Device, LoadedModel};
+use crate::device::Region;
+use crate::engine::{Device, GpuReadings, LoadedModel};
 use crate::fault::Report;
 use crate::ids::{AgentId, AgentName, OwnerId, RunId};
 use crate::initctl::{Clock, Health};
@@ -163,6 +164,12 @@ pub struct ApplianceStatus {
     pub data_total_bytes: u64,
     pub data_available_bytes: u64,
     pub devices: Vec<Device>,
+    /// Every GPU that its driver knows, with or without a back end that could use it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<GpuReadings>,
+    /// Device memory by the kernel's own accounts, from Linux 6.14 on and for drivers that keep them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub regions: Vec<Region>,
     pub clock: Clock,
     pub now_unix_ms: i64,
     pub addresses: Vec<String>,

@@ -8,6 +8,7 @@
 //! Invariant: the first frame of each side is `Hello`; another version ends the connection with an error that
 //! names both versions.
 
+use crate::device::{DeviceHealth, EccCounters, GpuProcess, MemoryPlan, Mig};
 use crate::fault::Report;
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +41,9 @@ pub enum Request {
     Unload {
         model: String,
     },
+    /// What would this load take? Loads nothing. llama.cpp may end the process over a file whose content lies, so
+    /// an engine that holds models refuses; ask one of a device set of its own.
+    Plan(LoadModel),
     /// Devices, loaded models, memory.
     Status,
     Generate(Generate),
@@ -198,6 +202,7 @@ pub enum Event {
         model: String,
     },
     Status(EngineStatus),
+    Plan(MemoryPlan),
     /// A piece of text of a generation: always whole UTF-8, so one piece may stand for several tokens.
     Piece {
         text: String,
@@ -261,12 +266,35 @@ pub struct Device {
 
 /// What NVML says of a device; a value the driver does not give is absent, never zero.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct GpuReadings {
     pub uuid: Option<String>,
+    pub name: Option<String>,
+    /// `0000:c1:00.0`, lower case: what llama.cpp and sysfs call it.
+    pub pci_address: Option<String>,
+    /// Of the time of the last sample, in which a kernel ran.
     pub utilisation_percent: Option<u32>,
+    /// Of that time, in which memory was read or written.
+    pub memory_utilisation_percent: Option<u32>,
     pub temperature_celsius: Option<u32>,
     pub power_milliwatts: Option<u32>,
+    pub power_limit_milliwatts: Option<u32>,
+    /// Since the driver was loaded.
+    pub energy_millijoules: Option<u64>,
+    pub graphics_clock_mhz: Option<u32>,
+    pub memory_clock_mhz: Option<u32>,
+    pub memory_total_bytes: Option<u64>,
     pub memory_used_bytes: Option<u64>,
+    pub memory_free_bytes: Option<u64>,
+    /// Kept by the driver for itself.
+    pub memory_reserved_bytes: Option<u64>,
+    /// Those with a compute context. Absent where the driver does not list them; none is an empty list.
+    pub processes: Option<Vec<GpuProcess>>,
+    pub mig: Option<Mig>,
+    /// Why it is slower than it could be; NVML's names in snake case.
+    pub throttle: Option<Vec<String>>,
+    pub ecc: Option<EccCounters>,
+    pub health: DeviceHealth,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -305,6 +333,9 @@ pub struct EngineStatus {
     /// Since the process was started.
     #[serde(default)]
     pub uptime_ms: u64,
+    /// Every GPU that NVML knows, also those that no back end here can use.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<GpuReadings>,
     /// Of each chat model.
     #[serde(default)]
     pub usage: Vec<ModelUsage>,

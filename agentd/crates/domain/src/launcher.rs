@@ -4,6 +4,7 @@
 //! travel as `SCM_RIGHTS`. The set is closed: whatever is not here cannot be asked for. The launcher takes
 //! messages only from agentd's uid and checks every one again (uid range, paths, limits) before it acts.
 
+use crate::enforcement::DeviceLimit;
 use crate::fault::Report;
 use crate::ids::{AgentId, RunId};
 use crate::plan::{CgroupLimits, DiskQuota, NetworkPlan, SandboxPlan};
@@ -122,6 +123,9 @@ pub struct EngineSpec {
     /// Name of the device set, `[a-z0-9-]{1,32}`: `host` for host memory.
     pub set: String,
     pub memory_max_bytes: u64,
+    /// Of device memory, set before the process starts. One that cannot be set keeps it from starting.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub device_limits: Vec<DeviceLimit>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -10,6 +10,8 @@ pub mod agent_api;
 pub mod api;
 pub mod audit;
 pub mod config;
+pub mod device;
+pub mod enforcement;
 pub mod engine;
 pub mod fault;
 pub mod gguf;

@@ -9,11 +9,11 @@
 //! Never: a decision about who goes first, which cells go, or who steps aside: that is the plan's, and tested there.
 
 use crate::answer::{Answer, Task, sampler};
-use crate::shape::{Chooser, dead_end};
 use crate::generations::{Generation, Listener};
 use crate::model::{Gauge, Settings};
 use crate::plan::{Ask, Effect, Part, Planner, RequestId, Room};
 use crate::radix::{Domain, SeqId};
+use crate::shape::{Chooser, dead_end};
 use crate::shelf::{BlobId, Shelves};
 use crate::swap::Swap;
 use agentd_domain::engine::{Event, FinishReason, ModelUsage, Sampling, Share};

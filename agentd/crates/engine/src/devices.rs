@@ -1,82 +1,82 @@
 //! What can hold a model here, and how busy is it?
 //!
 //! Devices come from llama.cpp's back ends, readings of NVIDIA devices from NVML when its library is there; its
-//! absence is normal. The host's memory is read from `/proc/meminfo`, because llama.cpp calls all of it free.
+//! absence is normal. The two are brought together by PCI address: NVML counts by address, CUDA by speed. The
+//! host's memory is read from `/proc/meminfo`, because llama.cpp calls all of it free.
 
+use crate::ggml;
+use crate::nvml::Nvidia;
+use agentd_domain::device::DeviceAction;
 use agentd_domain::engine::{Device, GpuReadings};
 use llama_cpp_2::LlamaBackendDeviceType;
-use nvml_wrapper::Nvml;
-use nvml_wrapper::enum_wrappers::device::TemperatureSensor;
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
-
-/// The name that the driver's package installs; the one without a number is for compilers.
-const NVML_LIBRARY: &str = "libnvidia-ml.so.1";
+use std::sync::{Mutex, PoisonError};
 
 pub(crate) struct Devices {
-    nvml: Option<Nvml>,
+    nvidia: Option<Nvidia>,
+    /// By PCI address, in ggml's order; asked once, while all devices answer.
+    addresses: Vec<Option<String>>,
+    /// What was listed last: a back end that is asked for the memory of a lost device ends the process.
+    listed: Mutex<Vec<Device>>,
     /// File name of the CPU back end in use.
     pub(crate) cpu_backend: String,
 }
 
 impl Devices {
     /// Call after the back ends are loaded.
-    pub(crate) fn probe() -> Self {
-        let nvml = Nvml::builder().lib_path(OsStr::new(NVML_LIBRARY)).init();
-        if let Err(error) = &nvml {
-            tracing::debug!(%error, "no NVML");
-        }
-        Self { nvml: nvml.ok(), cpu_backend: cpu_backend() }
+    pub(crate) fn probe(nvml_library: &OsStr) -> Self {
+        let nvidia = Nvidia::open(nvml_library);
+        let addresses = ggml::device_addresses();
+        Self { nvidia, addresses, listed: Mutex::default(), cpu_backend: cpu_backend() }
     }
 
     pub(crate) fn list(&self) -> Vec<Device> {
-        let devices = llama_cpp_2::list_llama_ggml_backend_devices();
-        let cuda_devices = devices.iter().filter(|device| device.backend == "CUDA").count();
-        let mut cuda_index = 0;
-        devices
-            .into_iter()
-            .map(|device| {
-                let host = matches!(device.device_type, LlamaBackendDeviceType::Cpu);
-                let memory = if host { host_memory() } else { None };
-                let (total, free) = memory.unwrap_or((device.memory_total as u64, device.memory_free as u64));
-                let gpu = if device.backend == "CUDA" {
-                    cuda_index += 1;
-                    self.readings(cuda_index - 1, cuda_devices)
-                } else {
-                    None
-                };
-                Device {
-                    name: device.name,
-                    description: device.description.trim().to_owned(),
-                    kind: kind(device.device_type).to_owned(),
-                    memory_total_bytes: total,
-                    memory_free_bytes: free,
-                    gpu,
-                }
-            })
-            .collect()
+        self.read().0
     }
 
-    /// NVML counts by PCI address, CUDA by speed unless `CUDA_DEVICE_ORDER=PCI_BUS_ID`: with several devices in
-    /// another order readings would be given to the wrong one, so there are none.
-    fn readings(&self, cuda_index: u32, cuda_devices: usize) -> Option<GpuReadings> {
-        let nvml = self.nvml.as_ref()?;
-        let by_address = std::env::var("CUDA_DEVICE_ORDER").is_ok_and(|order| order == "PCI_BUS_ID");
-        let alone = cuda_devices == 1 && nvml.device_count().is_ok_and(|count| count == 1);
-        if !by_address && !alone {
-            return None;
+    /// The devices of the back ends, and every GPU that NVML knows.
+    pub(crate) fn read(&self) -> (Vec<Device>, Vec<GpuReadings>) {
+        let gpus = self.nvidia.as_ref().map(Nvidia::readings).unwrap_or_default();
+        let mut listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        let lost = gpus.iter().any(|gpu| gpu.health.action == DeviceAction::Lost);
+        if !lost || listed.is_empty() {
+            *listed = devices();
         }
-        let device = nvml.device_by_index(cuda_index).ok()?;
-        Some(GpuReadings {
-            uuid: device.uuid().ok(),
-            utilisation_percent: device.utilization_rates().ok().map(|rates| rates.gpu),
-            temperature_celsius: device.temperature(TemperatureSensor::Gpu).ok(),
-            power_milliwatts: device.power_usage().ok(),
-            memory_used_bytes: device.memory_info().ok().map(|memory| memory.used),
-        })
+        let mut devices = listed.clone();
+        for (device, address) in devices.iter_mut().zip(&self.addresses) {
+            device.gpu = address.as_ref().and_then(|address| of_address(&gpus, address));
+        }
+        (devices, gpus)
     }
+}
+
+fn of_address(gpus: &[GpuReadings], address: &str) -> Option<GpuReadings> {
+    let same =
+        |gpu: &&GpuReadings| gpu.pci_address.as_ref().is_some_and(|own| own.eq_ignore_ascii_case(address));
+    gpus.iter().find(same).cloned()
+}
+
+fn devices() -> Vec<Device> {
+    let devices = llama_cpp_2::list_llama_ggml_backend_devices();
+    devices
+        .into_iter()
+        .map(|device| {
+            let host = matches!(device.device_type, LlamaBackendDeviceType::Cpu);
+            let memory = if host { host_memory() } else { None };
+            let (total, free) = memory.unwrap_or((device.memory_total as u64, device.memory_free as u64));
+            Device {
+                name: device.name,
+                description: device.description.trim().to_owned(),
+                kind: kind(device.device_type).to_owned(),
+                memory_total_bytes: total,
+                memory_free_bytes: free,
+                gpu: None,
+            }
+        })
+        .collect()
 }
 
 fn kind(kind: LlamaBackendDeviceType) -> &'static str {
@@ -106,6 +106,12 @@ pub(crate) fn rss_bytes() -> u64 {
         .and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok())
         .unwrap_or(0);
     pages * rustix::param::page_size() as u64
+}
+
+/// Memory of this process that no file stands behind; 0 where `/proc` cannot be read.
+pub(crate) fn anonymous_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    meminfo_bytes(&text, "RssAnon:").unwrap_or(0)
 }
 
 /// Which of the CPU variants is mapped: llama.cpp chooses by itself and does not tell.

@@ -68,7 +68,7 @@ pub(crate) fn spawn(
     })
 }
 
-fn parameters(settings: Settings, pooling_type: Option<u64>) -> LlamaContextParams {
+pub(crate) fn parameters(settings: Settings, pooling_type: Option<u64>) -> LlamaContextParams {
     // A model that does not say how to pool gets the mean, as sentence-transformers does.
     let pooling = match pooling_type {
         Some(2) => LlamaPoolingType::Cls,

@@ -67,6 +67,7 @@ impl Engine {
                 "this connection has said hello already",
                 "send one hello, first",
             )),
+            Request::Plan(load) => self.aside(listener.clone(), move |engine| engine.plan(&load)),
             Request::Status => Ok(Some(Event::Status(self.status()))),
             Request::Load(load) => self.aside(listener.clone(), move |engine| engine.load(&load)),
             Request::Unload { model } => self.aside(listener.clone(), move |engine| engine.unload(model)),
@@ -115,10 +116,12 @@ impl Engine {
     fn status(&self) -> EngineStatus {
         let models: Vec<Arc<Model>> = self.models().values().cloned().collect();
         let sum = |value: fn(&Model) -> u32| models.iter().map(|model| value(model)).sum();
+        let (devices, gpus) = self.devices.read();
         let chats = models.iter().filter(|model| matches!(model.worker, Worker::Chat(_)));
         let usage = chats.map(|model| ModelUsage { model: model.info.model.clone(), ..model.gauge.usage() });
         EngineStatus {
-            devices: self.devices.list(),
+            devices,
+            gpus,
             backend: self.devices.cpu_backend.clone(),
             running_sequences: sum(|model| model.gauge.running.load(Ordering::Relaxed)),
             waiting_requests: sum(|model| model.gauge.waiting.load(Ordering::Relaxed)),
@@ -127,6 +130,20 @@ impl Engine {
             usage: usage.collect(),
             models: models.iter().map(|model| model.info.clone()).collect(),
         }
+    }
+
+    /// Only while there is nothing to lose: a file whose content lies may end this process.
+    fn plan(&self, request: &LoadModel) -> Result<Event, Report> {
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.models().is_empty() {
+            return Err(Report::caller(
+                "plan_elsewhere",
+                "the model was not planned",
+                "this engine holds models, which a bad file could end",
+                "start an engine of another device set and ask that one",
+            ));
+        }
+        crate::forecast::plan(request).map(Event::Plan)
     }
 
     fn load(&self, request: &LoadModel) -> Result<Event, Report> {

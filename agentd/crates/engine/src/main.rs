@@ -6,6 +6,7 @@
 //! In:      a listening Unix socket (descriptor 3 from the launcher), the folder of back ends.
 //! Out:     frames as in `agentd_domain::engine`; JSON log lines on standard error.
 //! Threads: one per model for decoding, two per connection, one for each load; ggml's own workers below them.
+//! Once:    `plan`, `limit`: a question or a setting, in a process of its own that then ends ([`once`]).
 //! Never:   a network, a file of an agent, a decision about who may use what: agentd asks, agentd decides.
 
 mod answer;
@@ -13,9 +14,14 @@ mod chat;
 mod devices;
 mod embed;
 mod engine;
+mod forecast;
 mod generations;
+mod ggml;
+mod limits;
 mod logging;
 mod model;
+mod nvml;
+mod once;
 mod plan;
 mod radix;
 mod schedule;
@@ -31,18 +37,20 @@ use agentd_domain::paths;
 use clap::Parser;
 use devices::Devices;
 use engine::Engine;
-use model::Swapping;
 use llama_cpp_2::llama_backend::{LlamaBackend, load_backends_from_path};
+use model::Swapping;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 /// Runs models on this machine's devices, for agentd.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, args_conflicts_with_subcommands = true)]
 struct Arguments {
+    #[command(subcommand)]
+    once: Option<once::Once>,
     /// Serve on this descriptor, a Unix stream socket that listens; the launcher gives 3.
     #[arg(long, value_name = "N", conflicts_with_all = ["listen", "probe"])]
     listen_fd: Option<RawFd>,
@@ -55,6 +63,9 @@ struct Arguments {
     /// The folder with llama.cpp's back ends.
     #[arg(long, value_name = "DIR", default_value = paths::BACKENDS)]
     backends: PathBuf,
+    /// NVIDIA's management library; without it there are no readings of NVIDIA's devices.
+    #[arg(long, value_name = "PATH", default_value = nvml::LIBRARY)]
+    nvml: PathBuf,
     /// Threads of one model; without it, one for each core.
     #[arg(long, value_name = "N")]
     threads: Option<u32>,
@@ -72,6 +83,9 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     logging::start();
+    if let Some(once) = &arguments.once {
+        return once::run(once);
+    }
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -83,19 +97,17 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<(), String> {
     let listener = if arguments.probe { None } else { Some(listener(arguments)?) };
-    if !arguments.backends.is_dir() {
-        return Err(format!("{} is not a folder: give --backends", arguments.backends.display()));
-    }
-    load_backends_from_path(&arguments.backends);
-    let backend = LlamaBackend::init().map_err(|error| error.to_string())?;
-    let devices = Devices::probe();
+    let backend = load_backends(&arguments.backends)?;
+    let devices = Devices::probe(arguments.nvml.as_os_str());
     let list = devices.list();
     if list.is_empty() {
         return Err(format!("no back end in {} runs on this machine", arguments.backends.display()));
     }
     let Some(listener) = listener else {
-        let json = serde_json::to_string_pretty(&list).map_err(|error| error.to_string())?;
-        println!("{json}");
+        // The one list is what models can be loaded to; the other what NVIDIA's driver knows.
+        let (devices, gpus) = devices.read();
+        let probed = serde_json::json!({ "devices": devices, "gpus": gpus });
+        println!("{probed:#}");
         return Ok(());
     };
     if let Some(folder) = &arguments.swap_dir {
@@ -116,6 +128,14 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     );
     let engine = Arc::new(Engine::new(backend, devices, threads, swapping));
     Err(format!("the socket failed: {}", server::serve(&listener, &engine)))
+}
+
+fn load_backends(folder: &Path) -> Result<LlamaBackend, String> {
+    if !folder.is_dir() {
+        return Err(format!("{} is not a folder: give --backends", folder.display()));
+    }
+    load_backends_from_path(folder);
+    LlamaBackend::init().map_err(|error| error.to_string())
 }
 
 fn listener(arguments: &Arguments) -> Result<UnixListener, String> {

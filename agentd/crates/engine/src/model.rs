@@ -25,9 +25,9 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 /// Architectures without a decoder: they embed and cannot chat.
@@ -214,7 +214,8 @@ fn sharing_refused(llama: &LlamaModel, summary: &Summary) -> Option<String> {
     if let Some(window) = number("attention.sliding_window") {
         return Some(format!("some layers see the last {window} tokens only: earlier ones leave the cache"));
     }
-    number("attention.indexer.head_count").map(|_| "its attention keeps a second index of the cache".to_owned())
+    number("attention.indexer.head_count")
+        .map(|_| "its attention keeps a second index of the cache".to_owned())
 }
 
 /// Memory for what is put aside: as configured, but at most half of what is left once the weights are loaded.
@@ -230,7 +231,7 @@ fn shelves(swapping: &Swapping) -> Shelves {
 /// exactness makes its results comparable with a reference.
 const EXACT_CACHE_BYTES: u64 = 32 * 1024 * 1024;
 
-fn sizes(request: &LoadModel, summary: &Summary) -> Settings {
+pub(crate) fn sizes(request: &LoadModel, summary: &Summary) -> Settings {
     let own = summary
         .context_length
         .map_or(DEFAULT_CONTEXT_TOKENS, |length| u32::try_from(length).unwrap_or(u32::MAX));
@@ -271,7 +272,7 @@ fn cache_bytes(summary: &Summary, context_tokens: u32, bytes_per_number: u64) ->
     2 * width * layers * u64::from(context_tokens) * bytes_per_number
 }
 
-fn check_kind(request: &LoadModel, summary: &Summary) -> Result<(), Report> {
+pub(crate) fn check_kind(request: &LoadModel, summary: &Summary) -> Result<(), Report> {
     let encoder = ENCODERS.contains(&summary.architecture.as_str());
     let wrong = match request.kind {
         ModelKind::Chat if encoder => Some("it can embed but not chat"),
@@ -452,7 +453,7 @@ impl Model {
     }
 }
 
-fn open(path: &Path) -> Result<(File, u64), Report> {
+pub(crate) fn open(path: &Path) -> Result<(File, u64), Report> {
     let opened = File::open(path).and_then(|file| file.metadata().map(|metadata| (file, metadata)));
     let (file, metadata) = opened.map_err(|error| unreadable(path, &error.to_string()))?;
     if !metadata.is_file() {

@@ -70,14 +70,34 @@ pub(crate) struct Ask {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Effect {
     /// The first cells of one sequence become another's as well.
-    Share { from: SeqId, to: SeqId, length: u32 },
+    Share {
+        from: SeqId,
+        to: SeqId,
+        length: u32,
+    },
     /// A sequence leaves all cells from this position on.
-    Trim { seq: SeqId, from: u32 },
+    Trim {
+        seq: SeqId,
+        from: u32,
+    },
     /// Keys and values of these positions are copied out.
-    Store { seq: SeqId, from: u32, upto: u32, blob: BlobId, tier: Tier },
+    Store {
+        seq: SeqId,
+        from: u32,
+        upto: u32,
+        blob: BlobId,
+        tier: Tier,
+    },
     /// What was copied out comes back: of the blob's positions, these to this sequence.
-    Load { blob: BlobId, seq: SeqId, from: u32, upto: u32 },
-    Drop { blob: BlobId },
+    Load {
+        blob: BlobId,
+        seq: SeqId,
+        from: u32,
+        upto: u32,
+    },
+    Drop {
+        blob: BlobId,
+    },
 }
 
 /// What one request contributes to the next batch.

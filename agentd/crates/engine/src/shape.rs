@@ -278,7 +278,8 @@ fn possible(schema: &Map<String, Value>, at: &str) -> Result<(), Report> {
         }
     }
     if let Some(format) = schema.get("format").and_then(Value::as_str)
-        && !FORMATS.contains(&format) && !format.starts_with("uuid")
+        && !FORMATS.contains(&format)
+        && !format.starts_with("uuid")
     {
         return impossible(format!("the format `{format}` cannot be enforced"));
     }

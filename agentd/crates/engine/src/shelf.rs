@@ -84,7 +84,8 @@ impl Shelf {
         dropped: &mut Vec<BlobId>,
     ) -> Option<(BlobId, Tier)> {
         let bytes = u64::from(upto - from) * self.shelves.bytes_per_cell + HEADER_BYTES;
-        let tier = [Tier::Memory, Tier::Disk].into_iter().find(|tier| self.make_room(*tier, bytes, dropped))?;
+        let tier =
+            [Tier::Memory, Tier::Disk].into_iter().find(|tier| self.make_room(*tier, bytes, dropped))?;
         self.clock += 1;
         self.next += 1;
         self.blobs.insert(self.next, Blob { from, upto, bytes, tier, cached, used: self.clock });
@@ -128,8 +129,12 @@ impl Shelf {
                 return None;
             }
             let usable = (common(its_tokens, tokens) as u32).min(blob.upto);
-            (usable >= resident + WORTH_LOADING_TOKENS)
-                .then_some(Found { blob: *id, from: blob.from, upto: blob.upto, usable })
+            (usable >= resident + WORTH_LOADING_TOKENS).then_some(Found {
+                blob: *id,
+                from: blob.from,
+                upto: blob.upto,
+                usable,
+            })
         };
         self.blobs.iter().filter_map(usable).max_by_key(|found| found.usable)
     }
@@ -150,14 +155,17 @@ impl Shelf {
             Tier::Disk => self.shelves.disk_bytes,
         };
         let here = |blob: &&Blob| blob.tier == tier;
-        let owned: u64 = self.blobs.values().filter(here).filter(|b| b.cached.is_none()).map(|b| b.bytes).sum();
+        let owned: u64 =
+            self.blobs.values().filter(here).filter(|b| b.cached.is_none()).map(|b| b.bytes).sum();
         if owned + bytes > limit {
             return false;
         }
         let mut used: u64 = self.blobs.values().filter(here).map(|blob| blob.bytes).sum();
         while used + bytes > limit {
             let cached = self.blobs.iter().filter(|(_, blob)| blob.tier == tier && blob.cached.is_some());
-            let Some(oldest) = cached.min_by_key(|(_, blob)| blob.used).map(|(id, _)| *id) else { return false };
+            let Some(oldest) = cached.min_by_key(|(_, blob)| blob.used).map(|(id, _)| *id) else {
+                return false;
+            };
             if let Some(blob) = self.blobs.remove(&oldest) {
                 used -= blob.bytes;
             }
@@ -210,7 +218,8 @@ mod tests {
         let mut dropped = Vec::new();
         let (own, tier) = shelf.put((0, 100), None, &mut dropped).unwrap();
         assert_eq!(tier, Tier::Memory);
-        let on_disk: Vec<BlobId> = (0..2).map(|_| shelf.put((0, 100), None, &mut dropped).unwrap().0).collect();
+        let on_disk: Vec<BlobId> =
+            (0..2).map(|_| shelf.put((0, 100), None, &mut dropped).unwrap().0).collect();
         assert_eq!(shelf.failed(on_disk[1]), on_disk);
         assert_eq!(shelf.put((0, 100), None, &mut dropped), None);
         assert_eq!(shelf.failed(own), [own]);

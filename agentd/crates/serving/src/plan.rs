@@ -220,7 +220,16 @@ fn finish(
         let text = format!("`stop` takes up to {MAX_STOPS} texts, none of them empty");
         return Err(ApiError::invalid("stop", "stop", text));
     }
-    let generate = Generate { model: model.name.clone(), key, prompt, sampling, max_tokens, stop, share: Share::default(), shape };
+    let generate = Generate {
+        model: model.name.clone(),
+        key,
+        prompt,
+        sampling,
+        max_tokens,
+        stop,
+        share: Share::default(),
+        shape,
+    };
     Ok(Planned { generate, delivery })
 }
 

@@ -17,6 +17,20 @@ use tempfile::TempDir;
 /// Longer than any answer takes on a slow machine: a hang fails, it does not stay.
 const DEADLINE: Duration = Duration::from_secs(120);
 
+/// The engine's program, its back ends and the models. `None`, with the reason printed, where they are not built.
+pub fn programs() -> Option<(PathBuf, PathBuf, PathBuf)> {
+    let (Some(program), Some(models)) = (env::var_os("AGENTD_ENGINE_BIN"), env::var_os("AGENTD_MODELS"))
+    else {
+        println!(
+            "SKIP: engine: AGENTD_ENGINE_BIN and AGENTD_MODELS are not set; `scripts/test host` sets them"
+        );
+        return None;
+    };
+    let program = PathBuf::from(program);
+    let backends = program.parent().expect("the program's folder").join("backends");
+    Some((program, backends, PathBuf::from(models)))
+}
+
 /// A running engine; killed when dropped.
 pub struct Engine {
     process: Child,
@@ -27,30 +41,27 @@ pub struct Engine {
 impl Engine {
     /// `None`, with the reason printed, where there is no engine to test.
     pub fn start() -> Option<Self> {
-        Self::start_with(&[])
+        Self::start_from(|_, _| {})
     }
 
     /// With further arguments; `FOLDER` in one of them is an empty folder.
     pub fn start_with(arguments: &[&str]) -> Option<Self> {
-        let (Some(program), Some(models)) = (env::var_os("AGENTD_ENGINE_BIN"), env::var_os("AGENTD_MODELS"))
-        else {
-            println!(
-                "SKIP: engine: AGENTD_ENGINE_BIN and AGENTD_MODELS are not set; `scripts/test host` sets them"
-            );
-            return None;
-        };
-        let program = PathBuf::from(program);
+        Self::start_from(|command, empty| {
+            let empty = empty.to_str().expect("a plain path");
+            command.args(arguments.iter().map(|argument| argument.replace("FOLDER", empty)));
+        })
+    }
+
+    /// With whatever is done to its command; the path is an empty folder.
+    pub fn start_from(more: impl FnOnce(&mut Command, &Path)) -> Option<Self> {
+        let (program, backends, models) = programs()?;
         let folder = tempfile::tempdir().expect("a temporary folder");
         let empty = folder.path().join("swap");
         std::fs::create_dir(&empty).expect("an empty folder");
-        let empty = empty.to_str().expect("a plain path");
-        let backends = program.parent().expect("the program's folder").join("backends");
-        let mut process = Command::new(&program)
-            .arg("--listen")
-            .arg(folder.path().join("engine.sock"))
-            .arg("--backends")
-            .arg(backends)
-            .args(arguments.iter().map(|argument| argument.replace("FOLDER", empty)))
+        let mut command = Command::new(&program);
+        command.arg("--listen").arg(folder.path().join("engine.sock")).arg("--backends").arg(backends);
+        more(&mut command, &empty);
+        let mut process = command
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -68,7 +79,7 @@ impl Engine {
                 eprintln!("engine: {line}");
             }
         });
-        Some(Self { process, folder, models: PathBuf::from(models) })
+        Some(Self { process, folder, models })
     }
 
     pub fn connect(&self) -> Client {
@@ -89,6 +100,14 @@ impl Engine {
             UnixStream::connect(self.folder.path().join("engine.sock")).expect("the engine's socket");
         stream.set_read_timeout(Some(DEADLINE)).expect("a read timeout");
         Client { stream, next_id: 1 }
+    }
+
+    /// Names of its threads.
+    pub fn threads(&self) -> Vec<String> {
+        let folder = format!("/proc/{}/task", self.process.id());
+        let tasks = std::fs::read_dir(folder).expect("the engine's threads").flatten();
+        let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        names.map(|name| name.trim().to_owned()).collect()
     }
 
     pub fn tiny(&self) -> PathBuf {
@@ -269,7 +288,16 @@ impl Client {
 
 pub fn greedy(key: &str, prompt: Prompt, max_tokens: u32) -> Generate {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    Generate { model: "tiny".to_owned(), key: key.to_owned(), prompt, sampling, max_tokens, stop: Vec::new(), share: Share::default(), shape: Shape::Free }
+    Generate {
+        model: "tiny".to_owned(),
+        key: key.to_owned(),
+        prompt,
+        sampling,
+        max_tokens,
+        stop: Vec::new(),
+        share: Share::default(),
+        shape: Shape::Free,
+    }
 }
 
 pub fn text(text: &str) -> Prompt {

@@ -83,5 +83,16 @@ fn say(client: &mut Client, seed: u32, text: &str, history: &[Turn], recalled: &
         Sampling { temperature: echo_agent::agentd::TEMPERATURE, seed: Some(seed), ..Sampling::default() };
     let prompt = Prompt::Messages(messages);
     let model = "chat".to_owned();
-    client.generate(Generate { model, key, prompt, sampling, max_tokens: WORDS, stop: Vec::new(), share: Default::default(), shape: Default::default() }).text
+    client
+        .generate(Generate {
+            model,
+            key,
+            prompt,
+            sampling,
+            max_tokens: WORDS,
+            stop: Vec::new(),
+            share: Default::default(),
+            shape: Default::default(),
+        })
+        .text
 }

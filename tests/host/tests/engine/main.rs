@@ -1,4 +1,4 @@
-//! Does the real engine keep the promises of B12, B14, E7, E10, E16 and of the GGUF lines of B20?
+//! Does the real engine keep the promises of B12, B14, E4, E6, E7, E10, E16, E17 and of the GGUF lines of B20?
 //!
 //! Real process, real llama.cpp, the models that the image builder makes. The mathematics is compared with NumPy
 //! scripts in `tests/fixtures/models` that share no code with us or with llama.cpp.
@@ -6,8 +6,11 @@
 mod client;
 mod companion;
 mod conversations;
+mod devices;
 mod files;
+mod limits;
 mod mathematics;
+mod plan;
 mod rude;
 mod seeded;
 mod sharing;

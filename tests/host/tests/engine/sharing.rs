@@ -33,7 +33,8 @@ pub fn of(account: &str) -> Share {
 pub fn with_tiny(arguments: &[&str], size: (u32, u32)) -> Option<(Engine, Client)> {
     let engine = Engine::start_with(arguments)?;
     let mut client = engine.connect();
-    let loaded = client.load_sized("tiny", &engine.tiny(), ModelKind::Chat, size).expect("the tiny model loads");
+    let loaded =
+        client.load_sized("tiny", &engine.tiny(), ModelKind::Chat, size).expect("the tiny model loads");
     assert_eq!(loaded.sharing_refused, None);
     Some((engine, client))
 }

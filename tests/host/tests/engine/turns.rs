@@ -20,7 +20,12 @@ fn four_times_too_many_all_get_their_whole_answers() {
         .iter()
         .enumerate()
         .map(|(n, prompt)| {
-            client.send(Request::Generate(asked(&format!("k{n}"), prompt, new, of(&format!("agent{}", n % 4)))))
+            client.send(Request::Generate(asked(
+                &format!("k{n}"),
+                prompt,
+                new,
+                of(&format!("agent{}", n % 4)),
+            )))
         })
         .collect();
     let answers = client.read_answers(&ids);
@@ -33,7 +38,11 @@ fn four_times_too_many_all_get_their_whole_answers() {
         let done = answer.end.unwrap_or_else(|report| panic!("request {n} failed: {report}"));
         assert_eq!((done.reason, done.completion_tokens), (FinishReason::Length, new));
         if n % 6 == 0 {
-            assert_eq!(answer.text, alone(&mut client, &format!("alone{n}"), &prompts[n], new), "request {n}");
+            assert_eq!(
+                answer.text,
+                alone(&mut client, &format!("alone{n}"), &prompts[n], new),
+                "request {n}"
+            );
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::layout::{Section, bar, fact, mild_problem, page, pill, problem};
 use super::units;
 use agentd_domain::api::{Agent, ApplianceStatus, EngineState};
-use agentd_domain::engine::{Device, LoadedModel, ModelKind};
+use agentd_domain::engine::{GpuReadings, LoadedModel, ModelKind};
 use agentd_domain::initctl::{Clock, Health};
 use maud::{Markup, html};
 
@@ -23,7 +23,7 @@ pub fn overview(status: &ApplianceStatus, agents: &[Agent]) -> Markup {
                 (machine(status))
                 (engine(&status.engine))
                 (agents_card(agents))
-                (devices(&status.devices))
+                (devices(status))
                 (boot(&status.milestones))
                 (power())
             }
@@ -133,7 +133,11 @@ fn agents_card(agents: &[Agent]) -> Markup {
     }
 }
 
-fn devices(devices: &[Device]) -> Markup {
+fn devices(status: &ApplianceStatus) -> Markup {
+    let devices = &status.devices;
+    // Those that no back end here can use, and what is wrong with any.
+    let used: Vec<_> = devices.iter().filter_map(|device| device.gpu.as_ref()?.uuid.as_ref()).collect();
+    let others = status.gpus.iter().filter(|gpu| gpu.uuid.as_ref().is_none_or(|uuid| !used.contains(&uuid)));
     html! {
         section.card #devices data-live {
             h2 { "Devices" }
@@ -142,16 +146,32 @@ fn devices(devices: &[Device]) -> Markup {
                 div.row {
                     div { strong { (device.name) } " " span.dim { (device.description) } }
                     (gauge("Memory in use", device.memory_total_bytes.saturating_sub(device.memory_free_bytes), device.memory_total_bytes))
-                    @if let Some(gpu) = &device.gpu {
-                        div.dim {
-                            @if let Some(percent) = gpu.utilisation_percent { (percent) " % busy " }
-                            @if let Some(celsius) = gpu.temperature_celsius { "· " (celsius) " °C " }
-                            @if let Some(milliwatts) = gpu.power_milliwatts { "· " (milliwatts / 1000) " W" }
-                        }
+                    @if let Some(gpu) = &device.gpu { (readings(gpu)) }
+                }
+            }
+            @for gpu in others {
+                div.row {
+                    div {
+                        strong { (gpu.name.as_deref().unwrap_or("GPU")) } " "
+                        span.dim { (gpu.pci_address.as_deref().unwrap_or("")) " no model runs on it: there is no back end for it" }
                     }
+                    (readings(gpu))
+                }
+            }
+            @for region in &status.regions {
+                div.row {
+                    div { strong { (region.name) } " " span.dim { "as the kernel counts it" } }
+                    (gauge("Memory in use", region.engines_bytes + region.agents_bytes, region.capacity_bytes))
                 }
             }
         }
+    }
+}
+
+fn readings(gpu: &GpuReadings) -> Markup {
+    html! {
+        div.dim { (gpu.facts().join(" · ")) }
+        @if let Some(sentence) = gpu.health.sentence() { div { (sentence) } }
     }
 }
 

@@ -672,6 +672,8 @@ pub fn status() -> ApplianceStatus {
         data_total_bytes: 7_400 * MIB,
         data_available_bytes: 6_950 * MIB,
         devices: vec![cpu],
+        gpus: Vec::new(),
+        regions: Vec::new(),
         clock: Clock::Unconfirmed,
         now_unix_ms: NOW_UNIX_MS,
         addresses: vec!["10.0.2.15/24".into(), "fec0::5054:ff:fe12:3456/64".into()],

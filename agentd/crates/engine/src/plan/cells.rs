@@ -49,11 +49,12 @@ impl Planner {
         let account = (request.cells_most > 0 && self.account_cells(&request.account) >= request.cells_most)
             .then(|| request.account.clone());
         let candidates = self.sacrifices(now_ms).into_iter().map(|(victim, _)| victim);
-        let victim = candidates
-            .filter(|victim| *victim == id || self.gain(*victim) > 0)
-            .find(|victim| match (&account, self.requests.get(victim)) {
-                (Some(account), Some(other)) => other.account == *account,
-                _ => true,
+        let victim =
+            candidates.filter(|victim| *victim == id || self.gain(*victim) > 0).find(|victim| {
+                match (&account, self.requests.get(victim)) {
+                    (Some(account), Some(other)) => other.account == *account,
+                    _ => true,
+                }
             });
         match victim {
             Some(victim) if victim != id => {
@@ -164,7 +165,8 @@ impl Planner {
     }
 
     fn evict(&mut self, short: u32) -> bool {
-        let mut oldest: Vec<(u64, SeqId)> = self.cached.iter().map(|(seq, cached)| (cached.used, *seq)).collect();
+        let mut oldest: Vec<(u64, SeqId)> =
+            self.cached.iter().map(|(seq, cached)| (cached.used, *seq)).collect();
         oldest.sort_unstable();
         let Some((_, first)) = oldest.first().copied() else { return false };
         let frees = oldest.iter().map(|(_, seq)| *seq).find(|seq| self.tree.private(*seq) > 0);
@@ -238,7 +240,10 @@ impl Planner {
     /// Tokens that came from a cached beginning aside.
     pub(super) fn load_cached(&mut self, id: RequestId, seq: SeqId, found: Found) -> u32 {
         let held = self.tree.length(seq);
-        if !self.has_cells_to_load(found.upto - found.from) || !self.shelf.has(found.blob) || found.usable <= held {
+        if !self.has_cells_to_load(found.upto - found.from)
+            || !self.shelf.has(found.blob)
+            || found.usable <= held
+        {
             return 0;
         }
         self.shelf.touch(found.blob);

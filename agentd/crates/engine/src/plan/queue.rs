@@ -50,7 +50,8 @@ impl Planner {
         for (_, id) in order {
             let Some(request) = self.requests.get(&id) else { continue };
             let start = self.start_of(request);
-            let left = request.tokens.len() as u32 - self.begins_at(request, &start).min(request.tokens.len() as u32);
+            let left = request.tokens.len() as u32
+                - self.begins_at(request, &start).min(request.tokens.len() as u32);
             exact.push((self.turn(id, request, left, now_ms), id, start));
         }
         exact.sort_unstable_by_key(|(turn, ..)| *turn);
@@ -175,7 +176,8 @@ impl Planner {
                 break;
             }
             let Some((request, seq)) = self.seated(victim) else { continue };
-            available += request.promised.saturating_sub(self.tree.length(seq)) + self.gain_beside(seq, start);
+            available +=
+                request.promised.saturating_sub(self.tree.length(seq)) + self.gain_beside(seq, start);
             places += 1;
             victims.push(victim);
         }

@@ -9,7 +9,9 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// What a cell holds depends on all tokens up to it, as keys and values do.
 fn state(before: u64, token: i32) -> u64 {
-    (before ^ (token as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)).rotate_left(23).wrapping_mul(0xBF58_476D_1CE4_E5B9)
+    (before ^ (token as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15))
+        .rotate_left(23)
+        .wrapping_mul(0xBF58_476D_1CE4_E5B9)
 }
 
 fn state_of(tokens: &[i32]) -> u64 {
@@ -69,7 +71,8 @@ impl Cache {
                     Effect::Trim { seq, from } => self.trim(seq, from),
                     Effect::Store { seq, from, upto, blob, tier } => {
                         let own = self.of(seq);
-                        let kept: Kept = own.into_iter().filter(|(at, _)| (from..upto).contains(at)).collect();
+                        let kept: Kept =
+                            own.into_iter().filter(|(at, _)| (from..upto).contains(at)).collect();
                         assert_eq!(kept.len() as u32, upto - from, "all of what is stored is there");
                         if self.broken && blob % 3 == 0 {
                             planner.blob_lost(blob);
@@ -86,7 +89,10 @@ impl Cache {
                             planner.load_failed(blob, effects.collect());
                             break;
                         };
-                        assert!(self.cells.len() + kept.len() <= self.total, "it is unfolded beside all others");
+                        assert!(
+                            self.cells.len() + kept.len() <= self.total,
+                            "it is unfolded beside all others"
+                        );
                         for (position, state) in kept.iter().filter(|(at, _)| (from..upto).contains(at)) {
                             let holders = BTreeSet::from([seq]);
                             self.cells.push(Cell { position: *position, state: *state, holders });
@@ -164,7 +170,14 @@ impl Machine {
         self.ask_as(account, prompt, most_new, 50, 1)
     }
 
-    fn ask_as(&mut self, account: usize, prompt: Vec<i32>, most_new: u32, priority: u8, weight: u32) -> RequestId {
+    fn ask_as(
+        &mut self,
+        account: usize,
+        prompt: Vec<i32>,
+        most_new: u32,
+        priority: u8,
+        weight: u32,
+    ) -> RequestId {
         let ask = Ask {
             account: format!("a{account}"),
             domain: Domain::from("all"),
@@ -246,18 +259,29 @@ impl Machine {
         assert_eq!(counts.private + counts.shared + (total - used), total);
         let shared = self.cache.cells.iter().filter(|cell| cell.holders.len() > 1).count();
         assert_eq!(counts.shared as usize, shared);
-        let promised: u32 = self.planner.running.iter().map(|id| {
-            let request = &self.planner.requests[id];
-            assert!(request.promised >= self.planner.held(request));
-            request.promised - self.planner.held(request)
-        }).sum();
+        let promised: u32 = self
+            .planner
+            .running
+            .iter()
+            .map(|id| {
+                let request = &self.planner.requests[id];
+                assert!(request.promised >= self.planner.held(request));
+                request.promised - self.planner.held(request)
+            })
+            .sum();
         assert!(used + promised <= total, "promised twice");
         for (seq, cached) in &self.planner.cached {
             assert!(self.planner.tree.length(*seq) > 0, "{cached:?} holds nothing");
         }
         let (memory, disk) = self.planner.shelved_bytes();
-        assert!(memory <= self.planner.room.shelves.memory_bytes && disk <= self.planner.room.shelves.disk_bytes);
-        assert_eq!(self.cache.blobs.keys().copied().collect::<BTreeSet<_>>(), self.planner.shelf.ids(), "blobs");
+        assert!(
+            memory <= self.planner.room.shelves.memory_bytes && disk <= self.planner.room.shelves.disk_bytes
+        );
+        assert_eq!(
+            self.cache.blobs.keys().copied().collect::<BTreeSet<_>>(),
+            self.planner.shelf.ids(),
+            "blobs"
+        );
         let ids: usize = self.planner.requests.values().filter(|request| request.seq.is_some()).count();
         assert_eq!(
             ids + self.planner.cached.len() + self.planner.idle_ids.len(),

@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 
 const CONTROLLERS: [(&str, Without); 4] =
     [("cpu", Without::Cpu), ("io", Without::Io), ("memory", Without::Memory), ("pids", Without::Pids)];
+const DEVICE_MEMORY: &str = "dmem";
 /// Processes of one set that hang in the kernel and cannot be killed; more of them would change nothing.
 const ENGINE_GROUPS_MOST: u32 = 64;
 /// llama.cpp's threads and those of a driver, many times over.
@@ -60,7 +61,7 @@ impl Hierarchy {
     /// Makes `/agents` and `/engines`, ends and removes what an earlier launcher left there, and tells what is missing.
     pub(super) fn prepare(options: &Options) -> (Self, Vec<Report>) {
         let wanted = CONTROLLERS.into_iter().filter(|(_, without)| !options.without.contains(without));
-        let hierarchy = Self {
+        let mut hierarchy = Self {
             root: options.cgroup_root.clone(),
             controllers: wanted.map(|(name, _)| name).collect(),
             data_disk: whole_disk(&options.data_dir),
@@ -75,6 +76,10 @@ impl Hierarchy {
                     "start the kernel without `cgroup_disable=` and without cgroup v1",
                 ));
             }
+        }
+        // Linux 6.14 and newer; limits of devices say so themselves where it is missing.
+        if available.split_whitespace().any(|available| available == DEVICE_MEMORY) {
+            hierarchy.controllers.push(DEVICE_MEMORY);
         }
         if problems.is_empty()
             && let Err(report) = hierarchy.make_trees()

@@ -7,11 +7,12 @@
 //! Never:  an engine without one of these: its start fails and is tried again.
 
 use super::cgroups::{self, Hierarchy};
-use super::{Options, boot_ms, broken};
+use super::{Options, boot_ms, broken, device_limits, refused};
 use crate::jail::Failure;
 use crate::landlock::{self, OwnAccess};
 use crate::seccomp::{self, Ioctl};
 use crate::sys::{self, CloneRequest};
+use agentd_domain::enforcement::DeviceLimit;
 use agentd_domain::fault::Report;
 use agentd_domain::launcher::{EngineInfo, EngineSpec};
 use agentd_domain::paths;
@@ -65,6 +66,8 @@ const DEVICES: &[&str] = &[
     "/dev/nvidia-uvm",
     "/dev/nvidia-uvm-tools",
     "/dev/nvidia-modeset",
+    // Instances of a device that was cut up (MIG), a node for each.
+    "/dev/nvidia-caps",
     "/dev/nvidia0",
     "/dev/nvidia1",
     "/dev/nvidia2",
@@ -270,14 +273,22 @@ impl Engine {
             Ok(()) => Ok(engine),
             Err(report) => {
                 engine.stop();
-                left.extend(engine.into_groups());
+                left.extend(engine.into_groups(options));
                 Err(report)
             }
         }
     }
 
-    /// Asked for again while it is wanted already: another amount of memory is taken over.
+    /// Asked for again while it is wanted already: another amount of memory is taken over. Limits of devices are for
+    /// a process from its start on, so others need another process.
     pub(super) fn again(&mut self, hierarchy: &Hierarchy, spec: EngineSpec) -> Result<(), Report> {
+        if spec.device_limits != self.spec.device_limits {
+            return Err(refused(
+                "engine_conflict",
+                format!("the engine {} runs with other limits of its devices", spec.set),
+                "stop it first",
+            ));
+        }
         hierarchy.limit_engine(&spec.set, spec.memory_max_bytes)?;
         self.spec = spec;
         Ok(())
@@ -297,9 +308,12 @@ impl Engine {
     }
 
     /// Its process was reaped: due again, later each time.
-    pub(super) fn ended(&mut self) {
+    pub(super) fn ended(&mut self, options: &Options) {
         self.process = None;
-        self.left.extend(self.group.take());
+        if let Some(group) = self.group.take() {
+            device_limits::clear_all(options, &self.spec.device_limits, &group);
+            self.left.push(group);
+        }
         let now = boot_ms();
         if now.saturating_sub(self.started_boot_ms) >= HEALTHY_MS {
             self.back_off_ms = BACK_OFF_FIRST_MS;
@@ -313,7 +327,7 @@ impl Engine {
         self.restarts = self.restarts.saturating_add(1);
         if let Err(report) = self.spawn(options, hierarchy) {
             eprintln!("agent-launcher: engine {}: {report}", self.spec.set);
-            self.ended();
+            self.ended(options);
         }
     }
 
@@ -334,8 +348,11 @@ impl Engine {
     }
 
     /// All of its groups, to be removed once the processes are gone.
-    pub(super) fn into_groups(mut self) -> Vec<PathBuf> {
-        self.left.extend(self.group);
+    pub(super) fn into_groups(mut self, options: &Options) -> Vec<PathBuf> {
+        if let Some(group) = self.group.take() {
+            device_limits::clear_all(options, &self.spec.device_limits, &group);
+            self.left.push(group);
+        }
         self.left
     }
 
@@ -345,15 +362,17 @@ impl Engine {
         };
         hierarchy.limit_engine(&self.spec.set, self.spec.memory_max_bytes)?;
         let (group, group_fd) = hierarchy.create_engine(&self.spec.set)?;
-        self.left.extend(self.group.replace(group));
+        self.left.extend(self.group.replace(group.clone()));
+        device_limits::set_all(options, &self.spec.device_limits, &group)?;
         let (report, theirs) = pipe_with(PipeFlags::CLOEXEC).map_err(failed)?;
         let request = CloneRequest {
             namespaces: libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS,
             cgroup: Some(group_fd.as_fd()),
         };
-        let (pid, pidfd) =
-            sys::spawn(request, || become_engine(options, self.listener.as_fd(), theirs.as_fd()))
-                .map_err(failed)?;
+        let (pid, pidfd) = sys::spawn(request, || {
+            become_engine(options, &self.spec.device_limits, self.listener.as_fd(), theirs.as_fd())
+        })
+        .map_err(failed)?;
         drop(theirs);
         self.started_boot_ms = boot_ms();
         let outcome = await_exec(&report);
@@ -416,10 +435,15 @@ fn await_exec(report: &OwnedFd) -> Result<(), Failure> {
 
 const ABOUT_TO_EXEC: &[u8] = b"E";
 
-fn become_engine(options: &Options, listener: BorrowedFd<'_>, report: BorrowedFd<'_>) -> i32 {
+fn become_engine(
+    options: &Options,
+    limits: &[DeviceLimit],
+    listener: BorrowedFd<'_>,
+    report: BorrowedFd<'_>,
+) -> i32 {
     let failure = match place_descriptors(listener, report) {
         Ok(()) => {
-            let Err(failure) = confine_and_exec(options);
+            let Err(failure) = confine_and_exec(options, limits);
             failure
         }
         Err(error) => Failure { step: "engine: descriptors".to_owned(), why: error.to_string() },
@@ -442,22 +466,85 @@ fn place_descriptors(listener: BorrowedFd<'_>, report: BorrowedFd<'_>) -> Result
     sys::close_on_exec(REPORT_FD)
 }
 
-fn confine_and_exec(options: &Options) -> Result<std::convert::Infallible, Failure> {
+fn confine_and_exec(options: &Options, limits: &[DeviceLimit]) -> Result<std::convert::Infallible, Failure> {
     use crate::jail::{change_user, drop_capabilities, step};
+    leave_the_launcher()?;
+    step("engine: capability bounding set", sys::drop_bounding_set(0))?;
+    change_user(paths::UID_ENGINE)?;
+    drop_capabilities()?;
+    let models = Options::text(&options.data_dir.join("models"));
+    wall_in(options, &[(models.as_str(), OwnAccess::Read)])?;
+    sys::write_all(REPORT_FD, ABOUT_TO_EXEC);
+    let error = Command::new(&options.engine)
+        .args(["--listen-fd", "3", "--backends", paths::BACKENDS])
+        .env_clear()
+        .env("LC_ALL", "C.UTF-8")
+        .envs(limits.iter().flat_map(|limit| limit.by.variables(limit.bytes)))
+        .exec();
+    step("exec", Err(format!("{}: {error}", options.engine.display())))
+}
+
+/// The one capability that NVIDIA's driver asks the kernel for when a caller sets limits (`NV_IS_SUSER` in its
+/// kernel-open/common/inc/nv-linux.h). CAP_SYS_ADMIN, by its number in linux/capability.h.
+const LIMITER_CAPABILITIES: u64 = 1 << 21;
+
+/// The engine's program as the one that asks a driver for a limit: root with one capability, and all other walls.
+pub(super) fn become_limiter(
+    options: &Options,
+    arguments: &[String],
+    group: &Path,
+    printed: BorrowedFd<'_>,
+) -> i32 {
+    let outcome = place_printed(printed)
+        .map_err(|error| Failure { step: "limit: descriptors".to_owned(), why: error.to_string() })
+        .and_then(|()| exec_limiter(options, arguments, group));
+    let Err(failure) = outcome;
+    sys::write_all(1, format!("{failure}").as_bytes());
+    1
+}
+
+/// 0 is empty, 1 goes to the launcher, 2 is its log.
+fn place_printed(printed: BorrowedFd<'_>) -> Result<(), Errno> {
+    let printed = rustix::io::fcntl_dupfd_cloexec(printed, 64)?;
+    let nothing = rustix::fs::openat(CWD, "/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    sys::place_fd(nothing.as_fd(), 0)?;
+    sys::place_fd(printed.as_fd(), 1)?;
+    // Not dropped, as above.
+    std::mem::forget((printed, nothing));
+    sys::close_from(3)
+}
+
+fn exec_limiter(
+    options: &Options,
+    arguments: &[String],
+    group: &Path,
+) -> Result<std::convert::Infallible, Failure> {
+    use crate::jail::step;
+    leave_the_launcher()?;
+    step("limit: capability bounding set", sys::drop_bounding_set(LIMITER_CAPABILITIES))?;
+    wall_in(options, &[(Options::text(group).as_str(), OwnAccess::Read)])?;
+    let error = Command::new(&options.engine).args(arguments).env_clear().env("LC_ALL", "C.UTF-8").exec();
+    step("exec", Err(format!("{}: {error}", options.engine.display())))
+}
+
+fn leave_the_launcher() -> Result<(), Failure> {
+    use crate::jail::step;
     step("engine: session", rustix::process::setsid())?;
     step("engine: signal mask", sys::unblock_all())?;
     rustix::process::umask(Mode::from_raw_mode(0o077));
     step("engine: core limit", setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }))?;
-    step("engine: folder", rustix::process::chdir("/"))?;
-    step("engine: capability bounding set", sys::drop_bounding_set(0))?;
-    change_user(paths::UID_ENGINE)?;
-    drop_capabilities()?;
+    step("engine: folder", rustix::process::chdir("/"))
+}
+
+/// What every process of the engine's program has around it.
+fn wall_in(options: &Options, more: &[(&str, OwnAccess)]) -> Result<(), Failure> {
+    use crate::jail::step;
     step("engine: no_new_privs", rustix::thread::set_no_new_privs(true))?;
     step("engine: die with the launcher", set_parent_process_death_signal(Some(Signal::KILL)))?;
-    let models = Options::text(&options.data_dir.join("models"));
     let program = Options::text(&options.engine);
     let mut files = FILES.to_vec();
-    files.extend([(models.as_str(), OwnAccess::Read), (program.as_str(), OwnAccess::ReadExecute)]);
+    files.push((program.as_str(), OwnAccess::ReadExecute));
+    files.extend(more);
     let devices: Vec<&str> = DEVICES
         .iter()
         .copied()
@@ -467,12 +554,5 @@ fn confine_and_exec(options: &Options) -> Result<std::convert::Infallible, Failu
     step("engine: landlock", landlock::restrict_own(&files))?;
     let ioctl = if devices.is_empty() { Ioctl::Descriptors } else { Ioctl::Any };
     let filters = step("engine: seccomp", seccomp::compile_own(CALLS, &[], ioctl))?;
-    step("engine: seccomp", filters.install())?;
-    sys::write_all(REPORT_FD, ABOUT_TO_EXEC);
-    let error = Command::new(&program)
-        .args(["--listen-fd", "3", "--backends", paths::BACKENDS])
-        .env_clear()
-        .env("LC_ALL", "C.UTF-8")
-        .exec();
-    step("exec", Err(format!("{program}: {error}")))
+    step("engine: seccomp", filters.install())
 }

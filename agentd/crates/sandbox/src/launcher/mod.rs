@@ -3,13 +3,14 @@
 //! In:     requests from agentd's uid, ends of children, deadlines. Out: answers, processes, cgroups, exit records.
 //! Owns:   every jail and engine as its child, the cgroups `/agents` and `/engines`, the folders of `/data/agents`,
 //!         copies of each run's sockets, so that a new agentd gets them.
-//! Always: one thread, one loop ([`serve`]); nothing in it waits for a child, so one run that hangs delays nobody.
+//! Always: one thread, one loop ([`serve`]); nothing in it waits for a child of a run, so one that hangs delays nobody.
 //!         What agentd sends is checked again ([`crate::check`]). Its own death ends every run and engine.
 //! Never:  a network, a name to resolve, a file of an agent's opened without `openat2` and without following links.
 
 mod calls;
 mod cgroups;
 mod confine;
+mod device_limits;
 mod engines;
 mod kernel_log;
 mod options;

@@ -3,6 +3,7 @@
 //! In:     one [`Request`] of a client whose uid was checked. Out: its answer, now or when a run or a removal is done.
 //! Always: every value of a request passes [`check`] before anything is done with it.
 
+use super::device_limits;
 use super::engines::{self, Engine};
 use super::runs::{Phase, Run};
 use super::server::{ENGINES_MAX, GRACE_MAX_MS, LISTING_BYTES, RUNS_MAX, Server, Source, Waits, watch};
@@ -136,6 +137,7 @@ impl Server {
 
     fn start_engine(&mut self, spec: EngineSpec) -> Result<Response, Report> {
         check::check_engine_set(&spec.set)?;
+        device_limits::check(&spec.device_limits)?;
         if spec.memory_max_bytes < engines::MEMORY_MIN_BYTES {
             let why = format!("{} bytes hold no engine", spec.memory_max_bytes);
             return Err(refused("plan_refused", why, "give it at least 64 MiB"));
@@ -172,7 +174,7 @@ impl Server {
             ));
         };
         engine.stop();
-        self.buried_engines.extend(engine.into_groups());
+        self.buried_engines.extend(engine.into_groups(&self.options));
         Ok(())
     }
 

@@ -1,7 +1,8 @@
 //! In which order does the launcher do what?
 //!
 //! One loop over epoll: the listening socket, the clients' sockets, the jails' control sockets, and signals. After
-//! each round it looks at deadlines. Nothing in the loop waits for a child but the bounded wait for an engine's exec.
+//! each round it looks at deadlines. Nothing in the loop waits for a child but
+//! the bounded waits for an engine's exec and for a driver's answer about a limit.
 //!
 //! Always: a client has at most one open request; while it waits for a start, nothing is read from it.
 //! Always: a peer that is not agentd's uid gets one refusal and is closed; what it says is not looked at.
@@ -281,7 +282,7 @@ impl Server {
         }
         let stopping = self.stopping;
         if let Some(engine) = self.engines.values_mut().find(|engine| engine.pid() == Some(pid)) {
-            engine.ended();
+            engine.ended(&self.options);
             if stopping {
                 engine.due_boot_ms = None;
             }

@@ -1,7 +1,7 @@
 //! The tests. Each starts a launcher of its own and leaves nothing behind.
 
 use crate::scene::{LIMIT, Scene, new_run, readable, until};
-use crate::{Case, Outcome, calls};
+use crate::{Case, Outcome, calls, engines};
 use agentd_domain::launcher::{EngineSpec, ExitCause, Forbidden, Request, Response};
 use agentd_domain::plan::{CgroupLimits, DiskQuota, FsAccess, LandlockRule, Mount, NetworkPlan};
 use agentd_sandbox::client::LauncherError;
@@ -41,8 +41,9 @@ pub(crate) const ALL: &[Case] = &[
     ("removing_an_agent_follows_no_link", removal),
     ("limits_of_a_living_run_shrink_and_never_grow", change_limits),
     ("the_data_disk_s_rate_is_limited", disk_rate),
-    ("an_engine_is_confined_and_started_again", engine),
-    ("an_engine_comes_after_one_that_still_ends", engine_after_another),
+    ("an_engine_is_confined_and_started_again", engines::engine),
+    ("an_engine_comes_after_one_that_still_ends", engines::engine_after_another),
+    ("a_drivers_limit_is_asked_for_behind_walls", engines::engine_limits),
     ("a_call_has_its_run_s_walls_and_ends_with_its_word", calls::walls),
     ("a_call_gives_up_what_it_is_told_to", calls::narrower),
     ("a_call_that_eats_memory_takes_nothing_with_it", calls::out_of_memory),
@@ -178,7 +179,7 @@ impl Drop for Victims {
     }
 }
 
-fn results(text: &str) -> BTreeMap<String, String> {
+pub(crate) fn results(text: &str) -> BTreeMap<String, String> {
     text.lines()
         .filter_map(|line| line.split_once(": "))
         .map(|(name, what)| (name.to_owned(), what.to_owned()))
@@ -241,7 +242,7 @@ fn fails_closed() -> Outcome {
     let run_id = new_run();
     let error = scene.client().start(run_id, plan).unwrap_err();
     assert!(matches!(&error, LauncherError::Refused(report) if report.code == "wall_missing"), "{error}");
-    let spec = EngineSpec { set: "host".to_owned(), memory_max_bytes: 1 << 30 };
+    let spec = EngineSpec { set: "host".to_owned(), memory_max_bytes: 1 << 30, device_limits: Vec::new() };
     assert_eq!(code_of(scene.client().start_engine(spec)), "wall_missing");
     let listing = scene.client().list().unwrap();
     assert!(listing.runs.is_empty() && listing.engines.is_empty() && listing.exits.is_empty());
@@ -555,7 +556,7 @@ fn wrong_uid() -> Outcome {
     Outcome::Passed
 }
 
-fn code_of<T: std::fmt::Debug>(result: Result<T, LauncherError>) -> String {
+pub(crate) fn code_of<T: std::fmt::Debug>(result: Result<T, LauncherError>) -> String {
     match result {
         Err(LauncherError::Refused(report)) => report.code,
         other => panic!("not refused: {other:?}"),
@@ -710,80 +711,5 @@ fn disk_rate() -> Outcome {
     let run = scene.start(&plan);
     let value = std::fs::read_to_string(scene.cgroup_of(&plan, &run).join("io.max")).unwrap();
     assert!(value.contains("rbps=1048576 wbps=1048576"), "{value}");
-    Outcome::Passed
-}
-
-/// What the engine tells a client about itself; then it gets `last` and the connection ends.
-fn ask_engine(socket: &std::path::Path, last: &str) -> BTreeMap<String, String> {
-    let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
-    let mut text = String::new();
-    let mut reader = BufReader::new(stream.try_clone().unwrap());
-    while !text.ends_with("end:\n") {
-        assert!(reader.read_line(&mut text).unwrap() > 0, "the engine ended after {text}");
-    }
-    stream.write_all(format!("{last}\n").as_bytes()).unwrap();
-    results(&text)
-}
-
-fn engine() -> Outcome {
-    let scene = scene!();
-    let spec = EngineSpec { set: "host".to_owned(), memory_max_bytes: 1 << 30 };
-    assert!(scene.client().start_engine(spec.clone()).unwrap() > 0);
-    let socket = scene.run_dir().join("engines/host.sock");
-    let found = ask_engine(&socket, "go on");
-    assert_eq!(found["Uid"], "202 202 202 202");
-    assert_eq!((found["CapEff"].as_str(), found["NoNewPrivs"].as_str()), ("0000000000000000", "1"));
-    assert_eq!((found["Seccomp"].as_str(), found["SigBlk"].as_str()), ("2", "0000000000000000"));
-    for closed in ["/etc/passwd", "/proc/1/status", "/dev/kmsg", "write", "tcp"] {
-        assert_eq!(found[closed], "false", "{closed}");
-    }
-    // It crashes; a connection made meanwhile waits and is answered by the next process.
-    ask_engine(&socket, "crash");
-    assert_eq!(ask_engine(&socket, "go on")["Uid"], "202 202 202 202");
-    assert_eq!(scene.client().list().unwrap().engines[0].restarts, 1);
-    scene.client().start_engine(spec).unwrap();
-    let foreign = EngineSpec { set: "../x".to_owned(), memory_max_bytes: 1 << 30 };
-    assert_eq!(code_of(scene.client().start_engine(foreign)), "plan_refused");
-    scene.client().stop_engine("host").unwrap();
-    assert!(!socket.exists() && scene.client().list().unwrap().engines.is_empty());
-    Outcome::Passed
-}
-
-/// A launcher was killed, and the next one had made an end of its engine's group before all in it was gone: the group
-/// stayed, some kernels kill whatever is cloned into a group that was killed once, and no engine came up any more.
-fn engine_after_another() -> Outcome {
-    let mut scene = scene!();
-    let spec = EngineSpec { set: "host".to_owned(), memory_max_bytes: 1 << 30 };
-    scene.client().start_engine(spec.clone()).unwrap();
-    scene.kill_launcher();
-    // Deeper than the launcher's own trees: it kills what is here and cannot remove it.
-    let group = scene.cgroup_of_engine();
-    let stays: Vec<_> = ["1", "1/x", "1/x/y", "1/x/y/z"].iter().map(|name| group.join(name)).collect();
-    for below in &stays {
-        let made = std::fs::create_dir(below);
-        assert!(made.is_ok() || below.exists(), "{}: {made:?}", below.display());
-    }
-    scene.start_launcher();
-    assert!(stays.iter().all(|below| below.exists()), "this shows nothing: nothing has stayed");
-    assert!(scene.client().start_engine(spec.clone()).unwrap() > 0);
-    let socket = scene.run_dir().join("engines/host.sock");
-    assert_eq!(ask_engine(&socket, "go on")["Uid"], "202 202 202 202");
-    // The one that was stopped may still be ending.
-    for _ in 0..5 {
-        scene.client().stop_engine("host").unwrap();
-        scene.client().start_engine(spec.clone()).unwrap();
-        assert_eq!(ask_engine(&socket, "go on")["Uid"], "202 202 202 202");
-        assert_eq!(
-            scene.client().list().unwrap().engines[0].restarts,
-            0,
-            "it was killed with the one before it"
-        );
-    }
-    for below in stays.iter().rev() {
-        until("what has stayed is removed", || std::fs::remove_dir(below).is_ok() || !below.exists());
-    }
-    scene.client().stop_engine("host").unwrap();
-    until("no group is left", || !group.exists());
     Outcome::Passed
 }

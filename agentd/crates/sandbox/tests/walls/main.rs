@@ -10,6 +10,7 @@
 mod agent;
 mod calls;
 mod cases;
+mod engines;
 mod scene;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -30,6 +31,9 @@ fn main() -> ExitCode {
     }
     if words.get(1).is_some_and(|word| word == "--listen-fd") {
         return agent::engine();
+    }
+    if words.get(1).is_some_and(|word| word == "limit") {
+        return agent::limiter(&words[2..]);
     }
     if words.iter().any(|word| word == "--list") {
         cases::ALL.iter().for_each(|(name, _)| println!("{name}: test"));

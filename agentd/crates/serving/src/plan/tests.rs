@@ -76,7 +76,10 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         (json!({ "logprobs": true }), "logprobs_unsupported"),
         (json!({ "response_format": { "type": "xml" } }), "response_format_unsupported"),
         (json!({ "response_format": { "type": "json_schema", "json_schema": {} } }), "schema_missing"),
-        (json!({ "response_format": { "type": "json_object" }, "grammar": "root ::= [a-z]" }), "grammar_conflict"),
+        (
+            json!({ "response_format": { "type": "json_object" }, "grammar": "root ::= [a-z]" }),
+            "grammar_conflict",
+        ),
         (json!({ "temperature": 3.0 }), "out_of_range"),
         (json!({ "max_tokens": 0 }), "max_tokens"),
         (json!({ "stop": [""] }), "stop"),
@@ -165,7 +168,8 @@ fn the_form_of_an_answer_reaches_the_engine() {
     assert_eq!(shape(json!({ "response_format": { "type": "text" } })), Shape::Free);
     assert_eq!(shape(json!({ "response_format": { "type": "json_object" } })), Shape::JsonObject);
     let schema = json!({ "type": "object", "properties": { "b": { "type": "integer" }, "a": {} } });
-    let format = json!({ "type": "json_schema", "json_schema": { "name": "x", "strict": true, "schema": schema } });
+    let format =
+        json!({ "type": "json_schema", "json_schema": { "name": "x", "strict": true, "schema": schema } });
     let Shape::JsonSchema(text) = shape(json!({ "response_format": format })) else { panic!("a schema") };
     assert_eq!(serde_json::from_str::<Value>(&text).expect("JSON"), schema);
     assert_eq!(shape(json!({ "grammar": "root ::= \"a\"" })), Shape::Grammar("root ::= \"a\"".to_owned()));

@@ -176,7 +176,8 @@ async fn nonsense_and_too_much_are_openai_errors() {
 
 #[tokio::test]
 async fn models_are_listed_and_found() {
-    let front = Front { engine: Arc::new(FakeEngine::default()), caller: String::new(), share: Default::default() };
+    let front =
+        Front { engine: Arc::new(FakeEngine::default()), caller: String::new(), share: Default::default() };
     let get = |path: &str| {
         let request = Request::get(path).body(Body::empty()).expect("request");
         router_of(front.clone()).oneshot(request)

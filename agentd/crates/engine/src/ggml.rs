@@ -1,0 +1,172 @@
+//! What does ggml know that `llama-cpp-2` does not pass on?
+//!
+//! The PCI addresses of devices, and the memory of a model with its context by device ([`Memory`], through
+//! ffi/memory.cpp). The contexts made here are nobody else's: the two ways to llama.cpp never share one.
+//!
+//! Call only after the back ends are loaded (`LlamaBackend::init`).
+#![expect(unsafe_code, reason = "llama.cpp's functions that have no safe wrapper")]
+
+use llama_cpp_2::context::params::LlamaContextParams;
+use llama_cpp_sys_2::{
+    LLAMA_LOAD_MODE_NONE, ggml_backend_dev_count, ggml_backend_dev_get, ggml_backend_dev_get_props,
+    llama_context_default_params, llama_context_params, llama_model_default_params, llama_model_params,
+};
+use std::ffi::{CStr, CString, c_char};
+use std::path::Path;
+
+/// As `agentd_buffer` in ffi/memory.cpp.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Buffer {
+    /// 0 is host memory, else one more than the device's index in ggml's list.
+    pub(crate) device: u64,
+    pub(crate) model_bytes: u64,
+    pub(crate) context_bytes: u64,
+    pub(crate) compute_bytes: u64,
+}
+
+/// An `agentd_memory` of ffi/memory.cpp; only its address is known here.
+#[repr(C)]
+struct Raw {
+    _hidden: [u8; 0],
+}
+
+unsafe extern "C" {
+    fn agentd_memory_open(
+        path: *const c_char,
+        model: *const llama_model_params,
+        context: *const llama_context_params,
+        error: *mut c_char,
+        room: usize,
+    ) -> *mut Raw;
+    fn agentd_memory_close(memory: *mut Raw);
+    fn agentd_memory_buffers(memory: *const Raw, into: *mut Buffer, room: usize) -> i64;
+    fn agentd_memory_vocabulary(memory: *const Raw) -> u32;
+    fn agentd_memory_fill(memory: *mut Raw, tokens: u32) -> i64;
+}
+
+/// Room for a reason, which C++ cuts to it.
+const ERROR_BYTES: usize = 512;
+
+/// Whether memory is taken, or only counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Allocation {
+    Counted,
+    /// Copied from the file, not mapped, so that it shows as this process's own.
+    Taken,
+}
+
+/// A model and a context that exist to be measured.
+pub(crate) struct Memory(*mut Raw);
+
+impl Memory {
+    /// Blocks as long as a load does. llama.cpp may end the process over a file whose content lies.
+    pub(crate) fn open(
+        path: &Path,
+        context: &LlamaContextParams,
+        allocation: Allocation,
+    ) -> Result<Self, String> {
+        let path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|error| error.to_string())?;
+        // SAFETY: takes nothing and returns a value.
+        let mut model = unsafe { llama_model_default_params() };
+        model.no_alloc = allocation == Allocation::Counted;
+        model.load_mode = LLAMA_LOAD_MODE_NONE;
+        let context = raw(context);
+        let mut error: [c_char; ERROR_BYTES] = [0; ERROR_BYTES];
+        // SAFETY: the path ends with a zero byte; both structures are the ones of llama.cpp's header, made by its own
+        // defaults, and hold no pointer of ours; `error` has the room that is said. All outlive the call, and C++
+        // keeps none of them.
+        let opened = unsafe {
+            agentd_memory_open(
+                path.as_ptr(),
+                &raw const model,
+                &raw const context,
+                error.as_mut_ptr(),
+                error.len(),
+            )
+        };
+        if opened.is_null() { Err(words(&error)) } else { Ok(Self(opened)) }
+    }
+
+    /// Host memory first, then each device of ggml's list.
+    pub(crate) fn buffers(&self) -> Vec<Buffer> {
+        let mut buffers = vec![Buffer::default(); device_count() + 1];
+        // SAFETY: the address came from `open` and lives; the buffer has the room that is said, of the same layout.
+        let count = unsafe { agentd_memory_buffers(self.0, buffers.as_mut_ptr(), buffers.len()) };
+        buffers.truncate(usize::try_from(count).unwrap_or(0));
+        buffers
+    }
+
+    pub(crate) fn vocabulary(&self) -> u32 {
+        // SAFETY: the address came from `open` and lives.
+        unsafe { agentd_memory_vocabulary(self.0) }
+    }
+
+    /// Computes so many tokens and returns the rows of logits of the last batch. Not after [`Allocation::Counted`].
+    pub(crate) fn fill(&mut self, tokens: u32) -> Result<u64, String> {
+        // SAFETY: the address came from `open` and lives; nobody else computes on this context, as `&mut` says.
+        let rows = unsafe { agentd_memory_fill(self.0, tokens) };
+        u64::try_from(rows).map_err(|_| format!("llama.cpp could not compute {tokens} tokens: {rows}"))
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: the address came from `open` and is not used again.
+        unsafe { agentd_memory_close(self.0) };
+    }
+}
+
+/// `0000:c1:00.0` of each device in ggml's order; `None` for those that are on no bus. Asks each device for its memory
+/// too, so not after one was lost: CUDA's back end ends the process then.
+pub(crate) fn device_addresses() -> Vec<Option<String>> {
+    (0..device_count())
+        .map(|index| {
+            // SAFETY: an all-zero `ggml_backend_dev_props` is a valid value: numbers and null pointers.
+            let mut properties = unsafe { std::mem::zeroed() };
+            // SAFETY: the index is below the count; devices are never removed from ggml's list; the structure is ours.
+            unsafe { ggml_backend_dev_get_props(ggml_backend_dev_get(index), &raw mut properties) };
+            let id: *const c_char = properties.device_id;
+            if id.is_null() {
+                return None;
+            }
+            // SAFETY: not null, and by ggml's contract a string that lives as long as the device.
+            let id = unsafe { CStr::from_ptr(id) };
+            Some(id.to_string_lossy().into_owned())
+        })
+        .collect()
+}
+
+fn device_count() -> usize {
+    // SAFETY: takes nothing and reads a list that only loading back ends changes.
+    unsafe { ggml_backend_dev_count() }
+}
+
+/// The same parameters as llama.cpp's own structure. What `llama-cpp-2` cannot set has its default there too.
+fn raw(wanted: &LlamaContextParams) -> llama_context_params {
+    // SAFETY: takes nothing and returns a value.
+    let mut context = unsafe { llama_context_default_params() };
+    context.n_ctx = wanted.n_ctx().map_or(0, std::num::NonZeroU32::get);
+    context.n_batch = wanted.n_batch();
+    context.n_ubatch = wanted.n_ubatch();
+    context.n_seq_max = wanted.n_seq_max();
+    context.n_threads = wanted.n_threads();
+    context.n_threads_batch = wanted.n_threads_batch();
+    context.pooling_type = i32::from(wanted.pooling_type());
+    context.flash_attn_type = wanted.flash_attention_policy();
+    context.type_k = wanted.type_k().into();
+    context.type_v = wanted.type_v().into();
+    context.embeddings = wanted.embeddings();
+    context.offload_kqv = wanted.offload_kqv();
+    context.op_offload = wanted.op_offload();
+    context.swa_full = wanted.swa_full();
+    context.kv_unified = wanted.kv_unified();
+    context.no_perf = true;
+    context
+}
+
+fn words(text: &[c_char]) -> String {
+    let bytes: Vec<u8> =
+        text.iter().map(|byte| byte.to_ne_bytes()[0]).take_while(|byte| *byte != 0).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
