@@ -315,10 +315,12 @@ fn schema(context: &Context) -> Result<Vec<Row>> {
     let agents = 8;
     let (prompt, answer) = (128, 96);
     let bed = Bed::start(context, agents * (prompt + answer) + 512, agents, agents as usize)?;
-    let form = json!({ "response_format": { "type": "json_schema", "json_schema": { "name": "call", "strict": true,
-        "schema": { "type": "object", "additionalProperties": false, "required": ["tool", "count", "sure"],
-            "properties": { "tool": { "enum": ["read", "write", "search"] },
-                "count": { "type": "integer", "minimum": 0, "maximum": 99 }, "sure": { "type": "boolean" } } } } } });
+    let schema = json!({ "type": "object", "additionalProperties": false, "required": ["tool", "count", "sure"],
+        "properties": { "tool": { "enum": ["read", "write", "search"] },
+            "count": { "type": "integer", "minimum": 0, "maximum": 99 }, "sure": { "type": "boolean" } } });
+    // OpenAI's form for agentd; llama-server looks for it in chats only and has a key of its own here.
+    let form = json!({ "json_schema": schema, "response_format": { "type": "json_schema",
+        "json_schema": { "name": "call", "strict": true, "schema": schema } } });
     let pairs = bed.pairs(context.options.pairs, |way, seed| {
         let ask = |agent: u32| {
             let ask = Ask::new(&way(agent as usize), words(seed + u64::from(agent), prompt as usize), answer);
@@ -368,7 +370,7 @@ fn schema(context: &Context) -> Result<Vec<Row>> {
 
 /// W7, E14. All agents ask all the time, four times more than the cache holds.
 fn oversubscribed(context: &Context) -> Result<Vec<Row>> {
-    let (prompt, answer, seconds) = if context.options.quick { (192, 320, 8) } else { (384, 640, 90) };
+    let (prompt, answer, seconds) = if context.options.quick { (96, 160, 16) } else { (128, 128, 150) };
     let agents = 16;
     let cells = agents * (prompt + answer) / 4;
     let bed = Bed::start(context, cells, agents, agents as usize)?;
