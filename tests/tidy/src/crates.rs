@@ -49,7 +49,7 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     ("tests-models", &[]),
     // scripts/gpu-check: runs on machines that build nothing else of this.
     ("tests-gpu-check", &["agentd-domain"]),
-    ("tests-host", &["agentd-domain", "echo-agent", "tests-models", "tests-nvml-mock"]),
+    ("tests-host", &["agentd-domain", "agentd-gpu", "echo-agent", "tests-models", "tests-nvml-mock"]),
     // A library that programs load by its path; tests write the state it answers from.
     ("tests-nvml-mock", &[]),
     // Programs that run inside a guest, for tests and benchmarks.

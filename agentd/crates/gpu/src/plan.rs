@@ -373,8 +373,9 @@ fn compute_bytes(shape: &Shape, sizes: &Sizes, attention: &Attention, cells: u64
     let heads = most(&|block| block.heads);
     let kv_heads = most(&|block| block.kv_heads);
     let seen = if attention.keeps { cells } else { tokens };
-    // Embeddings of the tokens on their way in; a mask of what each token sees, twice where it is cast.
-    let mask = product(&[seen, tokens, if sizes.flash_attention { 6 } else { 4 }]);
+    // Embeddings of the tokens on their way in; a mask of what each token sees, in
+    // 16 bits for flash attention (`build_kq_mask` in `llama-graph.cpp`).
+    let mask = product(&[seen, tokens, if sizes.flash_attention { 2 } else { 4 }]);
     let arriving = sum(&[product(&[tokens, width, 4]), product(&[tokens, 64])]);
     let mut total: u64 = 0;
     if work.host {
@@ -422,8 +423,8 @@ fn compute_bytes(shape: &Shape, sizes: &Sizes, attention: &Attention, cells: u64
             0
         };
         let peak = [attending, sum(&[dense, routed]), recurring, outgoing].into_iter().max().unwrap_or(0);
-        // Three vectors per token live on beside it: the residual, its norm, what was added last.
-        total = sum(&[total, mask, product(&[tokens, width, 3, 4]), peak]);
+        // Four vectors per token live on beside it: the residual, its norm, what was added last, what comes next.
+        total = sum(&[total, mask, product(&[tokens, width, 4, 4]), peak]);
     }
     total
 }

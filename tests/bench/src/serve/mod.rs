@@ -26,6 +26,10 @@ use tests_host::scene::Programs;
 use tests_models::{Layout, QWEN_HALF_BILLION, SMALL, Shape};
 use tests_tidy::promises::{Bench, Row};
 
+/// Of weights, `BYTES_PER_THREAD` in the engine's `model.rs`: more threads only wait for each other. llama-server is
+/// started with as many threads, so that small models are compared too.
+const BYTES_PER_THREAD: u64 = 32 * 1024 * 1024;
+
 /// What is measured, and how large.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -60,10 +64,10 @@ pub fn measure(options: Options) -> Result<Bench> {
     let mut rows = Vec::new();
     let mut loops = None;
     if chosen(0) {
+        rows.extend(parity::words_agree(&context)?);
         let (found, measured) = parity::loops(&context)?;
         loops = Some(found);
         rows.extend(measured);
-        rows.extend(parity::words_agree(&context)?);
     }
     for (number, name, workload) in workloads::ALL {
         if chosen(number) {
@@ -104,9 +108,10 @@ impl Context {
         crate::idle::compile(&checkout.root, &idle)?;
         let shape = if options.quick { SMALL } else { QWEN_HALF_BILLION };
         let model = tests_models::ensure(&cache.path(""), &shape, options.layout)?;
-        // As the engine counts them where it is not told: one for each core.
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = u32::try_from(threads)?;
+        // As the engine takes them: one for each core, and none for fewer than so many bytes of weights.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let useful = std::fs::metadata(&model)?.len().div_ceil(BYTES_PER_THREAD);
+        let threads = u32::try_from(useful.min(cores as u64).max(1))?;
         Ok(Self { options, checkout, programs, peer, idle, shape, model, threads, _folder: folder })
     }
 

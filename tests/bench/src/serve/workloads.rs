@@ -315,10 +315,12 @@ fn schema(context: &Context) -> Result<Vec<Row>> {
     let agents = 8;
     let (prompt, answer) = (128, 96);
     let bed = Bed::start(context, agents * (prompt + answer) + 512, agents, agents as usize)?;
-    let form = json!({ "response_format": { "type": "json_schema", "json_schema": { "name": "call", "strict": true,
-        "schema": { "type": "object", "additionalProperties": false, "required": ["tool", "count", "sure"],
-            "properties": { "tool": { "enum": ["read", "write", "search"] },
-                "count": { "type": "integer", "minimum": 0, "maximum": 99 }, "sure": { "type": "boolean" } } } } } });
+    let schema = json!({ "type": "object", "additionalProperties": false, "required": ["tool", "count", "sure"],
+        "properties": { "tool": { "enum": ["read", "write", "search"] },
+            "count": { "type": "integer", "minimum": 0, "maximum": 99 }, "sure": { "type": "boolean" } } });
+    // OpenAI's form for agentd; llama-server looks for it in chats only and has a key of its own here.
+    let form = json!({ "json_schema": schema, "response_format": { "type": "json_schema",
+        "json_schema": { "name": "call", "strict": true, "schema": schema } } });
     let pairs = bed.pairs(context.options.pairs, |way, seed| {
         let ask = |agent: u32| {
             let ask = Ask::new(&way(agent as usize), words(seed + u64::from(agent), prompt as usize), answer);
@@ -368,7 +370,7 @@ fn schema(context: &Context) -> Result<Vec<Row>> {
 
 /// W7, E14. All agents ask all the time, four times more than the cache holds.
 fn oversubscribed(context: &Context) -> Result<Vec<Row>> {
-    let (prompt, answer, seconds) = if context.options.quick { (192, 320, 8) } else { (384, 640, 90) };
+    let (prompt, answer, seconds) = if context.options.quick { (96, 160, 16) } else { (128, 128, 150) };
     let agents = 16;
     let cells = agents * (prompt + answer) / 4;
     let bed = Bed::start(context, cells, agents, agents as usize)?;
@@ -427,11 +429,12 @@ fn oversubscribed(context: &Context) -> Result<Vec<Row>> {
 /// llama-server has no priorities; there it waits for a place.
 fn arrival(context: &Context) -> Result<Vec<Row>> {
     let (prompt, answer, after_s) = if context.options.quick { (512, 512, 1) } else { (1024, 512, 40) };
-    let busy = 8;
+    let (busy, late) = (8, 4096);
+    // What those who speak have not used yet is less than what comes: somebody's cells are needed.
     let cells = busy * (prompt + answer) + 256;
     let mut bed = Bed::start(context, cells, busy, busy as usize)?;
     bed.late = Some(bed.ours.past_agentd(json!({ "account": "late", "priority": 100 })));
-    let one = |way: Way<'_>, seed: u64| Ask::new(&way(LATE), words(seed + 99, prompt as usize), 8);
+    let one = |way: Way<'_>, seed: u64| Ask::new(&way(LATE), words(seed + 99, late), 8);
     let idle = bed.pairs(context.options.pairs, |way, seed| together(vec![one(way, seed + 500)]));
     let full = bed.pairs(context.options.pairs, |way, seed| {
         let talk = |agent: u32| {
@@ -440,11 +443,11 @@ fn arrival(context: &Context) -> Result<Vec<Row>> {
             Box::new(move |_: &[Told]| ask.take()) as Next<'_>
         };
         // Late enough that all others speak.
-        let mut late = Some(Ask { think: Duration::from_secs(after_s), ..one(way, seed) });
-        closed((0..busy).map(talk).chain([Box::new(move |_: &[Told]| late.take()) as Next<'_>]).collect())
+        let mut comes = Some(Ask { think: Duration::from_secs(after_s), ..one(way, seed) });
+        closed((0..busy).map(talk).chain([Box::new(move |_: &[Told]| comes.take()) as Next<'_>]).collect())
     });
     let what = format!(
-        "W8, an agent of the highest priority with {prompt} tokens while {busy} of {busy} places speak, {}{}",
+        "W8, an agent of the highest priority with {late} tokens while {busy} of {busy} places with {prompt} speak, {}{}",
         context.model_words(),
         context.ours_words()
     );

@@ -8,6 +8,7 @@ mod companion;
 mod conversations;
 mod devices;
 mod files;
+mod formula;
 mod limits;
 mod mathematics;
 mod measured;

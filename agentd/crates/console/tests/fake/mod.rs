@@ -4,11 +4,14 @@
 //! It keeps the trait's promises: errors are reports, a flow ends, an upload that breaks off leaves nothing.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+mod devices;
+mod models;
+
 use agentd_console::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, StateFiles, Upload};
 use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::*;
 use agentd_domain::audit::{Linked, SignedHead};
-use agentd_domain::engine::{Device, GpuReadings, LoadedModel, ModelKind};
+use agentd_domain::engine::{Device, LoadedModel};
 use agentd_domain::fault::Report;
 use agentd_domain::health::{Note, Pain, PainFrom, Pressure, Severity, Throttle};
 use agentd_domain::ids::AgentId;
@@ -22,7 +25,9 @@ use agentd_domain::rights::Rights;
 use agentd_domain::secret::{SecretInfo, SecretOrder};
 use agentd_domain::token::*;
 use bytes::Bytes;
+use devices::{devices, model_plan, partition_view};
 use futures::StreamExt;
+use models::{chat_model, cut_model, embedder};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -644,53 +649,6 @@ fn broken() -> Agent {
     }
 }
 
-fn embedder() -> Model {
-    Model {
-        name: "all-minilm-l6-v2".into(),
-        file: "all-minilm-l6-v2.q8_0.gguf".into(),
-        bytes: 24_894_336,
-        origin: "image".into(),
-        architecture: "bert".into(),
-        kind: ModelKind::Embedding,
-        loaded: true,
-        default: false,
-        problem: None,
-    }
-}
-
-fn chat_model() -> Model {
-    Model {
-        name: "tiny".into(),
-        file: "tiny.gguf".into(),
-        bytes: 1_310_720,
-        origin: "image".into(),
-        architecture: "llama".into(),
-        kind: ModelKind::Chat,
-        loaded: true,
-        default: true,
-        problem: None,
-    }
-}
-
-fn cut_model() -> Model {
-    let problem = Report::caller(
-        "model_file_truncated",
-        "the model was not loaded",
-        "the file ends 1.1 GiB before its last tensor does",
-        "upload it again",
-    );
-    Model {
-        name: "half-model".into(),
-        file: "half-model.gguf".into(),
-        bytes: 1_200_000_000,
-        origin: "data".into(),
-        loaded: false,
-        default: false,
-        problem: Some(problem),
-        ..chat_model()
-    }
-}
-
 fn loaded(model: &Model, parameters: u64, dimension: u32) -> LoadedModel {
     LoadedModel {
         model: model.name.clone(),
@@ -810,124 +768,5 @@ fn plan() -> SandboxPlan {
         rlimits: vec![Rlimit { name: "NOFILE".into(), soft: 512, hard: 512 }],
         network: NetworkPlan::LoopbackOnly,
         api: vec!["memory.remember".into()],
-    }
-}
-
-fn partition_view(partition: Partition) -> PartitionView {
-    PartitionView {
-        builtin: partition.id.is_default(),
-        configured: false,
-        enforcement: Enforcement::Engine,
-        held: Held::default(),
-        free_bytes: partition.bytes,
-        agents: Vec::new(),
-        problem: None,
-        partition,
-    }
-}
-
-fn partition(id: &str, device: &str, bytes: u64) -> Partition {
-    Partition {
-        id: id.parse().expect("a name"),
-        devices: vec![device.to_owned()],
-        bytes,
-        priority: 50,
-        weight: 100,
-        sequences_most: 0,
-        guaranteed: false,
-    }
-}
-
-fn need() -> Need {
-    Need {
-        devices: vec![DeviceNeed {
-            device: "CUDA0".to_owned(),
-            weights_bytes: 4000 * MIB,
-            kv_bytes: 512 * MIB,
-            compute_bytes: 300 * MIB,
-            ..DeviceNeed::default()
-        }],
-        basis: Basis::Header,
-        kv_bytes_per_cell: 128 * 1024,
-        cells: 4096,
-        sequences: 8,
-        assumed: Vec::new(),
-    }
-}
-
-/// A card with a model on it, and three partitions: what is left, one that somebody uses, one of a card that is gone.
-pub fn devices() -> Devices {
-    let planned = DeviceNeed { overhead_bytes: 489 * MIB, ..need().devices.remove(0) };
-    let mut chat =
-        partition_view(Partition { guaranteed: true, priority: 80, ..partition("chat", "CUDA0", 2 << 30) });
-    chat.agents.push(AgentHold {
-        agent_id: echo().agent_id,
-        agent: Some(echo().name),
-        cells: 4096,
-        kv_bytes: 512 * MIB,
-    });
-    chat.held.kv_bytes = 512 * MIB;
-    let mut gone = partition_view(partition("vision", "CUDA7", 1 << 30));
-    gone.problem = Some(Report::environment(
-        "partition_not_in_force",
-        "the partition vision is not in force",
-        "there is no device CUDA7",
-        "put the device back",
-    ));
-    Devices {
-        devices: vec![DeviceView {
-            name: "CUDA0".to_owned(),
-            description: "NVIDIA Test 24G".to_owned(),
-            kind: "gpu".to_owned(),
-            total_bytes: 24 << 30,
-            reserve_bytes: 1 << 30,
-            free_bytes: (23 << 30) - planned.total_bytes(),
-            planned,
-            reported_free_bytes: 9626 * MIB,
-            used_bytes: Some(5301 * MIB),
-            difference_bytes: Some(489 * MIB as i64),
-            enforcement: Enforcement::Kernel,
-            problem: None,
-            gpu: Some(GpuReadings { utilisation_percent: Some(82), ..GpuReadings::default() }),
-        }],
-        partitions: vec![partition_view(partition("default", "CUDA0", 21 << 30)), chat, gone],
-        models: vec![ModelView {
-            model: "tiny".to_owned(),
-            partition: PartitionId::default_partition(),
-            need: need(),
-            cells_held: 4096,
-            evictable: false,
-        }],
-    }
-}
-
-fn model_plan(model: &str) -> ModelPlan {
-    let no = "the partition chat has 2.0 GiB for one model";
-    ModelPlan {
-        model: model.to_owned(),
-        architecture: "llama".to_owned(),
-        context_length: Some(131_072),
-        need: need(),
-        fits: vec![
-            Fit {
-                partition: PartitionId::default_partition(),
-                bytes: 21 << 30,
-                free_bytes: 16 << 30,
-                refusal: None,
-                context_tokens_most: 131_072,
-            },
-            Fit {
-                partition: "chat".parse().expect("a name"),
-                bytes: 2 << 30,
-                free_bytes: 2 << 30,
-                refusal: Some(Report::caller(
-                    "model_too_large",
-                    "it does not fit now",
-                    no,
-                    "take a smaller one",
-                )),
-                context_tokens_most: 0,
-            },
-        ],
     }
 }
