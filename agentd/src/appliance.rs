@@ -8,6 +8,7 @@ use crate::audit::{Audit, Order};
 use crate::clock;
 use crate::egress::Egress;
 use crate::engine::{Engine, Stage};
+use crate::gpu::Gpu;
 use crate::health::Board;
 use crate::inbox::Inbox;
 use crate::initlink::Init;
@@ -21,13 +22,15 @@ use agentd_capability::{Package, Subject, compile, parse_manifest};
 use agentd_console::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, Upload};
 use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::{
-    Agent, AgentKey, AgentState, ApplianceStatus, ChatRequest, EngineState, LogLine, Model, ModelName, Run,
+    Agent, AgentKey, AgentState, ApplianceStatus, ChatRequest, EngineState, LogLine, Model, ModelName,
+    PullModel, PullPart, Run,
 };
 use agentd_domain::audit::SignedHead;
 use agentd_domain::engine::{Device, GpuReadings};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::Health;
+use agentd_domain::ledger::{Devices, ModelPlan, Partition, PartitionId, PlanOrder};
 use agentd_domain::manifest::{Limits, Manifest};
 use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::SandboxPlan;
@@ -67,6 +70,7 @@ pub struct Machine {
     pub init: Init,
     pub engine: Engine,
     pub models: Models,
+    pub gpu: Gpu,
     pub launcher: Launcher,
     pub audit: Audit,
     /// Or why there are no agents.
@@ -343,8 +347,10 @@ impl Appliance for Machine {
             let agents = self.parts()?.agents.clone();
             // On a task of its own: a removal that was begun is finished, whoever has gone meanwhile.
             let secrets = self.parts()?.egress.secrets().clone();
+            let gpu = self.gpu.clone();
             let removal = tokio::spawn(async move {
                 agents.remove(agent).await?;
+                gpu.forget(agent);
                 let forgotten = tokio::task::spawn_blocking(move || secrets.forget(agent)).await;
                 forgotten.map_err(|error| thread_lost(&error.to_string()))?
             });
@@ -378,9 +384,37 @@ impl Appliance for Machine {
         Box::pin(self.audit.order(order, self.models.add(name, file), |_, _| {}))
     }
 
+    fn pull_model(&self, name: ModelName, from: PullModel) -> Pending<'_, Flow<PullPart>> {
+        Box::pin(async move { self.model_pull(name, &from) })
+    }
+
     fn remove_model(&self, name: ModelName) -> Pending<'_, ()> {
         let order = Order { action: "model.remove", agent: None, about: name.to_string() };
         Box::pin(self.audit.order(order, self.models.remove(name), |_, _| {}))
+    }
+
+    fn devices(&self) -> Pending<'_, Devices> {
+        Box::pin(self.devices_now())
+    }
+
+    fn set_partition(&self, partition: Partition) -> Pending<'_, Devices> {
+        Box::pin(self.partition_set(partition))
+    }
+
+    fn remove_partition(&self, id: PartitionId) -> Pending<'_, Devices> {
+        Box::pin(self.partition_remove(id))
+    }
+
+    fn assign_partition(&self, agent: AgentKey, to: PartitionId) -> Pending<'_, Devices> {
+        Box::pin(self.partition_assign(agent, to))
+    }
+
+    fn plan_model(&self, name: ModelName, context_tokens: u32, sequences: u32) -> Pending<'_, ModelPlan> {
+        Box::pin(self.model_plan(name, context_tokens, sequences))
+    }
+
+    fn plan_header(&self, order: PlanOrder) -> Pending<'_, ModelPlan> {
+        Box::pin(async move { Ok(self.header_plan(order)) })
     }
 
     fn secrets(&self) -> Pending<'_, Vec<SecretInfo>> {

@@ -25,6 +25,7 @@ mod clock;
 mod confine;
 mod egress;
 mod engine;
+mod gpu;
 mod health;
 mod inbox;
 mod initlink;

@@ -12,6 +12,7 @@ use crate::children::{self, Children};
 use crate::confine::{self, Listening};
 use crate::egress::{self, Egress};
 use crate::engine::{self, Engine, Stage};
+use crate::gpu::{self, Gpu};
 use crate::health::{Board, START, Weight};
 use crate::inbox::Inbox;
 use crate::initlink::Init;
@@ -28,6 +29,7 @@ use agentd_console::{Appliance, Auth, Authority, StateFiles, boot_clock, router,
 use agentd_domain::config::EgressSettings;
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::AgentdReport;
+use agentd_domain::ledger::Partition;
 use agentd_sandbox::client::Launcher;
 use std::fs::DirBuilder;
 use std::io;
@@ -58,6 +60,7 @@ pub fn run(options: &Options) -> Result<(), Report> {
     let places = options.places();
     let port = options.https_port(&places);
     let granted = egress::settings(&places);
+    let configured = gpu::configured(&places);
     // Before the walls, which take this from agentd for good.
     let entrance = Entrance { port, listener: listen(port).ok() };
     let listening = if entrance.listener.is_some() { Listening::Begun } else { Listening::NotYet(port) };
@@ -82,7 +85,8 @@ pub fn run(options: &Options) -> Result<(), Report> {
     };
     let control = runtime("control", 1).map_err(threads_spent)?;
     let data = runtime("data", 2).map_err(threads_spent)?;
-    let result = control.block_on(live(places, entrance, granted, board, walls, data.handle().clone()));
+    let result =
+        control.block_on(live(places, entrance, (granted, configured), board, walls, data.handle().clone()));
     data.shutdown_timeout(Duration::from_secs(1));
     control.shutdown_timeout(Duration::from_secs(1));
     result
@@ -109,7 +113,7 @@ struct Entrance {
 async fn live(
     places: Places,
     entrance: Entrance,
-    granted: EgressSettings,
+    (granted, configured): (EgressSettings, Vec<Partition>),
     board: Arc<Board>,
     walls: Result<(), Report>,
     data: Handle,
@@ -120,14 +124,19 @@ async fn live(
     let launcher = Launcher::at(&places.launcher_socket);
     // People first: the sign-in page does not wait for models.
     let open = CancellationToken::new();
-    let engine = start_engine(&places, &data, open.clone());
+    let gpu = Gpu::new(engine_memory_bytes());
+    let engine = start_engine(&places, &data, &gpu, open.clone());
+    data.spawn(gpu.clone().follow(engine.clone()));
     tokio::spawn(watch_engine(engine.clone(), Arc::clone(&board)));
     let models = Models::new(&places, engine.clone());
     let audit = Audit::default();
     let parts = match walls {
-        Ok(()) => start_agents(&places, granted, &board, &launcher, &engine, &audit, &data).await,
+        Ok(()) => start_agents(&places, granted, &board, &launcher, (&engine, &gpu), &audit, &data).await,
         Err(report) => Err(report),
     };
+    if let Ok(parts) = &parts {
+        open_partitions(&gpu, &parts.db, configured, &board).await;
+    }
     if let Err(report) = &parts {
         board.set("agents", Weight::Broken, report.clone());
         board.clear(START);
@@ -142,6 +151,7 @@ async fn live(
         init: init.clone(),
         engine,
         models,
+        gpu,
         launcher,
         audit: audit.clone(),
         parts,
@@ -174,14 +184,21 @@ fn end_on_signal(over: CancellationToken) -> Result<(), Report> {
 /// A small model takes a second, under plain emulation some; a large one has more (`engine::run`).
 const LOAD_PATIENCE: Duration = Duration::from_secs(120);
 
-fn start_engine(places: &Places, data: &Handle, open: CancellationToken) -> Engine {
+/// What the engine may take of host memory. On the smallest machine half of it: what is swapped in and out would be
+/// slower than none.
+fn engine_memory_bytes() -> u64 {
     let memory = readings::memory().total_bytes;
+    memory.saturating_sub(SYSTEM_BYTES).max(memory / 2)
+}
+
+fn start_engine(places: &Places, data: &Handle, gpu: &Gpu, open: CancellationToken) -> Engine {
+    let gpu = gpu.clone();
     let links = engine::Links {
         launcher: Launcher::at(&places.launcher_socket),
         sockets: places.engine_sockets.clone(),
-        // On the smallest machine half of its memory: what is swapped in and out would be slower than none.
-        memory_max_bytes: memory.saturating_sub(SYSTEM_BYTES).max(memory / 2),
+        memory_max_bytes: engine_memory_bytes(),
         load_patience: LOAD_PATIENCE,
+        gate: Arc::new(move |choice, devices, loaded| gpu.may_load(choice, devices, loaded)),
     };
     let _on_data = data.enter();
     engine::start(links, open.cancelled_owned())
@@ -216,7 +233,7 @@ async fn start_agents(
     granted: EgressSettings,
     board: &Arc<Board>,
     launcher: &Launcher,
-    engine: &Engine,
+    (engine, gpu): (&Engine, &Gpu),
     audit: &Audit,
     data: &Handle,
 ) -> Result<Parts, Report> {
@@ -261,6 +278,7 @@ async fn start_agents(
         inbox: inbox.clone(),
         memories: memories.clone(),
         engine: engine.clone(),
+        gpu: gpu.clone(),
         audit: audit.clone(),
         launcher: launcher.clone(),
         tokens: tokens.clone(),
@@ -304,6 +322,19 @@ async fn start_agents(
     let agents = agents::start(links).await?;
     children.begin(agents.clone());
     Ok(Parts { db, agents, inbox, logs, tokens, egress })
+}
+
+/// Without them all agents are in the default partition.
+async fn open_partitions(gpu: &Gpu, db: &Db, configured: Vec<Partition>, board: &Arc<Board>) {
+    let (gpu, db) = (gpu.clone(), db.clone());
+    let what = "partitions of devices are not in force";
+    let opened = tokio::task::spawn_blocking(move || gpu.open(db, configured)).await;
+    let report = match opened {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error.report(what),
+        Err(error) => Report::bug("thread_lost", what, error.to_string(), "reboot the appliance"),
+    };
+    board.set("partitions", Weight::Degraded, report);
 }
 
 /// Without the key no token is verified, and without a token no agent runs.

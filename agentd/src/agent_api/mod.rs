@@ -20,6 +20,7 @@ use crate::agents::Nerves;
 use crate::audit::Audit;
 use crate::children::Children;
 use crate::engine::Engine;
+use crate::gpu::{Gpu, Served};
 use crate::inbox::Inbox;
 use crate::memory::Memories;
 use crate::store::Db;
@@ -62,6 +63,7 @@ pub struct Services {
     pub inbox: Inbox,
     pub memories: Memories,
     pub engine: Engine,
+    pub gpu: Gpu,
     pub audit: Audit,
     pub launcher: Launcher,
     pub tokens: Tokens,
@@ -116,11 +118,12 @@ fn routes() -> Router {
 
 /// The engine as this caller sees it.
 async fn fronted(Extension(caller): Extension<Caller>, mut request: Request, next: Next) -> Response {
-    let engine = Arc::new(caller.services.engine.clone());
+    let Services { engine, gpu, db, .. } = caller.services.clone();
     let agent = caller.agent.to_string();
-    // Agents of one owner share what they have in common; partitions will add priority, weight and cells.
-    let salt = caller.services.db.owner().to_string();
+    // Agents of one owner share what they have in common.
+    let salt = db.owner().to_string();
     let share = Share { account: agent.clone(), salt, ..Share::default() };
+    let engine = Arc::new(Served { engine, gpu, db, agent: caller.agent });
     request.extensions_mut().insert(Front { engine, caller: agent, share });
     next.run(request).await
 }

@@ -141,7 +141,7 @@ impl Ledger {
         let Self { db, agent, path, keyed } = self;
         let unix_ms = clock::unix_ms();
         let key = keyed.as_ref().map(|keyed| keyed.key.clone());
-        let Used { model, prompt_tokens, completion_tokens } = used;
+        let Used { model, prompt_tokens, completion_tokens, .. } = used;
         let row = RequestRow { v: 1, unix_ms, path, key, model, prompt_tokens, completion_tokens };
         let entered = db.call(move |store| match keyed {
             None => store.settle(agent, &row, None),

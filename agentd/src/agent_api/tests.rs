@@ -50,6 +50,7 @@ impl Scene {
                 sockets: folder.path().to_owned(),
                 memory_max_bytes: 1,
                 load_patience: std::time::Duration::from_secs(2),
+                gate: std::sync::Arc::new(|_, _, _| Ok(())),
             },
             std::future::ready(()),
         );
@@ -81,6 +82,7 @@ impl Scene {
             db,
             memories,
             engine,
+            gpu: crate::gpu::Gpu::new(0),
             audit,
             launcher: Launcher::at(folder.path().join("none")),
             tokens,

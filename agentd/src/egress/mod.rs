@@ -13,6 +13,7 @@
 mod authority;
 mod budgets;
 mod orders;
+mod owner;
 mod record;
 mod secrets;
 mod serve;

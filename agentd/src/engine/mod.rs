@@ -23,6 +23,8 @@ pub mod testing;
 mod tests;
 mod wire;
 
+#[cfg(test)]
+pub use plan::load;
 pub use plan::{Choice, Wanted};
 pub use run::{Links, start};
 

@@ -3,11 +3,11 @@
 //! It connects, greets, reads what is loaded, then carries frames both ways until the connection ends, and
 //! begins again. Requests that arrive while there is no engine are answered at once with the reason.
 
-use super::plan::{self, Next};
+use super::plan::{self, Choice, Next};
 use super::wire::{self, Reader, WireError, Writer};
 use super::{Command, Engine, QUEUE, Stage, View, Wanted, out_of_order};
 use agentd_domain::engine::{
-    ClientFrame, Event, LoadedModel, ModelKind, PROTOCOL_VERSION, Request, ServerFrame,
+    ClientFrame, Device, Event, LoadedModel, ModelKind, PROTOCOL_VERSION, Request, ServerFrame,
 };
 use agentd_domain::fault::Report;
 use agentd_domain::launcher::{EngineSpec, Listing};
@@ -44,7 +44,12 @@ pub struct Links {
     pub memory_max_bytes: u64,
     /// How long a load may take, besides the time for reading the file.
     pub load_patience: Duration,
+    /// Asked before each load, with what the engine has; blocks.
+    pub gate: Gate,
 }
+
+/// Whether a model may be loaded beside what is there.
+pub type Gate = Arc<dyn Fn(&Choice, &[Device], &[LoadedModel]) -> Result<(), Report> + Send + Sync>;
 
 /// Starts the task on the current runtime. A new engine's process is asked for when `begin` is over: loading models
 /// keeps a small machine busy for seconds. One that runs already, because agentd was restarted, is used at once.
@@ -134,12 +139,7 @@ impl Task {
         self.show(Stage::Down(report.clone()), Vec::new(), None);
     }
 
-    fn show(
-        &self,
-        stage: Stage,
-        models: Vec<LoadedModel>,
-        devices: Option<Vec<agentd_domain::engine::Device>>,
-    ) {
+    fn show(&self, stage: Stage, models: Vec<LoadedModel>, devices: Option<Vec<Device>>) {
         let wish = self.wish.borrow().clone().unwrap_or_default();
         let default_chat = plan::chat(&wish, &self.failed)
             .filter(|choice| {
@@ -314,15 +314,20 @@ impl Task {
     /// Keeps the engine's models what is wanted, one step at a time, and shows how far that is.
     async fn load_next(&mut self, session: &mut Session) -> Result<(), WireError> {
         let wish = self.wish.borrow().clone();
-        if let (None, Some(wish)) = (&session.busy, &wish) {
+        while let (None, Some(wish)) = (&session.busy, &wish) {
             match plan::next(wish, &session.loaded, &self.failed) {
-                Next::Settled => {}
+                Next::Settled => break,
                 Next::Unload(name) => {
                     session.busy_until = tokio::time::Instant::now() + self.links.load_patience;
                     session.send(Request::Unload { model: name.clone() }, Open::Models).await?;
                     session.busy = Some(Busy::Unloading(name));
                 }
                 Next::Load(choice) => {
+                    if let Err(report) = self.admitted(&choice, session).await {
+                        tracing::warn!(model = %choice.name, problem = %report, "a model was not admitted");
+                        self.failed.insert(choice.name, report);
+                        continue;
+                    }
                     tracing::info!(model = %choice.name, path = %choice.path, "a model is being loaded");
                     let file = tokio::fs::metadata(&choice.path).await;
                     let reading = file.map_or(0, |file| file.len() / READ_LEAST_BYTES_PER_S);
@@ -340,6 +345,15 @@ impl Task {
             self.show(stage, session.loaded.clone(), Some(session.devices.clone()));
         }
         Ok(())
+    }
+
+    async fn admitted(&self, choice: &Choice, session: &Session) -> Result<(), Report> {
+        let (gate, choice) = (Arc::clone(&self.links.gate), choice.clone());
+        let (devices, loaded) = (session.devices.clone(), session.loaded.clone());
+        let asked = tokio::task::spawn_blocking(move || gate(&choice, &devices, &loaded)).await;
+        asked.unwrap_or_else(|error| {
+            Err(Report::bug("thread_lost", "the model was not loaded", error.to_string(), "try again"))
+        })
     }
 
     fn take(&mut self, session: &mut Session, frame: ServerFrame) {
@@ -405,7 +419,7 @@ impl Task {
 /// One life of the connection.
 struct Session {
     writer: Writer,
-    devices: Vec<agentd_domain::engine::Device>,
+    devices: Vec<Device>,
     loaded: Vec<LoadedModel>,
     busy: Option<Busy>,
     /// When what it is busy with will not be waited for any longer.

@@ -3,11 +3,15 @@
 //! Owns:  `/data/models`; the wish of what the engine loads.
 //! In:    files of the image, of an extra medium and of the owner; uploads. Out: the list, [`Engine::want`].
 //! Always: a file is in place under its name only when it is whole, its header was checked and it is on disk; what
-//!         an upload left behind is removed.
+//!         an upload left behind is removed, what a pull left waits for its next order.
 //! Never:  reads a model's weights. The engine does, in a process that may die.
 //! Threads: files are read and written on blocking threads.
 
+mod orders;
 mod plan;
+mod pull;
+
+pub use pull::{Dialling, Line, Order as PullOrder, Outside};
 
 use crate::engine::Engine;
 use crate::places::Places;
@@ -18,7 +22,7 @@ use agentd_domain::fault::Report;
 use agentd_domain::gguf;
 use futures::StreamExt;
 use plan::{Found, Named, Origin};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -40,6 +44,8 @@ struct Inner {
     checked: Mutex<HashMap<PathBuf, Checked>>,
     /// One change at a time.
     changing: tokio::sync::Mutex<()>,
+    /// Names of models that are being pulled.
+    pulling: Mutex<BTreeSet<String>>,
 }
 
 /// The result of a header check, good while the file is the same.
@@ -63,6 +69,7 @@ impl Models {
             engine,
             checked: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
+            pulling: Mutex::default(),
         }))
     }
 
@@ -106,17 +113,27 @@ impl Models {
         scanned.into_iter().map(show).collect()
     }
 
+    /// What a model's header says, and what it is for.
+    pub async fn header(&self, name: &ModelName) -> Result<(gguf::Summary, ModelKind), Report> {
+        let this = self.clone();
+        let scanned = tokio::task::spawn_blocking(move || this.scan()).await.unwrap_or_default();
+        let found = scanned.into_iter().find(|(named, _)| named.name == name.as_str());
+        let Some((named, checked)) = found else {
+            let why = format!("there is no model `{name}`");
+            return Err(Report::caller(
+                "not_found",
+                "nothing was planned",
+                why,
+                "`agentctl model ls` shows the models",
+            ));
+        };
+        Ok((checked.result?, named.found.kind))
+    }
+
     /// Writes an upload to disk, checks it, puts it in place and has it loaded.
     pub async fn add(&self, name: ModelName, upload: Upload) -> Result<Model, Report> {
         let _one = self.0.changing.lock().await;
-        if self.list().await.iter().any(|model| model.name == name.as_str()) {
-            return Err(Report::caller(
-                "conflict",
-                "the model was not added",
-                format!("there is a model `{name}` already"),
-                "choose another name, or remove the other first (`agentctl model rm NAME`)",
-            ));
-        }
+        self.free_name(&name).await?;
         let part = self.0.data.join(format!("{name}.gguf.part"));
         let whole = self.0.data.join(format!("{name}.gguf"));
         let written = self.receive(&part, upload).await;
@@ -129,21 +146,79 @@ impl Models {
             return Err(report);
         }
         self.refresh().await;
+        self.added(&name).await
+    }
+
+    /// Fetches a model, checks it, puts it in place and has it loaded. What has come stays when it breaks off, and the
+    /// same order goes on from there.
+    pub async fn pull(
+        &self,
+        outside: &dyn Outside,
+        name: &ModelName,
+        order: &PullOrder,
+        progress: &(dyn Fn(u64, Option<u64>) + Send + Sync),
+    ) -> Result<Model, Report> {
+        let _alone = Pulling::begin(&self.0, name)?;
+        self.free_name(name).await?;
+        let part = self.part_of(name);
+        let room_bytes = crate::readings::disk(&self.0.data).available_bytes.saturating_sub(RESERVE_BYTES);
+        let there = tokio::fs::metadata(&part).await.map_or(0, |data| data.len());
+        let of = pull::Place { file: part.clone(), room_bytes: room_bytes.saturating_add(there) };
+        let sum = pull::pull(outside, order, &of, progress).await?;
+        let _one = self.0.changing.lock().await;
+        self.free_name(name).await?;
+        let placed = place(part, self.0.data.join(format!("{name}.gguf"))).await;
+        // Whether it has a name now or is no model: nothing of it is taken up again.
+        of.clear().await;
+        placed?;
+        tracing::info!(model = %name, sha256 = %hex::encode(sum), "a model was pulled");
+        self.refresh().await;
+        self.added(name).await
+    }
+
+    /// What has come of a model that is being pulled. Its ending is neither a model's nor an upload's.
+    fn part_of(&self, name: &ModelName) -> PathBuf {
+        self.0.data.join(format!("{name}.gguf.pull"))
+    }
+
+    async fn free_name(&self, name: &ModelName) -> Result<(), Report> {
+        if !self.list().await.iter().any(|model| model.name == name.as_str()) {
+            return Ok(());
+        }
+        Err(Report::caller(
+            "conflict",
+            "the model was not added",
+            format!("there is a model `{name}` already"),
+            "choose another name, or remove the other first (`agentctl model rm NAME`)",
+        ))
+    }
+
+    async fn added(&self, name: &ModelName) -> Result<Model, Report> {
         let added = self.list().await.into_iter().find(|model| model.name == name.as_str());
         added.ok_or_else(|| {
-            Report::environment(
-                "model_vanished",
-                "the model was not added",
-                "its file is gone",
-                "add it again",
-            )
+            let what = "the model was not added";
+            Report::environment("model_vanished", what, "its file is gone", "add it again")
         })
+    }
+
+    /// Removes what has come of a pull that broke off; false when there is none.
+    async fn forget_pull(&self, name: &ModelName) -> Result<bool, Report> {
+        let _alone = Pulling::begin(&self.0, name)?;
+        let part = self.part_of(name);
+        if !tokio::fs::try_exists(&part).await.unwrap_or(false) {
+            return Ok(false);
+        }
+        pull::Place { file: part, room_bytes: 0 }.clear().await;
+        Ok(true)
     }
 
     pub async fn remove(&self, name: ModelName) -> Result<(), Report> {
         let _one = self.0.changing.lock().await;
         let what = "the model was not removed";
         let model = self.list().await.into_iter().find(|model| model.name == name.as_str());
+        if model.is_none() && self.forget_pull(&name).await? {
+            return Ok(());
+        }
         let Some(model) = model else {
             let why = format!("there is no model `{name}`");
             return Err(Report::caller("not_found", what, why, "`agentctl model ls` shows the models"));
@@ -212,7 +287,7 @@ impl Models {
                     continue;
                 };
                 let checked = self.check(&path, file);
-                let kind = checked.result.as_ref().map_or(ModelKind::Chat, plan::kind);
+                let kind = checked.result.as_ref().map_or(ModelKind::Chat, gguf::Summary::kind);
                 let text = path.to_string_lossy().into_owned();
                 files.push(Found {
                     origin: *origin,
@@ -239,6 +314,29 @@ impl Models {
         let checked = Checked { bytes, changed_ns, result: check_file(path, shown) };
         known.insert(path.to_owned(), checked.clone());
         checked
+    }
+}
+
+/// One pull of a name at a time.
+struct Pulling<'a> {
+    of: &'a Inner,
+    name: String,
+}
+
+impl<'a> Pulling<'a> {
+    fn begin(of: &'a Inner, name: &ModelName) -> Result<Self, Report> {
+        let name = name.as_str().to_owned();
+        if of.pulling.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone()) {
+            return Ok(Self { of, name });
+        }
+        let why = format!("`{name}` is being pulled");
+        Err(Report::caller("conflict", "nothing was done", why, "wait for it, or end the other order"))
+    }
+}
+
+impl Drop for Pulling<'_> {
+    fn drop(&mut self) {
+        self.of.pulling.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
     }
 }
 

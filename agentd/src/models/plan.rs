@@ -4,7 +4,6 @@
 
 use crate::engine::{Choice, Wanted};
 use agentd_domain::engine::ModelKind;
-use agentd_domain::gguf::Summary;
 use agentd_domain::paths;
 use std::collections::BTreeSet;
 
@@ -83,17 +82,6 @@ pub fn wanted(models: &[Named]) -> Wanted {
         models.iter().filter(|model| model.found.good && model.found.kind == ModelKind::Chat).collect();
     chat.sort_by_key(|model| (model.found.origin, model.name == TINY));
     Wanted { embedder, chat: chat.into_iter().map(choice).collect() }
-}
-
-/// What a model is for, by its header: encoders have a pooling, generators have none.
-pub fn kind(summary: &Summary) -> ModelKind {
-    let encoder = summary.architecture.contains("bert") || summary.architecture == "t5encoder";
-    // 0 is `none` in llama.cpp's enumeration of poolings.
-    if encoder || summary.pooling_type.is_some_and(|pooling| pooling != 0) {
-        ModelKind::Embedding
-    } else {
-        ModelKind::Chat
-    }
 }
 
 /// As `api::ModelName` allows it.

@@ -21,6 +21,7 @@ impl Scene {
                 sockets: folder.path().to_owned(),
                 memory_max_bytes: 1,
                 load_patience: std::time::Duration::from_secs(2),
+                gate: std::sync::Arc::new(|_, _, _| Ok(())),
             },
             std::future::ready(()),
         );

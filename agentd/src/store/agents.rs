@@ -160,6 +160,7 @@ impl Store {
             super::tokens::forget(txn, row.agent_id)?;
             super::egress::forget(txn, row.agent_id)?;
             super::health::forget(txn, row.agent_id)?;
+            super::partitions::forget(txn, row.agent_id)?;
             Ok(Ok(()))
         })
     }

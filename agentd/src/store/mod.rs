@@ -14,6 +14,7 @@ mod egress;
 mod health;
 mod messages;
 mod once;
+mod partitions;
 mod requests;
 mod tokens;
 
@@ -186,6 +187,7 @@ impl Store {
             audit::create_tables(&txn)?;
             tokens::create_tables(&txn)?;
             egress::create_tables(&txn)?;
+            partitions::create_tables(&txn)?;
             if let Some(owner) = known
                 && txn.list_tables()?.count() == tables
             {

@@ -4,7 +4,7 @@
 use anyhow::Result;
 use clap::Parser;
 use image::source::Checkout;
-use tests_bench::{bombs, boot, idle, report, rights, serve, size, spawn};
+use tests_bench::{bombs, boot, idle, plan, report, rights, serve, size, spawn};
 use tests_models::Layout;
 
 /// Measures promises with numbers. Run it on an otherwise idle machine.
@@ -58,9 +58,11 @@ enum Arguments {
         #[arg(long)]
         native: bool,
     },
+    /// What a model takes, beside what was planned for it
+    Plan,
     /// Copies results of earlier runs to tests/results/bench and writes README's table
     Keep {
-        /// boot, size, rights, spawn, idle, bombs, serve
+        /// boot, size, rights, spawn, idle, bombs, serve, plan
         #[arg(required = true)]
         names: Vec<String>,
     },
@@ -84,6 +86,7 @@ fn main() -> Result<()> {
             let options = serve::Options { workloads: workload, quick, layout, pairs: pairs.max(1), native };
             report::publish(&serve::measure(options)?, &checkout)
         }
+        Arguments::Plan => report::publish(&plan::measure()?, &checkout),
         Arguments::Keep { names } => report::keep(&checkout, &names),
         Arguments::Readme => report::readme(&checkout),
     }

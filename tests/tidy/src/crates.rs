@@ -19,6 +19,7 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     // agentd writes the audit log, agentctl checks it: both by the same code.
     ("agentd-audit", &["agentd-domain"]),
     ("agentd-capability", &["agentd-domain"]),
+    ("agentd-gpu", &["agentd-domain"]),
     ("agentd-sandbox", &["agentd-domain", "init-sys"]),
     ("agentd-engine", &["agentd-domain"]),
     ("agentd-serving", &["agentd-domain"]),
@@ -34,6 +35,7 @@ pub const ARROWS: &[(&str, &[&str])] = &[
             "agentd-console",
             "agentd-domain",
             "agentd-egress",
+            "agentd-gpu",
             "agentd-memory",
             "agentd-sandbox",
             "agentd-serving",
@@ -47,7 +49,7 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     ("tests-models", &[]),
     // scripts/gpu-check: runs on machines that build nothing else of this.
     ("tests-gpu-check", &["agentd-domain"]),
-    ("tests-host", &["agentd-domain", "echo-agent", "tests-models", "tests-nvml-mock"]),
+    ("tests-host", &["agentd-domain", "agentd-gpu", "echo-agent", "tests-models", "tests-nvml-mock"]),
     // A library that programs load by its path; tests write the state it answers from.
     ("tests-nvml-mock", &[]),
     // Programs that run inside a guest, for tests and benchmarks.

@@ -9,10 +9,12 @@ use crate::gate::SignedIn;
 use crate::input::{self, Json, Name, PACKAGE_LIMIT_BYTES, Text};
 use crate::serve::Peer;
 use agentd_domain::api::{
-    Agent, AgentKey, ApplianceStatus, ChatRequest, Claim, Liveness, Login, Model, ModelName, Session,
+    Agent, AgentKey, ApplianceStatus, ChatRequest, Claim, Liveness, Login, Model, ModelName, PullModel,
+    Session,
 };
 use agentd_domain::audit::SignedHead;
 use agentd_domain::fault::Report;
+use agentd_domain::ledger::{Assign, Devices, ModelPlan, Partition, PartitionId, PlanOrder};
 use agentd_domain::plan::SandboxPlan;
 use agentd_domain::token::{
     Attenuate, Inspect, Key, Mint, Revocation, Revoke, Revoked, Shown, Verified, Verify,
@@ -152,8 +154,74 @@ pub async fn add_model(State(appliance): Machine, Name(name): Name, request: Req
     within(ADD_MODEL, appliance.add_model(name, file)).await.map(Out)
 }
 
+pub async fn pull_model(
+    State(appliance): Machine,
+    Extension(session): Extension<SignedIn>,
+    Name(name): Name,
+    Json(from): Json<PullModel>,
+) -> Answer<Response> {
+    let parts = within(SHORT, appliance.pull_model(model_name(&name)?, from)).await?;
+    Ok(ndjson(parts, session.grant.gone))
+}
+
 pub async fn remove_model(State(appliance): Machine, Name(name): Name) -> Answer<StatusCode> {
     within(LONG, appliance.remove_model(model_name(&name)?)).await.map(|()| StatusCode::NO_CONTENT)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanParameters {
+    #[serde(default)]
+    context_tokens: u32,
+    #[serde(default)]
+    sequences: u32,
+}
+
+pub async fn plan_model(
+    State(appliance): Machine,
+    Name(name): Name,
+    parameters: Result<Query<PlanParameters>, axum::extract::rejection::QueryRejection>,
+) -> Answer<Out<ModelPlan>> {
+    let Query(wanted) = parameters.map_err(|e| {
+        let fix = "write `?context_tokens=4096&sequences=8`, or leave both out";
+        Report::caller("query_malformed", "nothing was planned", e.body_text(), fix)
+    })?;
+    let name = model_name(&name)?;
+    within(SHORT, appliance.plan_model(name, wanted.context_tokens, wanted.sequences)).await.map(Out)
+}
+
+pub async fn plan_header(State(appliance): Machine, Json(order): Json<PlanOrder>) -> Answer<Out<ModelPlan>> {
+    within(SHORT, appliance.plan_header(order)).await.map(Out)
+}
+
+pub async fn devices(State(appliance): Machine) -> Answer<Out<Devices>> {
+    within(SHORT, appliance.devices()).await.map(Out)
+}
+
+pub async fn set_partition(
+    State(appliance): Machine,
+    Name(name): Name,
+    Json(partition): Json<Partition>,
+) -> Answer<Out<Devices>> {
+    let id = partition_id(&name)?;
+    if partition.id != id {
+        let why = format!("the path names `{id}`, the body `{}`", partition.id);
+        let fix = "write the same name in both";
+        return Err(Report::caller("partition_name_differs", "no partition was set", why, fix).into());
+    }
+    within(SHORT, appliance.set_partition(partition)).await.map(Out)
+}
+
+pub async fn remove_partition(State(appliance): Machine, Name(name): Name) -> Answer<Out<Devices>> {
+    within(SHORT, appliance.remove_partition(partition_id(&name)?)).await.map(Out)
+}
+
+pub async fn assign_partition(
+    State(appliance): Machine,
+    Name(name): Name,
+    Json(order): Json<Assign>,
+) -> Answer<Out<Devices>> {
+    within(SHORT, appliance.assign_partition(key(&name)?, order.partition)).await.map(Out)
 }
 
 #[derive(Deserialize)]
@@ -239,6 +307,13 @@ pub fn model_name(text: &str) -> Result<ModelName, Failure> {
     ModelName::from_str(text).map_err(|why| {
         let fix = "rename the file; `agentctl model ls` shows the names in use";
         Report::caller("model_name_malformed", "no model was touched", why, fix).into()
+    })
+}
+
+fn partition_id(text: &str) -> Result<PartitionId, Failure> {
+    PartitionId::from_str(text).map_err(|why| {
+        let fix = "`agentctl gpu partition ls` shows the names";
+        Report::caller("partition_name_malformed", "no partition was touched", why, fix).into()
     })
 }
 

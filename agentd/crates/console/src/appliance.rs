@@ -9,10 +9,13 @@
 //! an object: the console is compiled once, not once per implementation.
 
 use agentd_domain::agent_api::ReplyPart;
-use agentd_domain::api::{Agent, AgentKey, ApplianceStatus, ChatRequest, LogLine, Model, ModelName};
+use agentd_domain::api::{
+    Agent, AgentKey, ApplianceStatus, ChatRequest, LogLine, Model, ModelName, PullModel, PullPart,
+};
 use agentd_domain::audit::SignedHead;
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::Health;
+use agentd_domain::ledger::{Devices, ModelPlan, Partition, PartitionId, PlanOrder};
 use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::SandboxPlan;
 use agentd_domain::secret::{SecretInfo, SecretOrder};
@@ -102,7 +105,27 @@ pub trait Appliance: Send + Sync + 'static {
     /// Written to a file as it arrives; in place under its name only when it is whole.
     fn add_model(&self, name: ModelName, file: Upload) -> Pending<'_, Model>;
 
+    /// Goes on where an earlier order broke off. An error only when it was not begun.
+    fn pull_model(&self, name: ModelName, from: PullModel) -> Pending<'_, Flow<PullPart>>;
+
     fn remove_model(&self, name: ModelName) -> Pending<'_, ()>;
+
+    /// Plan and readings of each device, partitions with their holders, models.
+    fn devices(&self) -> Pending<'_, Devices>;
+
+    /// Defines it, or changes it. Answers once it is on disk.
+    fn set_partition(&self, partition: Partition) -> Pending<'_, Devices>;
+
+    /// Its agents are in the default one then.
+    fn remove_partition(&self, id: PartitionId) -> Pending<'_, Devices>;
+
+    fn assign_partition(&self, agent: AgentKey, to: PartitionId) -> Pending<'_, Devices>;
+
+    /// What it needs and how it fits, without loading it. 0 takes the engine's default.
+    fn plan_model(&self, name: ModelName, context_tokens: u32, sequences: u32) -> Pending<'_, ModelPlan>;
+
+    /// The same of a header that was read elsewhere.
+    fn plan_header(&self, order: PlanOrder) -> Pending<'_, ModelPlan>;
 
     /// Sorted by name; no values.
     fn secrets(&self) -> Pending<'_, Vec<SecretInfo>>;

@@ -3,6 +3,7 @@
 use crate::client::Host;
 use agentd_domain::api::{AgentKey, ModelName};
 use agentd_domain::audit::PublicKey;
+use agentd_domain::ledger::PartitionId;
 use agentd_domain::net::rule::SecretName;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -54,6 +55,9 @@ pub enum Command {
     /// Models
     #[command(subcommand)]
     Model(Model),
+    /// Devices, their memory, and who has which part of it
+    #[command(subcommand)]
+    Gpu(Gpu),
     /// Capability tokens: what an agent may do, for whom, and until when
     #[command(subcommand)]
     Token(Token),
@@ -143,9 +147,79 @@ pub enum Model {
         #[arg(long)]
         name: Option<ModelName>,
     },
-    /// Remove its file
+    /// Have the appliance fetch a GGUF file; given again, it goes on where it broke off
+    Pull {
+        /// Where the file is, `https://...`
+        url: String,
+        /// Its name on the appliance [default: the file's]
+        #[arg(long)]
+        name: Option<ModelName>,
+        /// What its bytes must come to [default: what the server's own .sha256 file says, if it has one]
+        #[arg(long, value_name = "HEX")]
+        sha256: Option<String>,
+    },
+    /// Remove its file, or what has come of a pull that broke off
     #[command(alias = "remove")]
     Rm { name: ModelName },
+    /// What a model needs and how it fits each partition, before it is loaded
+    Plan {
+        /// The name of one that the appliance has, or a GGUF file here: then only its header is read
+        #[arg(value_name = "NAME|FILE.gguf")]
+        model: String,
+        /// Cells of all sequences together [default: as the engine loads it]
+        #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "TOKENS")]
+        context: u32,
+        /// Sequences at once [default: as the engine loads it]
+        #[arg(long, default_value_t = 0, hide_default_value = true)]
+        sequences: u32,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum Gpu {
+    /// Each device with its plan beside what it reports, and who holds what
+    #[command(alias = "list")]
+    Ls,
+    /// Shares of devices' memory
+    #[command(subcommand)]
+    Partition(Partition),
+    /// Put an agent into a partition; `default` takes it out of any
+    Assign { agent: AgentKey, partition: PartitionId },
+}
+
+#[derive(Subcommand)]
+pub enum Partition {
+    /// List them with what they hold
+    #[command(alias = "list")]
+    Ls,
+    /// Define one, or change it: what is not named stays as it is
+    Set(PartitionSet),
+    /// Remove one; its agents are in the default one then
+    #[command(alias = "remove")]
+    Rm { id: PartitionId },
+}
+
+#[derive(Args)]
+pub struct PartitionSet {
+    pub id: PartitionId,
+    /// A device as `agentctl gpu ls` names it; more than once for several [default: the only one, or host memory]
+    #[arg(long = "device", value_name = "DEVICE")]
+    pub devices: Vec<String>,
+    /// Of all its devices together, such as 512M or 2G
+    #[arg(long, value_parser = agentd_domain::human::parse_bytes)]
+    pub bytes: Option<u64>,
+    /// 0 to 100; who has more goes first
+    #[arg(long)]
+    pub priority: Option<u8>,
+    /// Share among equals, 1 to 1000
+    #[arg(long)]
+    pub weight: Option<u32>,
+    /// Most sequences of its agents at once; 0 for as many as a model has
+    #[arg(long)]
+    pub sequences: Option<u32>,
+    /// Whether its bytes are kept free for it also while it does not use them
+    #[arg(long, value_name = "true|false")]
+    pub guaranteed: Option<bool>,
 }
 
 #[derive(Subcommand)]

@@ -11,6 +11,7 @@ use agentd_domain::health::{PainFrom, Throttle};
 use agentd_domain::human;
 use agentd_domain::initctl::{Clock, Health};
 use agentd_domain::launcher::ExitCause;
+use agentd_domain::ledger::{Basis, Devices, ModelPlan};
 use agentd_domain::secret::SecretInfo;
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -86,6 +87,152 @@ pub fn status(status: &ApplianceStatus) -> String {
     }
     for problem in &status.problems {
         let _ = writeln!(text, "\nproblem: {}\n  why: {}\n  fix: {}", problem.what, problem.why, problem.fix);
+    }
+    text
+}
+
+pub fn devices(devices: &Devices) -> String {
+    let rows = devices.devices.iter().map(|one| {
+        let planned = &one.planned;
+        let computing = planned.compute_bytes.saturating_add(planned.recurrent_bytes);
+        vec![
+            one.name.clone(),
+            human::bytes(one.total_bytes),
+            human::bytes(planned.weights_bytes),
+            human::bytes(planned.kv_bytes),
+            human::bytes(computing),
+            human::bytes(planned.overhead_bytes),
+            human::bytes(one.reserve_bytes),
+            human::bytes(one.free_bytes),
+            human::bytes(one.reported_free_bytes),
+            one.used_bytes.map_or_else(|| "-".to_owned(), human::bytes),
+            one.enforcement.name().to_owned(),
+        ]
+    });
+    let head = [
+        "DEVICE",
+        "BYTES",
+        "WEIGHTS",
+        "KV",
+        "COMPUTING",
+        "LEARNED",
+        "RESERVE",
+        "FREE",
+        "REPORTS FREE",
+        "USES",
+        "KEPT BY",
+    ];
+    let mut text = table(&head, rows);
+    for one in &devices.devices {
+        if let Some(problem) = &one.problem {
+            let _ =
+                writeln!(text, "\nproblem: {}\n  why: {}\n  fix: {}", problem.what, problem.why, problem.fix);
+        }
+    }
+    let models = devices.models.iter().flat_map(|model| {
+        model.need.devices.iter().map(|part| {
+            vec![
+                model.model.clone(),
+                model.partition.to_string(),
+                part.device.clone(),
+                human::bytes(part.weights_bytes),
+                human::bytes(part.kv_bytes),
+                human::bytes(part.compute_bytes.saturating_add(part.recurrent_bytes)),
+                format!("{} of {}", model.cells_held, model.need.cells),
+            ]
+        })
+    });
+    let head = ["MODEL", "LOADED FOR", "DEVICE", "WEIGHTS", "KV", "COMPUTING", "CELLS"];
+    let _ = write!(text, "\n{}\n{}", table(&head, models), partitions(devices));
+    text
+}
+
+pub fn partitions(devices: &Devices) -> String {
+    let rows = devices.partitions.iter().map(|one| {
+        let partition = &one.partition;
+        vec![
+            partition.id.to_string(),
+            partition.devices.join(","),
+            human::bytes(partition.bytes),
+            human::bytes(one.held.weights_bytes),
+            human::bytes(one.held.kv_bytes),
+            human::bytes(one.held.compute_bytes),
+            human::bytes(one.free_bytes),
+            partition.priority.to_string(),
+            partition.weight.to_string(),
+            if partition.guaranteed { "yes" } else { "no" }.to_owned(),
+            one.enforcement.name().to_owned(),
+            one.agents.len().to_string(),
+        ]
+    });
+    let head = [
+        "PARTITION",
+        "DEVICES",
+        "BYTES",
+        "WEIGHTS",
+        "KV",
+        "COMPUTING",
+        "FREE",
+        "PRIORITY",
+        "WEIGHT",
+        "GUARANTEED",
+        "KEPT BY",
+        "AGENTS",
+    ];
+    let mut text = table(&head, rows);
+    for (one, agent) in
+        devices.partitions.iter().flat_map(|one| one.agents.iter().map(move |agent| (one, agent)))
+    {
+        let name = agent.agent.as_ref().map_or_else(|| agent.agent_id.to_string(), ToString::to_string);
+        let kv = human::bytes(agent.kv_bytes);
+        let _ = writeln!(text, "{name} is in {} and holds {} cells ({kv})", one.partition.id, agent.cells);
+    }
+    for problem in devices.partitions.iter().filter_map(|one| one.problem.as_ref()) {
+        let _ = writeln!(text, "\nproblem: {}\n  why: {}\n  fix: {}", problem.what, problem.why, problem.fix);
+    }
+    text
+}
+
+pub fn model_plan(plan: &ModelPlan) -> String {
+    let need = &plan.need;
+    let mut text = pairs(&[
+        ("model", plan.model.clone()),
+        ("architecture", plan.architecture.clone()),
+        ("context", format!("{} tokens of {} sequences together", need.cells, need.sequences)),
+        ("per token", human::bytes(need.kv_bytes_per_cell)),
+        ("in all", human::bytes(need.total_bytes())),
+    ]);
+    let parts = need.devices.iter().map(|part| {
+        vec![
+            part.device.clone(),
+            human::bytes(part.weights_bytes),
+            human::bytes(part.kv_bytes),
+            human::bytes(part.recurrent_bytes),
+            human::bytes(part.compute_bytes),
+            human::bytes(part.overhead_bytes),
+        ]
+    });
+    let head = ["DEVICE", "WEIGHTS", "KV", "STATES", "COMPUTING", "LEARNED"];
+    let _ = write!(text, "\n{}", table(&head, parts));
+    if need.basis == Basis::Header {
+        text.push_str("Room for computing is an upper estimate: the file's header does not say it.\n");
+    }
+    for assumed in &need.assumed {
+        let _ = writeln!(text, "Assumed: {assumed}.");
+    }
+    let fits = plan.fits.iter().map(|fit| {
+        vec![
+            fit.partition.to_string(),
+            human::bytes(fit.bytes),
+            human::bytes(fit.free_bytes),
+            fit.refusal.as_ref().map_or("yes", |refusal| refusal.code.as_str()).to_owned(),
+            fit.context_tokens_most.to_string(),
+        ]
+    });
+    let head = ["PARTITION", "BYTES", "FREE", "FITS", "LONGEST CONTEXT"];
+    let _ = write!(text, "\n{}", table(&head, fits));
+    for refusal in plan.fits.iter().filter_map(|fit| fit.refusal.as_ref()) {
+        let _ = writeln!(text, "\n{}\n  why: {}\n  fix: {}", refusal.what, refusal.why, refusal.fix);
     }
     text
 }

@@ -10,6 +10,7 @@ use agentd_console::{Auth, Authority, StateFiles, boot_clock, router, serve_tls}
 use agentd_domain::api::{Agent, ApplianceStatus, Model};
 use agentd_domain::audit::{Actor, Head, Linked, Record, VERSION, Verdict};
 use agentd_domain::fault::Report;
+use agentd_domain::ledger::{Devices, ModelPlan};
 use agentd_domain::rights::Limit;
 use agentd_domain::token::{Shown, Verified};
 use fake::{Fake, Files, NOW_UNIX_MS};
@@ -298,12 +299,97 @@ async fn what_the_api_says_is_shown_or_passed_on() {
     assert_eq!(models.len(), 3);
     assert!(scene.good(&["model", "ls"]).await.contains("tiny (default)"));
     scene.good(&["model", "rm", "half-model"]).await;
+    let pulled: Vec<Model> = scene.json(&["model", "pull", "https://example.org/new.gguf?x=1"]).await;
+    assert_eq!(pulled[0].name, "new");
+    assert_eq!(
+        scene.bad(2, &["model", "pull", "ftp://example.org/new.gguf"], "").await.code,
+        "url_malformed"
+    );
     scene.good(&["reboot"]).await;
     scene.good(&["poweroff"]).await;
     assert_eq!(
         scene.fake.calls(),
-        ["stop echo", "start echo", "remove indexer", "start indexer", "reboot", "poweroff"]
+        [
+            "stop echo",
+            "start echo",
+            "remove indexer",
+            "start indexer",
+            "pull new from https://example.org/new.gguf?x=1",
+            "pull new from ftp://example.org/new.gguf",
+            "reboot",
+            "poweroff"
+        ]
     );
+}
+
+#[tokio::test]
+async fn devices_are_shared_out_and_plans_made() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    let shown = scene.good(&["gpu", "ls"]).await;
+    for words in
+        ["CUDA0", "kernel", "489 MiB", "4096 of 4096", "echo is in chat and holds 4096 cells", "CUDA7"]
+    {
+        assert!(shown.contains(words), "no {words:?} in\n{shown}");
+    }
+    let set = ["gpu", "partition", "set", "new", "--bytes", "2G", "--guaranteed", "true", "--priority", "90"];
+    let after: Devices = scene.json(&set).await;
+    let new = after.partitions.iter().find(|one| one.partition.id.as_str() == "new").expect("there");
+    assert_eq!((new.partition.devices.as_slice(), new.partition.bytes), (&["CUDA0".to_owned()][..], 2 << 30));
+    assert_eq!((new.partition.priority, new.partition.guaranteed), (90, true));
+    // What is not named stays.
+    let after: Devices = scene.json(&["gpu", "partition", "set", "new", "--weight", "7"]).await;
+    let new = after.partitions.iter().find(|one| one.partition.id.as_str() == "new").expect("there");
+    assert_eq!((new.partition.bytes, new.partition.weight, new.partition.priority), (2 << 30, 7, 90));
+    let report = scene.bad(2, &["gpu", "partition", "set", "other"], "").await;
+    assert_eq!(report.code, "partition_incomplete");
+    scene.good(&["gpu", "assign", "echo", "new"]).await;
+    scene.good(&["gpu", "partition", "rm", "new"]).await;
+    assert_eq!(scene.bad(2, &["gpu", "partition", "rm", "new"], "").await.code, "not_found");
+
+    let plan = scene.good(&["model", "plan", "tiny", "--context", "8192"]).await;
+    for words in ["128 KiB", "upper estimate", "model_too_large", "131072"] {
+        assert!(plan.contains(words), "no {words:?} in\n{plan}");
+    }
+    let missing = scene.bad(2, &["model", "plan", "/nowhere/m.gguf"], "").await;
+    assert_eq!(missing.code, "model_file_unreadable");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("small.gguf");
+    std::fs::write(&file, small_header()).expect("written");
+    let plan: ModelPlan = scene.json(&["model", "plan", file.to_str().expect("a name")]).await;
+    assert_eq!(plan.model, "small");
+    assert_eq!(
+        scene.fake.calls(),
+        [
+            "set partition new",
+            "set partition new",
+            "assign echo to new",
+            "remove partition new",
+            "remove partition new",
+            "plan tiny with 8192",
+            "plan header llama of 2 blocks",
+        ]
+    );
+}
+
+/// As much of a GGUF file as a plan reads.
+fn small_header() -> Vec<u8> {
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+    let mut bytes = b"GGUF".to_vec();
+    bytes.extend(3u32.to_le_bytes());
+    bytes.extend(1u64.to_le_bytes());
+    bytes.extend(2u64.to_le_bytes());
+    bytes.extend([text("general.architecture"), 8u32.to_le_bytes().to_vec(), text("llama")].concat());
+    bytes.extend(
+        [text("llama.block_count"), 4u32.to_le_bytes().to_vec(), 2u32.to_le_bytes().to_vec()].concat(),
+    );
+    bytes.extend(text("token_embd.weight"));
+    bytes.extend(1u32.to_le_bytes());
+    bytes.extend(8u64.to_le_bytes());
+    bytes.extend(0u32.to_le_bytes());
+    bytes.extend(0u64.to_le_bytes());
+    bytes.resize(bytes.len().next_multiple_of(32) + 32, 0);
+    bytes
 }
 
 #[tokio::test]

@@ -29,6 +29,8 @@
 //! | `GET /api/v1/models` | session | | `[`[`Model`]`]` |
 //! | `PUT /api/v1/models/{name}` | session | the GGUF file | [`Model`] |
 //! | `DELETE /api/v1/models/{name}` | session | | 204 |
+//! | `POST /api/v1/models/{name}/pull` | session | [`PullModel`] | NDJSON of [`PullPart`] |
+//! | devices, partitions, plans of models | session | | see [`crate::ledger`] |
 //! | `GET`, `POST /api/v1/secrets`, `DELETE /api/v1/secrets/{name}` | session | | see [`crate::secret`] |
 //! | `GET /api/v1/audit?after=0&limit=200&agent=NAME` | session | | NDJSON of [`crate::audit::Linked`] and [`crate::audit::SignedHead`]; without `after` the newest |
 //! | `GET /api/v1/audit/head` | session | | [`crate::audit::SignedHead`] |
@@ -336,6 +338,27 @@ pub struct ChatRequest {
     /// Retried with the same key, a message is delivered once. The header `Idempotency-Key` says the same.
     #[serde(default)]
     pub idempotency_key: Option<String>,
+}
+
+/// Where a model is to come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PullModel {
+    /// `https://`, or `http://` with a sum.
+    pub url: String,
+    /// What the file's bytes come to, in hex; without it the server's own `.sha256` file is asked, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+}
+
+/// How far a pull is. The last part is `done` or `failed`; a listener that goes away ends the pull, and what has come
+/// stays for the next order.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum PullPart {
+    Progress { bytes: u64, total_bytes: Option<u64> },
+    Done { model: Model },
+    Failed { report: Report },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

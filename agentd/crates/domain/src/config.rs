@@ -7,8 +7,11 @@
 //!         version wrote them); when the owner saves, every problem is an error.
 //! Never:  reads or writes the file; init does (two copies, `init_sys::twofile`).
 
+mod partitions;
+
 use crate::fault::Report;
 use crate::initctl::NetworkSettings;
+use crate::ledger::Partition;
 use crate::net::Host;
 use crate::net::address::{self, Reach};
 use crate::paths;
@@ -27,6 +30,9 @@ pub struct Config {
     pub time: TimeSettings,
     pub console: ConsoleSettings,
     pub egress: EgressSettings,
+    /// `[[gpu.partition]]`. Never written from here: its keys are not the fields' names.
+    #[serde(skip)]
+    pub partitions: Vec<Partition>,
 }
 
 /// `[egress]`: what only the owner can allow agents.
@@ -98,6 +104,7 @@ pub fn parse(text: &str) -> (Config, Vec<Problem>) {
     let mut found = |section: &str| section_table(table.get_ref(), section, &mut problems);
     let (network, time, console, egress) =
         (found("network"), found("time"), found("console"), found("egress"));
+    let gpu = found("gpu");
     if let Some(section) = network
         && let Some(settings) = read_network(section, &mut problems)
     {
@@ -112,7 +119,10 @@ pub fn parse(text: &str) -> (Config, Vec<Problem>) {
     if let Some(section) = egress {
         read_egress(section, &mut config.egress, &mut problems);
     }
-    report_unknown("", table.get_ref(), &["network", "time", "console", "egress"], &mut problems);
+    if let Some(section) = gpu {
+        config.partitions = partitions::read(section, &mut problems);
+    }
+    report_unknown("", table.get_ref(), &["network", "time", "console", "egress", "gpu"], &mut problems);
     (config, problems)
 }
 

@@ -143,8 +143,10 @@ pub struct MemoryPlan {
     pub sequences: u32,
     /// Host memory first, then those devices that get something.
     pub devices: Vec<PlannedDevice>,
-    /// One row of logits, in host memory: at least one for each sequence is kept.
+    /// One row of logits, in host memory.
     pub row_bytes: u64,
+    /// So many rows are kept from the start, one for each sequence id.
+    pub rows_least: u64,
     /// Vocabulary, tables and graphs, in host memory: measured, because llama.cpp counts its buffers only.
     pub overhead_bytes: u64,
     /// What llama.cpp keeps of its cells in host memory when all are in use.
@@ -178,7 +180,7 @@ impl MemoryPlan {
         if device != "host" {
             return buffers;
         }
-        buffers + self.overhead_bytes + self.cells_bytes + rows * self.row_bytes
+        buffers + self.overhead_bytes + self.cells_bytes + rows.max(self.rows_least) * self.row_bytes
     }
 }
 

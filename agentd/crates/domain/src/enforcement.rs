@@ -26,6 +26,16 @@ pub enum Enforcement {
 }
 
 impl Enforcement {
+    /// As in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Advisory => "advisory",
+            Self::Engine => "engine",
+            Self::Kernel => "kernel",
+            Self::Hardware => "hardware",
+        }
+    }
+
     /// Whether a program that is not ours may be let at a device on the strength of this.
     pub fn holds_strangers(self) -> bool {
         self >= Self::Kernel

@@ -12,11 +12,13 @@
 
 mod cursor;
 mod metadata;
+mod shape;
 mod tensors;
 
 use crate::fault::Report;
 use cursor::Cursor;
 pub use metadata::Summary;
+pub use shape::{Block, Shape, WindowPattern};
 
 /// Models carry a few dozen keys; the largest seen have about 60.
 const MAX_KEYS: u64 = 4096;

@@ -16,6 +16,27 @@ pub fn bytes(count: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
+/// Bytes as people write them: a whole number, and perhaps `K`, `M`, `G` or `T` for powers of 1024.
+///
+/// # Errors
+/// A sentence that shows the text and how to write one.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let bad = || format!("`{}` is no number of bytes: write one such as 512M or 2G", text.escape_debug());
+    let power = match text.chars().next_back() {
+        Some('K' | 'k') => 1,
+        Some('M' | 'm') => 2,
+        Some('G' | 'g') => 3,
+        Some('T' | 't') => 4,
+        _ => 0,
+    };
+    let digits = if power == 0 { text } else { text.get(..text.len() - 1).unwrap_or_default() };
+    if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(bad());
+    }
+    let number: u64 = digits.parse().map_err(|_| bad())?;
+    number.checked_mul(1 << (10 * power)).ok_or_else(bad)
+}
+
 /// `3 d 4 h`, `12 min 5 s`, `840 ms`: the two largest units.
 pub fn span_ms(ms: u64) -> String {
     let seconds = ms / 1000;
@@ -67,6 +88,16 @@ mod tests {
         assert_eq!(percent(1, 0), 0);
         assert_eq!(percent(3, 2), 100);
         assert_eq!(percent(u64::MAX, u64::MAX), 100);
+    }
+
+    #[test]
+    fn bytes_as_people_type_them() {
+        assert_eq!(parse_bytes("2G"), Ok(2 << 30));
+        assert_eq!(parse_bytes("512m"), Ok(512 << 20));
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        for wrong in ["", "G", "2GB", "-1", "1.5G", "2 G", "+2G", "99999999T", "é", "2é"] {
+            assert!(parse_bytes(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

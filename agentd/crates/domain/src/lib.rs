@@ -20,6 +20,7 @@ pub mod human;
 pub mod ids;
 pub mod initctl;
 pub mod launcher;
+pub mod ledger;
 pub mod manifest;
 pub mod marker;
 pub mod net;

@@ -19,6 +19,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 /// A stream of whatever kind. With one type for all ended streams a stream inside a stream stays one type.
@@ -67,12 +68,20 @@ impl Ending {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
+        Ok(Box::new(self.client(stream, host).await?))
+    }
+
+    /// The same for a connection that is not a relay's.
+    pub async fn client<S>(&self, stream: S, host: &Host) -> io::Result<TlsStream<S>>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
         let name = match host {
             Host::Name(name) => ServerName::try_from(name.as_str().to_owned()).map_err(io::Error::other)?,
             Host::Address(address) => ServerName::from(*address),
         };
         let connector = self.known.get(host).unwrap_or(&self.public);
-        Ok(Box::new(connector.connect(name, stream).await?))
+        connector.connect(name, stream).await
     }
 }
 

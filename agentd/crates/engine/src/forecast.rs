@@ -31,15 +31,19 @@ pub(crate) fn plan(request: &LoadModel) -> Result<MemoryPlan, Report> {
     let (summary, settings, parameters) = examine(request)?;
     let before = devices::anonymous_bytes();
     let memory = open(request, &parameters, Allocation::Counted)?;
-    let overhead_bytes = devices::anonymous_bytes().saturating_sub(before);
+    let grown_bytes = devices::anonymous_bytes().saturating_sub(before);
+    let row_bytes = u64::from(memory.vocabulary()) * LOGIT_BYTES;
+    // llama.cpp makes these at once, also where nothing else is taken.
+    let rows_least = u64::from(parameters.n_seq_max());
     Ok(MemoryPlan {
         path: request.path.clone(),
         architecture: summary.architecture,
         context_tokens: tokens(request, &parameters),
         sequences: settings.sequences,
         devices: named(memory.buffers()),
-        row_bytes: u64::from(memory.vocabulary()) * LOGIT_BYTES,
-        overhead_bytes,
+        row_bytes,
+        rows_least,
+        overhead_bytes: grown_bytes.saturating_sub(rows_least * row_bytes),
         cells_bytes: match request.kind {
             ModelKind::Chat => u64::from(tokens(request, &parameters)) * CELL_BYTES,
             ModelKind::Embedding => 0,

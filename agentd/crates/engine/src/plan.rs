@@ -17,7 +17,7 @@
 //! Order:  effects are carried out in order, before the batch of the same step.
 
 use crate::radix::{Counts, Domain, Prefixes, SeqId, common};
-use crate::schedule::{Accounts, Pace, Sacrifice, Turn, class, worth_waiting_for};
+use crate::schedule::{Accounts, Pace, Sacrifice, Turn, Urgency, class, worth_waiting_for};
 use crate::shelf::{BlobId, Found, Shelf, Shelves, Tier};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -420,8 +420,9 @@ impl Planner {
         }
         let answering = parts.len() as u32;
         let room = self.room.batch_tokens.saturating_sub(answering);
-        let mut left = self.pace.chunk(answering, room).min(room);
         prompts.sort_by_key(|(turn, _)| *turn);
+        let urgency = self.urgency(&parts, prompts.first().map(|(_, part)| part), now_ms);
+        let mut left = self.pace.chunk(answering, urgency, room).min(room);
         for (_, mut part) in prompts {
             if left == 0 {
                 break;
@@ -434,6 +435,15 @@ impl Planner {
             parts.push(part);
         }
         parts
+    }
+
+    fn urgency(&self, answers: &[Part], first: Option<&Part>, now_ms: u64) -> Urgency {
+        let class_of =
+            |part: &Part| self.requests.get(&part.request).map(|r| r.class_at(now_ms).max(r.boost));
+        match (first.and_then(class_of), answers.iter().filter_map(class_of).max()) {
+            (Some(prompt), Some(answer)) if prompt > answer => Urgency::AboveAllAnswers,
+            _ => Urgency::Usual,
+        }
     }
 
     fn turn(&self, id: RequestId, request: &Request, left: u32, now_ms: u64) -> Turn {

@@ -17,8 +17,14 @@ pub(crate) const TOP_CLASS: u8 = 5;
 /// What one class is worth in time: a request that has waited this long counts as one class higher, so that no
 /// stream of more urgent requests keeps it out for ever. Ten seconds are a long answer on a small machine.
 const CLASS_AGE_MS: u64 = 10_000;
-/// Longest time that a prompt may keep those who answer waiting. Half of what a reader takes for a stall.
+/// Longest step beside somebody who answers. Half of what a reader takes for a stall.
 const STALL: Duration = Duration::from_millis(250);
+/// The same while a prompt is read that is more important than all who answer: nearly all of it.
+const URGENT_STALL: Duration = Duration::from_millis(450);
+/// Where answering alone takes so long that no such time can be kept, a prompt has as much of a step as the answers
+/// have, an urgent one twice as much: it must come to its end there too.
+const OWN_SHARE: f64 = 1.0;
+const URGENT_SHARE: f64 = 2.0;
 /// A chunk is never smaller: below this the weights are read for too few tokens.
 const MIN_CHUNK_TOKENS: u32 = 32;
 /// The first chunk beside somebody who answers, before anything was measured.
@@ -120,6 +126,13 @@ impl Accounts {
     }
 }
 
+/// How a prompt stands to those who answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Urgency {
+    Usual,
+    AboveAllAnswers,
+}
+
 /// What steps take on this machine, measured as they go by.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
@@ -145,15 +158,20 @@ impl Pace {
     }
 
     /// Prompt tokens of the next step.
-    pub(crate) fn chunk(&self, answering: u32, most: u32) -> u32 {
+    pub(crate) fn chunk(&self, answering: u32, urgency: Urgency, most: u32) -> u32 {
         if answering == 0 {
             return most;
         }
         let Some(rate) = self.prompt_tokens_per_ms else {
             return FIRST_CHUNK_TOKENS.min(most);
         };
-        let left_ms = STALL.as_secs_f64() * 1000.0 - self.answer_ms.unwrap_or(0.0);
-        let tokens = (rate * left_ms.max(0.0)).min(f64::from(most)) as u32;
+        let (stall, share) = match urgency {
+            Urgency::Usual => (STALL, OWN_SHARE),
+            Urgency::AboveAllAnswers => (URGENT_STALL, URGENT_SHARE),
+        };
+        let answer_ms = self.answer_ms.unwrap_or(0.0);
+        let own_ms = (stall.as_secs_f64() * 1000.0 - answer_ms).max(share * answer_ms);
+        let tokens = (rate * own_ms).min(f64::from(most)) as u32;
         tokens.max(MIN_CHUNK_TOKENS).min(most)
     }
 
@@ -232,18 +250,27 @@ mod tests {
     #[test]
     fn a_chunk_is_as_long_as_a_stall_may_be() {
         let mut pace = Pace::default();
-        assert_eq!(pace.chunk(0, 512), 512, "nobody is kept waiting");
-        assert_eq!(pace.chunk(3, 512), FIRST_CHUNK_TOKENS);
+        assert_eq!(pace.chunk(0, Urgency::Usual, 512), 512, "nobody is kept waiting");
+        assert_eq!(pace.chunk(3, Urgency::Usual, 512), FIRST_CHUNK_TOKENS);
         // 512 tokens a second, an answer's step takes 50 ms.
         pace.measured(0, 3, Duration::from_millis(50));
         for _ in 0..30 {
             pace.measured(100, 3, Duration::from_micros(50_000 + 195_312));
         }
-        assert_eq!(pace.chunk(3, 512), 102, "200 ms at 512 tokens a second");
+        assert_eq!(pace.chunk(3, Urgency::Usual, 512), 102, "200 ms at 512 tokens a second");
+        assert_eq!(pace.chunk(3, Urgency::AboveAllAnswers, 512), 204, "400 ms");
         assert_eq!(pace.prompt_ms(512), 999);
-        // A machine so slow that nothing fits into the time still reads something.
-        pace.measured(0, 3, Duration::from_secs(60));
-        assert_eq!(pace.chunk(3, 512), MIN_CHUNK_TOKENS);
+        // Answering alone takes half a second: nothing fits, and prompts have as much again.
+        for _ in 0..60 {
+            pace.measured(0, 3, Duration::from_millis(500));
+        }
+        assert_eq!(pace.chunk(3, Urgency::Usual, 2048), 256);
+        assert_eq!(pace.chunk(3, Urgency::AboveAllAnswers, 2048), 512);
+        // A machine that reads very slowly still reads something.
+        for _ in 0..60 {
+            pace.measured(100, 3, Duration::from_secs(100));
+        }
+        assert_eq!(pace.chunk(3, Urgency::Usual, 512), MIN_CHUNK_TOKENS);
     }
 
     #[test]

@@ -29,11 +29,10 @@ const MAX_DEPTH: usize = 64;
 const MAX_KEPT: usize = 64;
 
 /// What the converter turns into rules.
-const ENFORCED: [&str; 24] = [
+const ENFORCED: [&str; 23] = [
     "$defs",
     "$ref",
     "additionalProperties",
-    "allOf",
     "anyOf",
     "const",
     "definitions",
@@ -69,8 +68,22 @@ const REMARKS: [&str; 11] = [
     "title",
     "writeOnly",
 ];
-/// Formats that the converter has rules for.
-const FORMATS: [&str; 5] = ["date", "date-time", "time", "uuid", "uri"];
+/// Words that are enforced in some company only: a bound of a number is not, unless the number is an integer; a pattern
+/// that the converter does not understand becomes any text. Whether they are shows in what the converter makes.
+const BOUNDS: [&str; 10] = [
+    "exclusiveMaximum",
+    "exclusiveMinimum",
+    "format",
+    "maxItems",
+    "maxLength",
+    "maximum",
+    "minItems",
+    "minLength",
+    "minimum",
+    "pattern",
+];
+/// Each of these is the whole rule: the converter looks at nothing that stands beside it.
+const ALONE: [&str; 5] = ["$ref", "anyOf", "oneOf", "const", "enum"];
 
 /// The compiled grammars of one model.
 #[derive(Default)]
@@ -228,10 +241,8 @@ fn checked(text: &str) -> Result<(), Report> {
 
 fn check(schema: &Value, at: &str) -> Result<(), Report> {
     let schema = match schema {
-        Value::Bool(true) => return Ok(()),
-        Value::Bool(false) => return Err(schema_wrong(format!("{at}: `false` accepts nothing"))),
         Value::Object(schema) => schema,
-        _ => return Err(schema_wrong(format!("{at}: a schema is an object, true or false"))),
+        _ => return Err(schema_wrong(format!("{at}: a schema must be an object"))),
     };
     for key in schema.keys() {
         if !ENFORCED.contains(&key.as_str()) && !REMARKS.contains(&key.as_str()) {
@@ -239,12 +250,13 @@ fn check(schema: &Value, at: &str) -> Result<(), Report> {
         }
     }
     possible(schema, at)?;
+    enforced(schema, at)?;
     for key in ["properties", "$defs", "definitions"] {
         for (name, inner) in schema.get(key).and_then(Value::as_object).into_iter().flatten() {
             check(inner, &format!("{at}/{key}/{name}"))?;
         }
     }
-    for key in ["anyOf", "oneOf", "allOf", "prefixItems"] {
+    for key in ["anyOf", "oneOf", "prefixItems", "items"] {
         for (index, inner) in schema.get(key).and_then(Value::as_array).into_iter().flatten().enumerate() {
             check(inner, &format!("{at}/{key}/{index}"))?;
         }
@@ -277,18 +289,59 @@ fn possible(schema: &Map<String, Value>, at: &str) -> Result<(), Report> {
             return impossible(format!("no value has `{least}` {low} and `{most}` {high}"));
         }
     }
-    if let Some(format) = schema.get("format").and_then(Value::as_str)
-        && !FORMATS.contains(&format)
-        && !format.starts_with("uuid")
-    {
-        return impossible(format!("the format `{format}` cannot be enforced"));
-    }
     let closed = schema.get("additionalProperties") == Some(&Value::Bool(false));
     for name in schema.get("required").and_then(Value::as_array).into_iter().flatten() {
         let Some(name) = name.as_str() else { return impossible("`required` has names only".to_owned()) };
         let known = schema.get("properties").is_some_and(|properties| properties.get(name).is_some());
         if closed && !known {
             return impossible(format!("`{name}` is required and not among the properties"));
+        }
+    }
+    Ok(())
+}
+
+/// Words that the converter would leave out where they stand.
+fn enforced(schema: &Map<String, Value>, at: &str) -> Result<(), Report> {
+    let refused =
+        |key: &str, why: &str| Err(schema_wrong(format!("{at}/{key}: `{key}` cannot be enforced {why}")));
+    if let Some(whole) = ALONE.iter().find(|key| schema.contains_key(**key)) {
+        let remark = |key: &str| REMARKS.contains(&key) || ["$defs", "definitions"].contains(&key);
+        let beside = |key: &&String| {
+            // The type of a constant says nothing new.
+            key.as_str() != *whole
+                && !remark(key)
+                && !(key.as_str() == "type" && ["const", "enum"].contains(whole))
+        };
+        if let Some(key) = schema.keys().find(beside) {
+            return refused(key, &format!("beside `{whole}`"));
+        }
+    }
+    let tuple = schema.contains_key("prefixItems") || schema.get("items").is_some_and(Value::is_array);
+    if tuple && let Some(key) = ["minItems", "maxItems"].into_iter().find(|key| schema.contains_key(*key)) {
+        return refused(key, "on a list of given items");
+    }
+    if schema.contains_key("prefixItems") && schema.contains_key("items") {
+        return refused("prefixItems", "beside `items`");
+    }
+    let is_bound = |key: &str| BOUNDS.contains(&key);
+    let own: Map<String, Value> = schema
+        .iter()
+        .filter(|(key, _)| is_bound(key) || *key == "type")
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect();
+    let grammar_of = |schema: &Map<String, Value>| {
+        json_schema_to_grammar(&Value::Object(schema.clone()).to_string())
+            .map_err(|_| schema_wrong(format!("{at}: the bounds in it are not of a form that is known")))
+    };
+    for key in own.keys().filter(|key| is_bound(key)) {
+        let trivial = ["minItems", "minLength"].contains(&key.as_str()) && own[key] == 0;
+        let mut without = own.clone();
+        without.remove(key);
+        let grammar = grammar_of(&own)?;
+        // What the converter writes for a pattern that it cannot follow.
+        let any_text = key == "pattern" && grammar.lines().any(|line| line.trim() == "root ::= string");
+        if any_text || (!trivial && grammar == grammar_of(&without)?) {
+            return refused(key, "as it stands here: it would change nothing");
         }
     }
     Ok(())
@@ -310,7 +363,7 @@ mod tests {
                     "required": ["a"], "additionalProperties": false, "title": "T" }),
             json!({ "type": "array", "items": { "$ref": "#/$defs/x" }, "minItems": 1, "maxItems": 3,
                     "$defs": { "x": { "enum": ["a", "b", null] } } }),
-            json!({ "anyOf": [{ "type": "string", "pattern": "^[a-z]{1,3}$" }, { "const": 5 }, true] }),
+            json!({ "anyOf": [{ "type": "string", "pattern": "^[a-z]{1,3}$" }, { "const": 5 }, {}] }),
         ] {
             checked(&schema.to_string()).unwrap_or_else(|report| panic!("{schema}: {report}"));
             assert!(json_schema_to_grammar(&schema.to_string()).expect("a grammar").contains("root ::="));
@@ -322,11 +375,16 @@ mod tests {
         for (schema, place) in [
             (json!({ "properties": { "a": { "multipleOf": 3 } } }), "#/properties/a/multipleOf"),
             (json!({ "anyOf": [{}, { "not": {} }] }), "#/anyOf/1/not"),
+            (json!({ "anyOf": [{}], "properties": {} }), "#/properties"),
+            (json!({ "type": "number", "minimum": 3 }), "#/minimum"),
+            (json!({ "type": "string", "pattern": "^(?=a)b$" }), "#/pattern"),
+            (json!({ "type": "string", "pattern": "^a$", "maxLength": 3 }), "#/maxLength"),
+            (json!({ "minLength": 1, "type": "object" }), "#/minLength"),
             (json!({ "items": { "uniqueItems": true } }), "#/items/uniqueItems"),
             (json!({ "enum": [] }), "`enum`"),
             (json!({ "minLength": 5, "maxLength": 2 }), "`minLength` 5"),
             (json!({ "required": ["b"], "additionalProperties": false }), "`b` is required"),
-            (json!({ "format": "hostname" }), "`hostname`"),
+            (json!({ "type": "string", "format": "hostname" }), "#/format"),
             (json!({ "$defs": { "x": false } }), "#/$defs/x"),
             (json!([1]), "an object"),
         ] {

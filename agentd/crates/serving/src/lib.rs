@@ -10,6 +10,7 @@
 //! Source: <https://platform.openai.com/docs/api-reference>, and what the `openai` Python package sends.
 #![forbid(unsafe_code)]
 
+mod choices;
 mod error;
 mod handle;
 mod meter;

@@ -12,6 +12,8 @@ pub struct Used {
     pub prompt_tokens: u32,
     /// 0 for embeddings.
     pub completion_tokens: u32,
+    /// Prompt tokens that needed no computing.
+    pub cached_tokens: u32,
 }
 
 /// Cheap to clone; all clones show the same.

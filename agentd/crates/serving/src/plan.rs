@@ -12,6 +12,8 @@ use serde_json::Value;
 const MAX_STOPS: usize = 16;
 /// One batch of texts; OpenAI allows 2048, which one slow CPU would work on for minutes.
 pub const MAX_EMBED_INPUTS: usize = 256;
+/// As many as run at once unless a model is loaded with more; OpenAI allows 128, which would only wait for each other.
+const MAX_CHOICES: i64 = 8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivery {
@@ -23,6 +25,8 @@ pub enum Delivery {
 pub struct Planned {
     pub generate: Generate,
     pub delivery: Delivery,
+    /// Answers to the same prompt: `n`. The engine reads the prompt once.
+    pub choices: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -215,6 +219,7 @@ fn finish(
     };
     let sampling = sampling(&common)?;
     let shape = shape(&common)?;
+    let choices = choices(&common)?;
     let stop = common.stop.map(OneOrMany::into_vec).unwrap_or_default();
     if stop.len() > MAX_STOPS || stop.iter().any(String::is_empty) {
         let text = format!("`stop` takes up to {MAX_STOPS} texts, none of them empty");
@@ -230,7 +235,7 @@ fn finish(
         share: Share::default(),
         shape,
     };
-    Ok(Planned { generate, delivery })
+    Ok(Planned { generate, delivery, choices })
 }
 
 fn sampling(common: &Common) -> Result<Sampling, ApiError> {
@@ -261,13 +266,6 @@ fn sampling(common: &Common) -> Result<Sampling, ApiError> {
 }
 
 fn refuse_unsupported(common: &Common) -> Result<(), ApiError> {
-    if common.n.is_some_and(|n| n != 1) {
-        return Err(ApiError::invalid(
-            "n",
-            "n_unsupported",
-            "only `n` = 1 is supported: send the request again for more",
-        ));
-    }
     let given = |value: &Option<Value>| match value {
         None | Some(Value::Null | Value::Bool(false)) => false,
         Some(Value::Array(items)) => !items.is_empty(),
@@ -283,6 +281,15 @@ fn refuse_unsupported(common: &Common) -> Result<(), ApiError> {
         return Err(unsupported("logprobs"));
     }
     Ok(())
+}
+
+fn choices(common: &Common) -> Result<u32, ApiError> {
+    let n = common.n.unwrap_or(1);
+    if !(1..=MAX_CHOICES).contains(&n) {
+        let text = format!("`n` must be 1 to {MAX_CHOICES}, it is {n}");
+        return Err(ApiError::invalid("n", "out_of_range", text));
+    }
+    Ok(n as u32)
 }
 
 /// `response_format` as OpenAI has it, `grammar` as llama.cpp's server has it. The engine says what is wrong inside.

@@ -1,7 +1,8 @@
 //! What do OpenAI's clients read?
 
+use crate::meter::Used;
 use crate::plan::Encoding;
-use agentd_domain::engine::{Done, FinishReason};
+use agentd_domain::engine::FinishReason;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
@@ -22,54 +23,65 @@ pub struct Head {
 }
 
 impl Head {
-    pub fn whole(&self, text: &str, done: &Done) -> Value {
-        let reason = finish_reason(done.reason);
-        let (object, choice) = match self.api {
-            Api::Chat => (
-                "chat.completion",
-                json!({ "index": 0, "message": { "role": "assistant", "content": text, "refusal": null },
-                        "logprobs": null, "finish_reason": reason }),
-            ),
-            Api::Completion => (
-                "text_completion",
-                json!({ "index": 0, "text": text, "logprobs": null, "finish_reason": reason }),
-            ),
+    /// Texts in the order of their choices, each with how it ended.
+    pub fn whole(&self, said: &[(String, FinishReason)], used: &Used) -> Value {
+        let choice = |(index, (text, reason)): (usize, &(String, FinishReason))| {
+            let reason = finish_reason(*reason);
+            match self.api {
+                Api::Chat => {
+                    json!({ "index": index, "message": { "role": "assistant", "content": text, "refusal": null },
+                            "logprobs": null, "finish_reason": reason })
+                }
+                Api::Completion => {
+                    json!({ "index": index, "text": text, "logprobs": null, "finish_reason": reason })
+                }
+            }
         };
+        let object = match self.api {
+            Api::Chat => "chat.completion",
+            Api::Completion => "text_completion",
+        };
+        let choices: Vec<Value> = said.iter().enumerate().map(choice).collect();
         json!({ "id": self.id, "object": object, "created": self.created_unix_s, "model": self.model,
-                "choices": [choice], "usage": usage(done) })
+                "choices": choices, "usage": usage(used) })
     }
 
-    /// The first chunk of a chat stream: clients take the role from it.
-    pub fn opening(&self) -> Option<Value> {
+    /// The first chunk of a choice in a chat stream: clients take the role from it.
+    pub fn opening(&self, index: usize) -> Option<Value> {
         match self.api {
             Api::Chat => Some(self.chunk(json!([{
-                "index": 0, "delta": { "role": "assistant", "content": "" }, "logprobs": null, "finish_reason": null,
+                "index": index, "delta": { "role": "assistant", "content": "" }, "logprobs": null,
+                "finish_reason": null,
             }]))),
             Api::Completion => None,
         }
     }
 
-    pub fn piece(&self, text: &str) -> Value {
+    pub fn piece(&self, index: usize, text: &str) -> Value {
         self.chunk(match self.api {
             Api::Chat => {
-                json!([{ "index": 0, "delta": { "content": text }, "logprobs": null, "finish_reason": null }])
+                json!([{ "index": index, "delta": { "content": text }, "logprobs": null, "finish_reason": null }])
             }
-            Api::Completion => json!([{ "index": 0, "text": text, "logprobs": null, "finish_reason": null }]),
+            Api::Completion => {
+                json!([{ "index": index, "text": text, "logprobs": null, "finish_reason": null }])
+            }
         })
     }
 
-    pub fn closing(&self, done: &Done) -> Value {
-        let reason = finish_reason(done.reason);
+    pub fn closing(&self, index: usize, reason: FinishReason) -> Value {
+        let reason = finish_reason(reason);
         self.chunk(match self.api {
-            Api::Chat => json!([{ "index": 0, "delta": {}, "logprobs": null, "finish_reason": reason }]),
-            Api::Completion => json!([{ "index": 0, "text": "", "logprobs": null, "finish_reason": reason }]),
+            Api::Chat => json!([{ "index": index, "delta": {}, "logprobs": null, "finish_reason": reason }]),
+            Api::Completion => {
+                json!([{ "index": index, "text": "", "logprobs": null, "finish_reason": reason }])
+            }
         })
     }
 
     /// Asked for with `stream_options.include_usage`: a last chunk without choices.
-    pub fn usage(&self, done: &Done) -> Value {
+    pub fn usage(&self, used: &Used) -> Value {
         let mut chunk = self.chunk(json!([]));
-        chunk["usage"] = usage(done);
+        chunk["usage"] = usage(used);
         chunk
     }
 
@@ -102,10 +114,10 @@ pub fn embeddings(model: &str, vectors: &[Vec<f32>], tokens: u32, encoding: Enco
             "usage": { "prompt_tokens": tokens, "total_tokens": tokens } })
 }
 
-fn usage(done: &Done) -> Value {
-    json!({ "prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
-            "total_tokens": done.prompt_tokens + done.completion_tokens,
-            "prompt_tokens_details": { "cached_tokens": done.cached_tokens } })
+fn usage(used: &Used) -> Value {
+    json!({ "prompt_tokens": used.prompt_tokens, "completion_tokens": used.completion_tokens,
+            "total_tokens": used.prompt_tokens + used.completion_tokens,
+            "prompt_tokens_details": { "cached_tokens": used.cached_tokens } })
 }
 
 fn finish_reason(reason: FinishReason) -> &'static str {

@@ -4,13 +4,14 @@
 //! back. A stream that fails midway says so in a last `data:` line with an `error`, which OpenAI's clients raise; it
 //! then ends without `[DONE]`. With a key the answer's `id` follows from it: a repeated answer is the same one.
 
+use crate::choices::{self, Said};
 use crate::error::ApiError;
-use crate::handle::{EngineHandle, Leaving, Piece, Pieces};
+use crate::handle::{EngineHandle, Leaving, Piece};
 use crate::meter::{Meter, Used};
 use crate::plan::{self, Delivery, Planned};
 use crate::request::{ChatRequest, CompletionRequest, EmbeddingsRequest};
 use crate::response::{self, Api, Head};
-use agentd_domain::engine::{Done, Generate, Share};
+use agentd_domain::engine::{Generate, Share};
 use agentd_domain::fault::Report;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
@@ -84,7 +85,12 @@ async fn embeddings(
     let got = front.engine.embed(planned.model.clone(), planned.inputs).await?;
     let answer = response::embeddings(&planned.model, &got.vectors, got.tokens, planned.encoding);
     let meter = Meter::default();
-    meter.fill(Used { model: planned.model, prompt_tokens: got.tokens, completion_tokens: 0 });
+    meter.fill(Used {
+        model: planned.model,
+        prompt_tokens: got.tokens,
+        completion_tokens: 0,
+        cached_tokens: 0,
+    });
     Ok(metered(Json(answer).into_response(), meter))
 }
 
@@ -134,35 +140,33 @@ impl Front {
             model: planned.generate.model.clone(),
         };
         let generate = Generate { share: self.share.clone(), ..planned.generate };
-        let pieces = self.engine.generate(generate, leaving).await?;
+        let mut all = Vec::new();
+        for index in 0..planned.choices as usize {
+            all.push(self.engine.generate(choices::one(&generate, index), leaving).await?);
+        }
+        let said = Said::new(head.model.clone(), all);
         match planned.delivery {
-            Delivery::Whole => whole(head, pieces).await,
-            Delivery::Stream { usage } => Ok(streamed(head, pieces, usage)),
+            Delivery::Whole => whole(head, said).await,
+            Delivery::Stream { usage } => Ok(streamed(head, said, usage)),
         }
     }
 }
 
-async fn whole(head: Head, mut pieces: Pieces) -> Result<Response, ApiError> {
-    let mut text = String::new();
-    while let Some(piece) = pieces.next().await {
-        match piece? {
-            Piece::Text(more) => text.push_str(&more),
-            Piece::Done(done) => {
-                let meter = Meter::default();
-                meter.fill(used(&head, &done));
-                return Ok(metered(Json(head.whole(&text, &done)).into_response(), meter));
-            }
+async fn whole(head: Head, mut said: Said) -> Result<Response, ApiError> {
+    let mut texts = vec![String::new(); said.count()];
+    while let Some((index, piece)) = said.next().await? {
+        if let Piece::Text(more) = piece {
+            texts[index].push_str(&more);
+        }
+        if let Some(used) = said.used() {
+            let ended: Vec<_> = texts.into_iter().zip(said.reasons()).collect();
+            let answer = Json(head.whole(&ended, &used)).into_response();
+            let meter = Meter::default();
+            meter.fill(used);
+            return Ok(metered(answer, meter));
         }
     }
     Err(cut_short().into())
-}
-
-fn used(head: &Head, done: &Done) -> Used {
-    Used {
-        model: head.model.clone(),
-        prompt_tokens: done.prompt_tokens,
-        completion_tokens: done.completion_tokens,
-    }
 }
 
 fn metered(mut response: Response, meter: Meter) -> Response {
@@ -170,37 +174,36 @@ fn metered(mut response: Response, meter: Meter) -> Response {
     response
 }
 
-fn streamed(head: Head, pieces: Pieces, usage: bool) -> Response {
-    let opening = stream::iter(head.opening().map(data));
+fn streamed(head: Head, said: Said, usage: bool) -> Response {
+    let opening: Vec<Event> = (0..said.count()).filter_map(|index| head.opening(index)).map(data).collect();
     let meter = Meter::default();
-    let state = Some((head, pieces, meter.clone()));
+    let state = Some((head, said, meter.clone()));
     let rest = stream::unfold(state, move |state| async move {
-        let (head, mut pieces, meter) = state?;
-        let lines = match pieces.next().await {
-            Some(Ok(Piece::Text(text))) => {
-                let line = data(head.piece(&text));
-                return Some((vec![line], Some((head, pieces, meter))));
+        let (head, mut said, meter) = state?;
+        let lines = match said.next().await {
+            Ok(Some((index, Piece::Text(text)))) => {
+                let line = data(head.piece(index, &text));
+                return Some((vec![line], Some((head, said, meter))));
             }
-            Some(Ok(Piece::Done(done))) => {
-                meter.fill(used(&head, &done));
-                ending(&head, &done, usage)
+            Ok(Some((index, Piece::Done(done)))) => {
+                let mut lines = vec![data(head.closing(index, done.reason))];
+                let Some(used) = said.used() else {
+                    return Some((lines, Some((head, said, meter))));
+                };
+                meter.fill(used.clone());
+                if usage {
+                    lines.push(data(head.usage(&used)));
+                }
+                lines.push(Event::default().data("[DONE]"));
+                lines
             }
-            Some(Err(report)) => vec![data(ApiError::from(report).body())],
-            None => vec![data(ApiError::from(cut_short()).body())],
+            Ok(None) => vec![data(ApiError::from(cut_short()).body())],
+            Err(report) => vec![data(ApiError::from(report).body())],
         };
         Some((lines, None))
     });
     let lines = rest.flat_map(stream::iter);
-    metered(Sse::new(opening.chain(lines).map(Ok::<_, Infallible>)).into_response(), meter)
-}
-
-fn ending(head: &Head, done: &Done, usage: bool) -> Vec<Event> {
-    let mut lines = vec![data(head.closing(done))];
-    if usage {
-        lines.push(data(head.usage(done)));
-    }
-    lines.push(Event::default().data("[DONE]"));
-    lines
+    metered(Sse::new(stream::iter(opening).chain(lines).map(Ok::<_, Infallible>)).into_response(), meter)
 }
 
 fn data(value: Value) -> Event {

@@ -206,6 +206,7 @@ impl Scene {
                 sockets: folder.path().to_owned(),
                 memory_max_bytes: 1,
                 load_patience: std::time::Duration::from_secs(2),
+                gate: std::sync::Arc::new(|_, _, _| Ok(())),
             },
             std::future::pending(),
         );
@@ -225,6 +226,7 @@ impl Scene {
             inbox: inbox.clone(),
             memories: memories.clone(),
             engine,
+            gpu: crate::gpu::Gpu::new(0),
             audit: audit.clone(),
             launcher: launcher.clone(),
             tokens: tokens.clone(),

@@ -1,6 +1,6 @@
 //! Is what is shared, swapped and brought back the same as what is computed alone?
 //!
-//! The tiny model at its own length has a cache in 32-bit numbers: there text must be equal. At 128 Ki cells the cache
+//! The tiny model at its own length has a cache in 32-bit numbers: there text must be equal. With more than 64 Ki cells the cache
 //! is in 16-bit numbers and attention is llama.cpp's flash attention, as for real models: there logits agree within
 //! [`F16_TOLERANCE`].
 
@@ -11,7 +11,7 @@ use agentd_domain::engine::{Generate, ModelKind, ModelUsage, Prompt, Request, Sh
 const EXACT_TOLERANCE: f32 = 1e-4;
 const F16_TOLERANCE: f32 = 0.02;
 /// Cells with which the cache is in 16-bit numbers.
-const F16_CONTEXT: u32 = 128 * 1024;
+const F16_CONTEXT: u32 = 66_048;
 
 pub fn tokens(seed: i32, length: i32) -> Vec<i32> {
     // Not the first three: they are the special ones.
@@ -120,9 +120,8 @@ fn what_was_put_aside_comes_back_the_same() {
             let mut seed = 100;
             while client.usage().swapped_out == 0 {
                 seed += 1;
-                let length = (context as i32 / 3).min(20_000);
-                client.logits_with("tiny", &tokens(seed, length), Some(of("b")));
-                assert!(seed < 140, "nothing is ever put aside");
+                client.logits_with("tiny", &tokens(seed, 1500), Some(of("b")));
+                assert!(seed < 160, "nothing is ever put aside");
             }
             let before = client.usage();
             let files = std::fs::read_dir(engine.scratch("swap")).expect("the folder").count();
@@ -173,7 +172,7 @@ fn files_that_are_lost_or_broken_cost_time_and_nothing_else() {
 fn what_is_kept_is_bounded() {
     let Some((_engine, mut client)) = with_tiny(&["--swap-memory-mib", "2"], (4096, 8)) else { return };
     let round = |client: &mut Client, from: i32| {
-        for seed in from..from + 60 {
+        for seed in from..from + 30 {
             let answer = client.generate(asked(&format!("k{seed}"), &tokens(seed, 700), 4, of("a")));
             assert!(answer.end.is_ok());
         }
@@ -183,7 +182,7 @@ fn what_is_kept_is_bounded() {
     let after_many = round(&mut client, 1000);
     let usage = client.usage();
     assert!(usage.swap_memory_bytes <= 2 * 1024 * 1024, "{usage:?}");
-    assert!(usage.swapped_out > 50, "{usage:?}");
+    assert!(usage.swapped_out > 20, "{usage:?}");
     assert!(after_many < after_some + 4 * 1024 * 1024, "{after_some} then {after_many}");
     whole(&usage);
 }

@@ -11,6 +11,7 @@ pub enum Section {
     Overview,
     Agents,
     Models,
+    Devices,
     Audit,
 }
 
@@ -20,6 +21,7 @@ pub fn page(title: &str, section: Section, health: Health, main: &Markup) -> Mar
         (Section::Overview, "/", "Overview"),
         (Section::Agents, "/agents", "Agents"),
         (Section::Models, "/models", "Models"),
+        (Section::Devices, "/devices", "Devices"),
         (Section::Audit, "/audit", "Audit"),
     ];
     let header = html! {

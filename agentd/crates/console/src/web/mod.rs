@@ -7,6 +7,7 @@
 mod agents;
 pub mod assets;
 mod audit;
+mod devices;
 mod health;
 mod layout;
 mod models;
@@ -125,6 +126,11 @@ pub async fn to_agent(Name(name): Name) -> Done {
 pub async fn models(State(appliance): Machine) -> Shown {
     let models = within(SHORT, appliance.models()).await?;
     Ok(models::list(&models, appliance.health()))
+}
+
+pub async fn devices(State(appliance): Machine) -> Shown {
+    let devices = within(SHORT, appliance.devices()).await?;
+    Ok(devices::list(&devices, appliance.health()))
 }
 
 pub async fn remove_model(State(appliance): Machine, Name(name): Name) -> Done {

@@ -4,16 +4,20 @@
 //! It keeps the trait's promises: errors are reports, a flow ends, an upload that breaks off leaves nothing.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+mod devices;
+mod models;
+
 use agentd_console::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, StateFiles, Upload};
 use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::*;
 use agentd_domain::audit::{Linked, SignedHead};
-use agentd_domain::engine::{Device, LoadedModel, ModelKind};
+use agentd_domain::engine::{Device, LoadedModel};
 use agentd_domain::fault::Report;
 use agentd_domain::health::{Note, Pain, PainFrom, Pressure, Severity, Throttle};
 use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::{Clock, Health};
 use agentd_domain::launcher::{ExitCause, ExitRecord};
+use agentd_domain::ledger::*;
 use agentd_domain::manifest::Limits;
 use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::*;
@@ -21,7 +25,9 @@ use agentd_domain::rights::Rights;
 use agentd_domain::secret::{SecretInfo, SecretOrder};
 use agentd_domain::token::*;
 use bytes::Bytes;
+use devices::{devices, model_plan, partition_view};
 use futures::StreamExt;
+use models::{chat_model, cut_model, embedder};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -42,6 +48,7 @@ struct Inner {
     /// As agentd keeps it: each record's line, and each head's behind it.
     audit: Vec<u8>,
     secrets: Vec<SecretInfo>,
+    devices: Devices,
 }
 
 pub const NOW_UNIX_MS: i64 = 1_795_176_243_000;
@@ -67,6 +74,7 @@ impl Default for Fake {
                 calls: Vec::new(),
                 audit,
                 secrets: Vec::new(),
+                devices: devices(),
             }),
             log: tokio::sync::broadcast::channel(64).0,
         }
@@ -289,6 +297,73 @@ impl Appliance for Fake {
                 "`agentctl model ls` shows the names",
             )
         }))
+    }
+
+    fn pull_model(&self, name: ModelName, from: PullModel) -> Pending<'_, Flow<PullPart>> {
+        self.note(format!("pull {name} from {}", from.url));
+        if !from.url.starts_with("https://") {
+            let fix = "name an https address";
+            return ready(Err(Report::caller(
+                "url_malformed",
+                "the model was not pulled",
+                "no address",
+                fix,
+            )));
+        }
+        let mut model = chat_model();
+        model.name = name.as_str().to_owned();
+        let parts = vec![
+            PullPart::Progress { bytes: 512, total_bytes: Some(1024) },
+            PullPart::Progress { bytes: 1024, total_bytes: Some(1024) },
+            PullPart::Done { model },
+        ];
+        ready(Ok(Box::pin(futures::stream::iter(parts)) as Flow<PullPart>))
+    }
+
+    fn devices(&self) -> Pending<'_, Devices> {
+        ready(Ok(self.inner.lock().expect("lock").devices.clone()))
+    }
+
+    fn set_partition(&self, partition: Partition) -> Pending<'_, Devices> {
+        self.note(format!("set partition {}", partition.id));
+        let mut inner = self.inner.lock().expect("lock");
+        inner.devices.partitions.retain(|one| one.partition.id != partition.id);
+        inner.devices.partitions.push(partition_view(partition));
+        ready(Ok(inner.devices.clone()))
+    }
+
+    fn remove_partition(&self, id: PartitionId) -> Pending<'_, Devices> {
+        self.note(format!("remove partition {id}"));
+        let mut inner = self.inner.lock().expect("lock");
+        let before = inner.devices.partitions.len();
+        inner.devices.partitions.retain(|one| one.partition.id != id);
+        ready(if inner.devices.partitions.len() < before {
+            Ok(inner.devices.clone())
+        } else {
+            let why = format!("there is no partition `{id}`");
+            Err(Report::caller(
+                "not_found",
+                "nothing was removed",
+                why,
+                "`agentctl gpu partition ls` shows them",
+            ))
+        })
+    }
+
+    fn assign_partition(&self, agent: AgentKey, to: PartitionId) -> Pending<'_, Devices> {
+        self.note(format!("assign {agent} to {to}"));
+        let found = self.find(&agent, |_| ());
+        ready(found.map(|()| self.inner.lock().expect("lock").devices.clone()))
+    }
+
+    fn plan_model(&self, name: ModelName, context_tokens: u32, _sequences: u32) -> Pending<'_, ModelPlan> {
+        self.note(format!("plan {name} with {context_tokens}"));
+        ready(Ok(model_plan(name.as_str())))
+    }
+
+    fn plan_header(&self, order: PlanOrder) -> Pending<'_, ModelPlan> {
+        self.note(format!("plan header {} of {} blocks", order.architecture, order.shape.blocks.len()));
+        ready(Ok(model_plan(&order.model)))
     }
 
     fn secrets(&self) -> Pending<'_, Vec<SecretInfo>> {
@@ -571,53 +646,6 @@ fn broken() -> Agent {
         problem: Some(problem),
         bundled: false,
         ..agent(3, "indexer", "Reads the library", AgentState::Quarantined)
-    }
-}
-
-fn embedder() -> Model {
-    Model {
-        name: "all-minilm-l6-v2".into(),
-        file: "all-minilm-l6-v2.q8_0.gguf".into(),
-        bytes: 24_894_336,
-        origin: "image".into(),
-        architecture: "bert".into(),
-        kind: ModelKind::Embedding,
-        loaded: true,
-        default: false,
-        problem: None,
-    }
-}
-
-fn chat_model() -> Model {
-    Model {
-        name: "tiny".into(),
-        file: "tiny.gguf".into(),
-        bytes: 1_310_720,
-        origin: "image".into(),
-        architecture: "llama".into(),
-        kind: ModelKind::Chat,
-        loaded: true,
-        default: true,
-        problem: None,
-    }
-}
-
-fn cut_model() -> Model {
-    let problem = Report::caller(
-        "model_file_truncated",
-        "the model was not loaded",
-        "the file ends 1.1 GiB before its last tensor does",
-        "upload it again",
-    );
-    Model {
-        name: "half-model".into(),
-        file: "half-model.gguf".into(),
-        bytes: 1_200_000_000,
-        origin: "data".into(),
-        loaded: false,
-        default: false,
-        problem: Some(problem),
-        ..chat_model()
     }
 }
 

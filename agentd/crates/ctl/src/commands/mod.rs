@@ -4,6 +4,7 @@ mod agents;
 mod audit;
 mod chat;
 mod entry;
+mod gpu;
 mod models;
 mod plan;
 mod secrets;
@@ -56,6 +57,7 @@ async fn dispatch(cli: Cli) -> Outcome {
         Command::Agent(command) => agents::run(&session, command).await?,
         Command::Chat { name, text } => chat::run(&session, &name, text).await?,
         Command::Model(command) => models::run(&session, command).await?,
+        Command::Gpu(command) => gpu::run(&session, command).await?,
         Command::Token(command) => token::run(&session, command).await?,
         Command::Secret(command) => secrets::run(&session, command).await?,
         Command::Audit(command) => audit::run(&session, command).await?,

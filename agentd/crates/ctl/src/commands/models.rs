@@ -1,13 +1,17 @@
 //! Listing, sending and removing models.
 
 use super::Session;
+use crate::client::Client;
 use crate::{cli, client, show};
-use agentd_domain::api::{Model, ModelName};
+use agentd_domain::api::{Model, ModelName, PullModel, PullPart};
 use agentd_domain::fault::Report;
+use agentd_domain::gguf;
 use agentd_domain::human;
+use agentd_domain::ledger::{ModelPlan, PlanOrder};
 use futures::StreamExt;
 use hyper::Method;
 use std::io::{self, IsTerminal};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use tokio::fs::File;
 use tokio::io::AsyncReadExt;
@@ -34,8 +38,91 @@ pub async fn run(session: &Session, command: cli::Model) -> Result<(), Report> {
             let model: Model = client::parse(answer).await?;
             session.show(std::slice::from_ref(&model), show::models);
         }
+        cli::Model::Pull { url, name, sha256 } => {
+            let name = name.map_or_else(|| name_of(Path::new(file_of(&url))), Ok)?;
+            pull(session, &client, &name, PullModel { url, sha256 }).await?;
+        }
+        cli::Model::Plan { model, context, sequences } => {
+            let plan: ModelPlan = match model.parse::<ModelName>() {
+                Ok(name) if !Path::new(&model).exists() => {
+                    let query = format!("context_tokens={context}&sequences={sequences}");
+                    client.get(&format!("/api/v1/models/{name}/plan?{query}")).await?
+                }
+                _ => {
+                    let order =
+                        PlanOrder { context_tokens: context, sequences, ..read_header(Path::new(&model))? };
+                    client.post("/api/v1/plan-model", &order).await?
+                }
+            };
+            session.show(&plan, show::model_plan);
+        }
     }
     Ok(())
+}
+
+/// The last part of an address's path.
+fn file_of(url: &str) -> &str {
+    let path = url.split(['?', '#']).next().unwrap_or_default();
+    path.rsplit('/').next().unwrap_or_default()
+}
+
+/// Orders a pull and shows how it goes.
+async fn pull(session: &Session, client: &Client, name: &ModelName, from: PullModel) -> Result<(), Report> {
+    let body = client::full(serde_json::to_vec(&from).unwrap_or_default());
+    let path = format!("/api/v1/models/{name}/pull");
+    let answer = client.send(Method::POST, &path, Some("application/json"), body).await?;
+    let visible = io::stderr().is_terminal();
+    let mut end = None;
+    client::lines(answer, |part: PullPart, _| {
+        match part {
+            PullPart::Progress { bytes, total_bytes } if visible => match total_bytes {
+                Some(total) => eprint!("\r{:>3} % of {}", human::percent(bytes, total), human::bytes(total)),
+                None => eprint!("\r{}", human::bytes(bytes)),
+            },
+            PullPart::Progress { .. } => {}
+            PullPart::Done { model } => end = Some(Ok(model)),
+            PullPart::Failed { report } => end = Some(Err(report)),
+        }
+        Ok(())
+    })
+    .await?;
+    if visible {
+        eprintln!();
+    }
+    let model: Model =
+        end.unwrap_or_else(|| Err(client::connection_lost("it ended before the model was there")))?;
+    session.show(std::slice::from_ref(&model), show::models);
+    Ok(())
+}
+
+/// What the header of a file says; nothing else of it is read or sent.
+fn read_header(path: &Path) -> Result<PlanOrder, Report> {
+    let failed = |why: String| {
+        let what = format!("{} was not planned", path.display());
+        Report::caller(
+            "model_file_unreadable",
+            what,
+            why,
+            "name a readable GGUF file, or a model of the appliance",
+        )
+    };
+    let file = std::fs::File::open(path).map_err(|error| failed(error.to_string()))?;
+    let metadata = file.metadata().map_err(|error| failed(error.to_string()))?;
+    if !metadata.is_file() {
+        return Err(failed("it is no file".to_owned()));
+    }
+    let shown = path.display().to_string();
+    let read = |at, into: &mut [u8]| file.read_exact_at(into, at).map_err(|error| error.to_string());
+    let summary = gguf::check(metadata.len(), &mut { read }).map_err(|error| error.report(&shown))?;
+    Ok(PlanOrder {
+        model: path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or(shown),
+        kind: summary.kind(),
+        architecture: summary.architecture,
+        context_length: summary.context_length,
+        shape: summary.shape,
+        context_tokens: 0,
+        sequences: 0,
+    })
 }
 
 /// The file's name without its ending, with what a model's name may not hold replaced.
@@ -111,6 +198,13 @@ mod tests {
         ] {
             assert_eq!(name_of(Path::new(file)).expect(file).as_str(), name);
         }
+        for (url, name) in [
+            ("https://example.org/a/m.Q4_0.gguf?download=true", "m.Q4_0"),
+            ("https://example.org/m.gguf#x/y", "m"),
+        ] {
+            assert_eq!(name_of(Path::new(file_of(url))).expect(url).as_str(), name);
+        }
+        assert!(name_of(Path::new(file_of("https://example.org/"))).is_err());
         assert!(name_of(Path::new("---.gguf")).is_err());
         assert!(name_of(Path::new("/")).is_err());
     }

@@ -2,6 +2,7 @@
 
 use super::GgufError;
 use super::cursor::Cursor;
+use super::metadata::MAX_LAYERS;
 use std::collections::HashSet;
 
 /// `GGML_MAX_NAME` less its final zero byte.
@@ -11,13 +12,51 @@ const MAX_DIMENSIONS: u32 = 4;
 /// No tensor of a real model comes near: the largest has about 2^33 elements.
 const MAX_ELEMENTS: u64 = 1 << 40;
 
+#[derive(Default)]
 pub(super) struct Tensors {
+    pub(super) count: u64,
     pub(super) elements: u64,
     pub(super) bytes: u64,
+    /// By the number in `blk.<number>.`; at most [`MAX_LAYERS`].
+    pub(super) blocks: Vec<BlockTensors>,
+    pub(super) input_bytes: u64,
+    pub(super) output_bytes: u64,
+    pub(super) other_bytes: u64,
+    pub(super) token_embedding_bytes: u64,
+    pub(super) token_embedding_type: u32,
+    /// Whether the output has weights of its own.
+    pub(super) has_output: bool,
 }
+
+/// The tensors of one block.
+#[derive(Clone, Copy, Default)]
+pub(super) struct BlockTensors {
+    pub(super) bytes: u64,
+    attention: bool,
+    fused: bool,
+    pub(super) recurrent: bool,
+}
+
+/// Parts of tensors' names that only layers with keys and values have, and only recurrent ones.
+/// Source: `LLM_TENSOR_NAMES` in `src/llama-arch.cpp`.
+const ATTENTION: [&str; 4] = ["attn_k.", "attn_kv_a_mqa.", "attn_kv_a.", "attn_kv."];
+/// In a recurrent layer these make its own rows.
+const ATTENTION_UNLESS_RECURRENT: &str = "attn_qkv.";
+const RECURRENT: [&str; 3] = ["ssm_", "time_mix_", "shortconv."];
+/// Tensors of the input and of the output layer. Source: `LLM_TENSOR_INFOS`, same file.
+const INPUT: [&str; 6] = [
+    "token_embd.weight",
+    "position_embd.weight",
+    "token_types.weight",
+    "per_layer_token_embd.weight",
+    "token_embd_norm.weight",
+    "token_embd_norm.bias",
+];
+const OUTPUT: [&str; 3] = ["output.", "output_norm.", "cls."];
 
 struct Tensor {
     name: String,
+    kind: u32,
     elements: u64,
     bytes: u64,
 }
@@ -46,10 +85,61 @@ pub(super) fn read(cursor: &mut Cursor<'_>, count: u64, alignment: u64) -> Resul
         }
         offset = padded(offset.saturating_add(tensor.bytes), alignment);
     }
-    Ok(Tensors {
-        elements: table.iter().fold(0, |sum: u64, t| sum.saturating_add(t.elements)),
-        bytes: table.iter().fold(0, |sum: u64, t| sum.saturating_add(t.bytes)),
-    })
+    let mut tensors = Tensors { count, ..Tensors::default() };
+    table.iter().for_each(|tensor| tensors.add(tensor));
+    Ok(tensors)
+}
+
+impl Tensors {
+    fn add(&mut self, tensor: &Tensor) {
+        let name = tensor.name.as_str();
+        self.elements = self.elements.saturating_add(tensor.elements);
+        self.bytes = self.bytes.saturating_add(tensor.bytes);
+        if let Some((index, rest)) = block_of(name) {
+            if self.blocks.len() <= index {
+                self.blocks.resize(index + 1, BlockTensors::default());
+            }
+            if let Some(block) = self.blocks.get_mut(index) {
+                block.add(rest, tensor.bytes);
+            }
+            return;
+        }
+        if name == "token_embd.weight" {
+            self.token_embedding_bytes = tensor.bytes;
+            self.token_embedding_type = tensor.kind;
+        }
+        self.has_output |= name == "output.weight";
+        let place = if INPUT.contains(&name) {
+            &mut self.input_bytes
+        } else if OUTPUT.iter().any(|start| name.starts_with(start)) {
+            &mut self.output_bytes
+        } else {
+            &mut self.other_bytes
+        };
+        *place = place.saturating_add(tensor.bytes);
+    }
+}
+
+impl BlockTensors {
+    /// Whether it makes keys and values. Order of the tensors does not matter.
+    pub(super) fn attends(self) -> bool {
+        self.attention || (self.fused && !self.recurrent)
+    }
+
+    fn add(&mut self, name: &str, bytes: u64) {
+        let is = |parts: &[&str]| parts.iter().any(|part| name.starts_with(part));
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.recurrent |= is(&RECURRENT);
+        self.attention |= is(&ATTENTION);
+        self.fused |= is(&[ATTENTION_UNLESS_RECURRENT]);
+    }
+}
+
+/// `blk.12.attn_k.weight` is `attn_k.weight` of block 12.
+fn block_of(name: &str) -> Option<(usize, &str)> {
+    let (number, rest) = name.strip_prefix("blk.")?.split_once('.')?;
+    let index = number.parse::<usize>().ok()?;
+    ((index as u64) < MAX_LAYERS).then_some((index, rest))
 }
 
 fn read_one(cursor: &mut Cursor<'_>, expected_offset: u64) -> Result<Tensor, GgufError> {
@@ -86,7 +176,7 @@ fn read_one(cursor: &mut Cursor<'_>, expected_offset: u64) -> Result<Tensor, Ggu
         return Err(corrupt(at, what));
     }
     // No overflow: at most 2^40 elements of at most 8 bytes.
-    Ok(Tensor { name, elements, bytes: elements / block_elements * block_bytes })
+    Ok(Tensor { name, kind, elements, bytes: elements / block_elements * block_bytes })
 }
 
 fn corrupt(at: u64, what: String) -> GgufError {

@@ -141,11 +141,13 @@ struct Machine {
     clients: HashMap<RequestId, Client>,
     now_ms: u64,
     computed: u64,
+    /// What a step takes whatever is in it.
+    weights_ms: u64,
 }
 
 /// What a step takes in the simulated machine: half a millisecond for a token of a prompt, 20 ms for the weights.
-fn step_ms(tokens: u32) -> u64 {
-    20 + u64::from(tokens) / 2
+fn step_ms(weights_ms: u64, tokens: u32) -> u64 {
+    weights_ms + u64::from(tokens) / 2
 }
 
 fn room(cells: u32, running: u32) -> Room {
@@ -163,7 +165,14 @@ impl Machine {
     fn new(room: Room) -> Self {
         let total = room.cells as usize;
         let cache = Cache { cells: Vec::new(), total, blobs: HashMap::new(), broken: false };
-        Self { planner: Planner::new(room), cache, clients: HashMap::new(), now_ms: 0, computed: 0 }
+        Self {
+            planner: Planner::new(room),
+            cache,
+            clients: HashMap::new(),
+            now_ms: 0,
+            computed: 0,
+            weights_ms: 20,
+        }
     }
 
     fn ask(&mut self, account: usize, prompt: Vec<i32>, most_new: u32) -> RequestId {
@@ -222,7 +231,7 @@ impl Machine {
         assert!(parts.iter().map(|part| part.tokens).sum::<u32>() <= self.planner.room.batch_tokens);
         self.cache.decode(&self.planner, &parts);
         let tokens: u32 = parts.iter().map(|part| part.tokens).sum();
-        let took = step_ms(tokens);
+        let took = step_ms(self.weights_ms, tokens);
         self.now_ms += took;
         self.planner.computed(&parts, Duration::from_millis(took));
         for part in &parts {
@@ -445,6 +454,29 @@ fn a_long_prompt_does_not_freeze_who_answers() {
         worst = worst.max(machine.now_ms - before.0);
     }
     assert!(worst <= 300, "a step of {worst} ms");
+}
+
+/// Answering alone takes longer than a stall may: prompts are read all the same, an urgent one in good time.
+#[test]
+fn a_slow_machine_reads_prompts_too() {
+    for (priority, times) in [(50, 2.2), (90, 1.7)] {
+        let mut machine = Machine::new(room(16_384, 8));
+        machine.weights_ms = 600;
+        for n in 0..4 {
+            machine.ask(n, text(n as i32, 30), 0);
+        }
+        for _ in 0..60 {
+            machine.step();
+        }
+        let asked = machine.now_ms;
+        let id = machine.ask_as(8, text(50, 4000), 10, priority, 1);
+        while machine.clients[&id].first_ms.is_none() {
+            machine.step();
+        }
+        let waited = machine.clients[&id].first_ms.unwrap() - asked;
+        let idle = 4000 / 2 + 600 * (4000 / 256);
+        assert!(waited as f64 <= times * idle as f64, "priority {priority}: {waited} ms, alone {idle} ms");
+    }
 }
 
 #[test]

@@ -362,8 +362,11 @@ impl Engine {
         };
         hierarchy.limit_engine(&self.spec.set, self.spec.memory_max_bytes)?;
         let (group, group_fd) = hierarchy.create_engine(&self.spec.set)?;
-        self.left.extend(self.group.replace(group.clone()));
-        device_limits::set_all(options, &self.spec.device_limits, &group)?;
+        if let Err(report) = device_limits::set_all(options, &self.spec.device_limits, &group) {
+            self.left.push(group);
+            return Err(report);
+        }
+        self.left.extend(self.group.replace(group));
         let (report, theirs) = pipe_with(PipeFlags::CLOEXEC).map_err(failed)?;
         let request = CloneRequest {
             namespaces: libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS,

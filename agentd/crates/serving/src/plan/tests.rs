@@ -71,7 +71,8 @@ fn parts_become_text_and_developer_becomes_system() {
 #[test]
 fn what_cannot_be_honoured_is_refused_by_name() {
     let cases = [
-        (json!({ "n": 2 }), "n_unsupported"),
+        (json!({ "n": 0 }), "out_of_range"),
+        (json!({ "n": 9 }), "out_of_range"),
         (json!({ "tools": [{ "type": "function" }] }), "tools_unsupported"),
         (json!({ "logprobs": true }), "logprobs_unsupported"),
         (json!({ "response_format": { "type": "xml" } }), "response_format_unsupported"),

@@ -1,5 +1,7 @@
 use super::*;
+use crate::handle::Pieces;
 use crate::handle::{Embeddings, Leaving, Pending, ServedModel};
+use agentd_domain::engine::Done;
 use agentd_domain::engine::{FinishReason, Generate, ModelKind};
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
@@ -105,6 +107,54 @@ async fn a_whole_answer_has_openais_shape() {
         json!({ "prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "prompt_tokens_details": details })
     );
     assert_eq!(*engine.keys.lock().expect("unpoisoned"), ["agent-1/once"]);
+}
+
+#[tokio::test]
+async fn several_choices_are_several_generations_and_one_answer() {
+    let engine = FakeEngine { pieces: vec!["he", "llo"], ..FakeEngine::default() };
+    let body = json!({ "messages": [{ "role": "user", "content": "hi" }], "n": 3, "seed": 5 }).to_string();
+    let (status, body, engine) = ask(engine, "/v1/chat/completions", body, Some("k")).await;
+    assert_eq!(status, StatusCode::OK, "{body}");
+    let value: Value = serde_json::from_str(&body).expect("json");
+    for index in 0..3 {
+        assert_eq!(value["choices"][index]["index"], index);
+        assert_eq!(value["choices"][index]["message"]["content"], "hello");
+    }
+    // The prompt once, the answers all.
+    assert_eq!(
+        (&value["usage"]["prompt_tokens"], &value["usage"]["completion_tokens"]),
+        (&json!(3), &json!(6))
+    );
+    assert_eq!(*engine.keys.lock().expect("unpoisoned"), ["agent-1/k", "agent-1/k#1", "agent-1/k#2"]);
+}
+
+#[tokio::test]
+async fn a_stream_of_several_choices_ends_when_all_have() {
+    let body = json!({ "messages": [{ "role": "user", "content": "hi" }], "n": 2, "stream": true,
+                       "stream_options": { "include_usage": true } });
+    let engine = FakeEngine { pieces: vec!["he", "llo"], ..FakeEngine::default() };
+    let (_, text, _) = ask(engine, "/v1/chat/completions", body.to_string(), None).await;
+    let lines = lines(&text);
+    assert_eq!(lines.iter().filter(|line| **line == "[DONE]").count(), 1);
+    assert_eq!(lines.last(), Some(&"[DONE]"));
+    let chunks: Vec<Value> =
+        lines[..lines.len() - 1].iter().map(|line| serde_json::from_str(line).expect("json")).collect();
+    for index in 0..2 {
+        let own = || {
+            chunks
+                .iter()
+                .flat_map(|c| c["choices"].as_array().expect("a list"))
+                .filter(|c| c["index"] == index)
+        };
+        assert_eq!(own().filter_map(|c| c["delta"]["role"].as_str()).count(), 1);
+        let said: String = own().filter_map(|c| c["delta"]["content"].as_str()).collect();
+        assert_eq!(said, "hello");
+        assert_eq!(own().filter(|c| c["finish_reason"] == "length").count(), 1);
+    }
+    assert_eq!(chunks.last().expect("usage")["usage"]["completion_tokens"], 4);
+    let engine = FakeEngine { pieces: vec!["he", "llo"], fails_after: Some(1), ..FakeEngine::default() };
+    let (_, text, _) = ask(engine, "/v1/chat/completions", body.to_string(), None).await;
+    assert!(!text.contains("[DONE]") && text.contains("engine_lost"), "{text}");
 }
 
 #[tokio::test]
@@ -227,7 +277,7 @@ async fn the_meter_is_filled_before_the_end_is_given_out_and_not_before() {
         let is_end = ends.iter().any(|end| bytes.windows(end.len()).any(|window| window == *end));
         assert_eq!(meter.used().is_some(), is_end, "{}", String::from_utf8_lossy(&bytes));
     }
-    let used = Used { model: "tiny".to_owned(), prompt_tokens: 3, completion_tokens: 2 };
+    let used = Used { model: "tiny".to_owned(), prompt_tokens: 3, completion_tokens: 2, cached_tokens: 2 };
     assert_eq!(meter.used(), Some(&used));
 }
 

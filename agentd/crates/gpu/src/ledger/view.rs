@@ -1,0 +1,207 @@
+//! Who holds how much of what, as it is shown.
+//!
+//! Always: the shares of a model's weights sum up to its weights exactly, and no share makes a partition's sum exceed its
+//! bytes.
+
+use super::{Device, Instance, Ledger, blocks, computing};
+use crate::partition;
+use agentd_domain::fault::Report;
+use agentd_domain::ids::{AgentId, AgentName};
+use agentd_domain::ledger::{
+    AgentHold, DeviceNeed, DeviceView, Devices, Enforcement, Held, ModelView, PartitionId, PartitionView,
+};
+use std::collections::{BTreeMap, BTreeSet};
+
+impl Ledger {
+    /// What a partition holds, by class.
+    pub fn held(&self, id: &PartitionId) -> Held {
+        self.shares().remove(id).unwrap_or_default()
+    }
+
+    /// All of it. `names` gives agents their names.
+    pub fn view(&self, names: &dyn Fn(AgentId) -> Option<AgentName>) -> Devices {
+        let shares = self.shares();
+        let default = PartitionId::default_partition();
+        let mut partitions: Vec<PartitionView> = self
+            .partition(&default)
+            .into_iter()
+            .map(|one| self.show_partition(one, &shares, names))
+            .collect();
+        partitions.extend(self.partitions.iter().map(|one| self.show_partition(one.clone(), &shares, names)));
+        Devices {
+            devices: self.devices.iter().map(|device| self.show_device(device)).collect(),
+            partitions,
+            models: self.models.iter().map(|(model, instance)| show_model(model, instance)).collect(),
+        }
+    }
+
+    fn show_device(&self, device: &Device) -> DeviceView {
+        let mut planned = DeviceNeed { device: device.name.clone(), ..DeviceNeed::default() };
+        for part in self.models.values().filter_map(|instance| instance.need.on(&device.name)) {
+            for (sum, bytes) in [
+                (&mut planned.weights_bytes, part.weights_bytes),
+                (&mut planned.kv_bytes, part.kv_bytes),
+                (&mut planned.recurrent_bytes, part.recurrent_bytes),
+                (&mut planned.compute_bytes, part.compute_bytes),
+            ] {
+                *sum = sum.saturating_add(bytes);
+            }
+        }
+        let used = self.used.get(&device.name).copied();
+        let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+        let before_overhead = planned.total_bytes();
+        planned.overhead_bytes = self.overhead_on(&device.name);
+        DeviceView {
+            name: device.name.clone(),
+            description: device.description.clone(),
+            kind: device.kind.clone(),
+            total_bytes: device.total_bytes,
+            reserve_bytes: device.reserve_bytes,
+            free_bytes: self.free_on(&device.name),
+            planned,
+            reported_free_bytes: device.reported_free_bytes,
+            used_bytes: used,
+            difference_bytes: used.map(|used| signed(used).saturating_sub(signed(before_overhead))),
+            enforcement: device.enforcement,
+            problem: device.problem.as_ref().map(|why| ill(&device.name, why)),
+            gpu: device.gpu.clone(),
+        }
+    }
+
+    fn show_partition(
+        &self,
+        one: agentd_domain::ledger::Partition,
+        shares: &BTreeMap<PartitionId, Held>,
+        names: &dyn Fn(AgentId) -> Option<AgentName>,
+    ) -> PartitionView {
+        let in_force = self.partition(&one.id).is_some();
+        let rooms = self.rooms();
+        let missing: Vec<&str> = one
+            .devices
+            .iter()
+            .filter(|device| !rooms.iter().any(|room| room.device == **device))
+            .map(String::as_str)
+            .collect();
+        let limits: Vec<Enforcement> = self
+            .devices
+            .iter()
+            .filter(|device| one.devices.contains(&device.name))
+            .map(|device| device.enforcement)
+            .collect();
+        let devices_free = one.devices.iter().map(|device| self.free_on(device)).fold(0, u64::saturating_add);
+        let left = one.bytes.saturating_sub(self.charged(&one.id));
+        PartitionView {
+            builtin: one.id.is_default(),
+            configured: false,
+            enforcement: partition::enforcement(&limits),
+            held: shares.get(&one.id).copied().unwrap_or_default(),
+            free_bytes: if in_force { left.min(devices_free) } else { 0 },
+            agents: self.agents_of(&one.id, names),
+            problem: (!in_force).then(|| not_in_force(&one.id, &missing)),
+            partition: one,
+        }
+    }
+
+    /// Those that were assigned, and those that hold cells.
+    fn agents_of(&self, id: &PartitionId, names: &dyn Fn(AgentId) -> Option<AgentName>) -> Vec<AgentHold> {
+        let holding = self.models.values().flat_map(|instance| instance.leases.keys());
+        let assigned = self.assigned.iter().filter(|(_, of)| *of == id).map(|(agent, _)| agent);
+        let agents: BTreeSet<AgentId> = holding
+            .copied()
+            .filter(|agent| self.partition_of(*agent) == *id)
+            .chain(assigned.copied())
+            .collect();
+        let hold = |agent: AgentId| {
+            let (mut cells, mut kv_bytes) = (0, 0_u64);
+            for instance in self.models.values() {
+                let held = instance.leases.get(&agent).copied().unwrap_or(0);
+                cells += held;
+                kv_bytes = kv_bytes.saturating_add(instance.lease_bytes(held));
+            }
+            AgentHold { agent_id: agent, agent: names(agent), cells, kv_bytes }
+        };
+        agents.into_iter().map(hold).collect()
+    }
+
+    /// What each partition holds. Who uses a model that was loaded for another is shown a share of it by weight, as far
+    /// as its own bytes reach; the rest is the owner's, who was admitted with all of it.
+    pub(super) fn shares(&self) -> BTreeMap<PartitionId, Held> {
+        let mut shares: BTreeMap<PartitionId, Held> = BTreeMap::new();
+        let mut left: BTreeMap<PartitionId, u64> = BTreeMap::new();
+        for instance in self.models.values() {
+            let owner = self.partition(&instance.partition);
+            let devices = owner.as_ref().map(|one| one.devices.clone()).unwrap_or_default();
+            let on = instance.need.devices.iter().filter(|part| devices.contains(&part.device));
+            let (mut weights, mut kv, mut compute) = (0_u64, 0_u64, 0_u64);
+            for part in on {
+                weights = weights.saturating_add(part.weights_bytes);
+                kv = kv.saturating_add(part.kv_bytes);
+                compute = compute.saturating_add(computing(part));
+            }
+            let users: BTreeSet<PartitionId> = instance
+                .leases
+                .keys()
+                .map(|agent| self.partition_of(*agent))
+                .filter(|id| *id != instance.partition)
+                .collect();
+            let weight = |id: &PartitionId| self.partition(id).map_or(0, |one| u64::from(one.weight));
+            let all = users.iter().map(weight).sum::<u64>() + weight(&instance.partition);
+            let (whole_weights, whole_compute) = (weights, compute);
+            for user in users {
+                let free = left.entry(user.clone()).or_insert_with(|| {
+                    let bytes = self.partition(&user).map_or(0, |one| one.bytes);
+                    bytes.saturating_sub(self.charged(&user))
+                });
+                let share = |bytes: u64| {
+                    let part = u128::from(bytes) * u128::from(weight(&user));
+                    u64::try_from(part.checked_div(u128::from(all)).unwrap_or(0)).unwrap_or(u64::MAX)
+                };
+                let held = shares.entry(user.clone()).or_default();
+                let of_weights = share(whole_weights).min(*free);
+                *free -= of_weights;
+                let of_compute = share(whole_compute).min(*free);
+                *free -= of_compute;
+                let cells = self.leased_by(instance, &user);
+                held.weights_bytes = held.weights_bytes.saturating_add(of_weights);
+                held.compute_bytes = held.compute_bytes.saturating_add(of_compute);
+                held.kv_bytes = held.kv_bytes.saturating_add(cells);
+                weights -= of_weights;
+                compute -= of_compute;
+                kv = kv.saturating_sub(cells);
+            }
+            let held = shares.entry(instance.partition.clone()).or_default();
+            held.weights_bytes = held.weights_bytes.saturating_add(weights);
+            held.kv_bytes = held.kv_bytes.saturating_add(kv);
+            held.compute_bytes = held.compute_bytes.saturating_add(compute);
+        }
+        shares
+    }
+}
+
+fn show_model(model: &str, instance: &Instance) -> ModelView {
+    ModelView {
+        model: model.to_owned(),
+        partition: instance.partition.clone(),
+        need: instance.need.clone(),
+        cells_held: instance.leases.values().map(|cells| blocks(*cells)).fold(0, u64::saturating_add),
+        evictable: instance.leases.is_empty(),
+    }
+}
+
+fn ill(device: &str, why: &str) -> Report {
+    Report::environment(
+        "device_unhealthy",
+        format!("nothing new is put on {device}"),
+        why,
+        "restart the appliance; if it says so again, look at the device's cooling and power",
+    )
+}
+
+fn not_in_force(id: &PartitionId, missing: &[&str]) -> Report {
+    let why = match missing {
+        [] => "it is larger than what its devices have besides their reserve and other guarantees".to_owned(),
+        missing => format!("there is no device {}", missing.join(", ")),
+    };
+    let fix = format!("put the device back, or define it anew: `agentctl gpu partition set {id} ...`");
+    Report::environment("partition_not_in_force", format!("the partition {id} is not in force"), why, fix)
+}

@@ -1,0 +1,254 @@
+//! What do the devices hold, and may one more model be loaded?
+//!
+//! Owns:  the one [`Ledger`]; which partitions are defined and who is in them.
+//! In:    what the engine has, at each load and each change; the owner's orders; headers of model files.
+//! Out:   yes or no before a load, plans, the view of devices, what the engine is told of who asks.
+//! Always: an order is on disk before it holds. A model that the engine has already is in the ledger, whatever a plan
+//!         says. Without a device that is known nothing is judged: the engine then refuses by itself.
+//! Threads: [`Gpu::may_load`] reads a file and blocks; the rest is arithmetic under a lock.
+
+mod orders;
+mod plan;
+mod served;
+#[cfg(test)]
+mod tests;
+
+pub use plan::Planned;
+pub use served::Served;
+
+use crate::engine::{Choice, Engine, Stage};
+use crate::places::Places;
+use crate::store::{Db, StoreError};
+use agentd_domain::config;
+use agentd_domain::engine::{Device, EngineStatus, LoadedModel};
+use agentd_domain::fault::Report;
+use agentd_domain::gguf;
+use agentd_domain::ids::{AgentId, AgentName};
+use agentd_domain::ledger::{self as words, Devices, Need, Partition, PartitionId};
+use agentd_gpu::admission::Refusal;
+use agentd_gpu::ledger::Ledger;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::OwnedSemaphorePermit;
+
+/// All devices of the machine. Cheap to clone.
+#[derive(Clone)]
+pub struct Gpu(Arc<Inner>);
+
+struct Inner {
+    /// Of the engine's cgroup: what it may take of host memory.
+    engine_memory_bytes: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    ledger: Ledger,
+    /// A model that was let through and is not in the engine's list yet.
+    coming: Option<String>,
+    /// Defined in `agentd.toml`; not to be changed from elsewhere.
+    configured: BTreeSet<PartitionId>,
+    db: Option<Db>,
+    places: served::Places,
+}
+
+/// What the engine is told of who asks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    pub partition: PartitionId,
+    /// Sequences of the partition's agents at once; 0 is no limit.
+    pub sequences_most: u32,
+    pub priority: u8,
+    pub weight: u32,
+    /// Most cells of a model's cache; 0 is no limit.
+    pub cells_most: u32,
+}
+
+impl Gpu {
+    pub fn new(engine_memory_bytes: u64) -> Self {
+        Self(Arc::new(Inner { engine_memory_bytes, state: Mutex::default() }))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes over what is stored, and what the configuration defines in its place. Blocks.
+    pub fn open(&self, db: Db, configured: Vec<Partition>) -> Result<(), StoreError> {
+        let stored = db.here().partitions()?;
+        let assigned = db.here().assigned_partitions()?;
+        let names: BTreeSet<PartitionId> = configured.iter().map(|one| one.id.clone()).collect();
+        let mut all: Vec<Partition> = stored.into_iter().filter(|one| !names.contains(&one.id)).collect();
+        all.extend(configured);
+        all.sort_by(|a, b| a.id.cmp(&b.id));
+        let mut state = self.state();
+        state.ledger.restore(all, assigned);
+        state.configured = names;
+        state.db = Some(db);
+        Ok(())
+    }
+
+    /// Whether this model may be loaded beside what the engine holds. It is in the ledger when it may. Blocks.
+    pub fn may_load(
+        &self,
+        choice: &Choice,
+        devices: &[Device],
+        loaded: &[LoadedModel],
+    ) -> Result<(), Report> {
+        let Some(summary) = header(&choice.path) else {
+            // The engine says what is wrong with the file.
+            return Ok(());
+        };
+        let mut state = self.state();
+        self.take_over(&mut state, devices, loaded);
+        if state.ledger.devices().is_empty() {
+            return Ok(());
+        }
+        let planned = Planned::of_file(&choice.name, &summary, choice.kind);
+        let need = planned.need(&state.ledger);
+        plan::load(&mut state.ledger, &planned, &need)
+            .map_err(|refusal| refusal.report(&format!("the model {} was not loaded", choice.name)))?;
+        state.coming = Some(choice.name.clone());
+        Ok(())
+    }
+
+    /// Brings the ledger to what the engine has.
+    fn take_over(&self, state: &mut State, devices: &[Device], loaded: &[LoadedModel]) {
+        state.ledger.set_devices(plan::devices(devices, self.0.engine_memory_bytes));
+        let State { ledger, coming, .. } = state;
+        coming.take_if(|name| loaded.iter().any(|model| model.model == *name));
+        let kept =
+            |name: &str| coming.as_deref() == Some(name) || loaded.iter().any(|model| model.model == name);
+        let gone: Vec<String> = ledger.models().filter(|name| !kept(name)).map(str::to_owned).collect();
+        gone.iter().for_each(|name| ledger.unload(name));
+        for model in loaded {
+            if ledger.need(&model.model).is_none() {
+                ledger.adopt(&model.model, need_of_loaded(model, ledger));
+            }
+        }
+    }
+
+    /// Follows the engine as long as there is one.
+    pub async fn follow(self, engine: Engine) {
+        let mut view = engine.watch();
+        loop {
+            let now = view.borrow_and_update().clone();
+            match &now.stage {
+                Stage::Starting => {}
+                Stage::Down(_) => {
+                    let mut state = self.state();
+                    state.coming = None;
+                    state.ledger.engine_lost();
+                }
+                Stage::Loading | Stage::Ready => {
+                    let (this, now, settled) = (self.clone(), now.clone(), now.stage == Stage::Ready);
+                    let done = tokio::task::spawn_blocking(move || {
+                        let mut state = this.state();
+                        let refused = |name: &String| settled || now.failed.contains_key(name);
+                        state.coming.take_if(|name| refused(name));
+                        this.take_over(&mut state, &now.devices, &now.models);
+                    });
+                    // It cannot fail but by a panic, which is in the log already.
+                    let _ = done.await;
+                    if settled && let Ok(status) = engine.status().await {
+                        self.learn(&status);
+                    }
+                }
+            }
+            if view.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// What the devices were seen to use.
+    pub fn learn(&self, status: &EngineStatus) {
+        let mut state = self.state();
+        for device in &status.devices {
+            if let Some(used_bytes) = plan::used_bytes(device, status.rss_bytes) {
+                state.ledger.learn(&device.name, used_bytes);
+            }
+        }
+    }
+
+    pub fn view(&self, names: &dyn Fn(AgentId) -> Option<AgentName>) -> Devices {
+        let state = self.state();
+        let mut view = state.ledger.view(names);
+        for one in &mut view.partitions {
+            one.configured = state.configured.contains(&one.partition.id);
+        }
+        view
+    }
+
+    /// How a model of this header fits each partition.
+    pub fn plan(&self, planned: &Planned) -> words::ModelPlan {
+        let ledger = self.state().ledger.clone();
+        planned.answer(&ledger)
+    }
+
+    /// Where an agent stands with this model.
+    pub fn standing(&self, agent: AgentId, model: &str) -> Standing {
+        let state = self.state();
+        let id = state.ledger.partition_of(agent);
+        let own = state.ledger.partition(&id);
+        let cells = state.ledger.cells_most(model, agent);
+        let all = state.ledger.need(model).map_or(0, |need| need.cells);
+        Standing {
+            partition: id,
+            sequences_most: own.as_ref().map_or(0, |one| one.sequences_most),
+            priority: own.as_ref().map_or(50, |one| one.priority),
+            weight: own.as_ref().map_or(100, |one| one.weight),
+            // An agent that may have all of them has no limit of its own; one that may have none has one cell, which is
+            // too few for anything and is refused by the engine with its reason.
+            cells_most: if cells >= all { 0 } else { u32::try_from(cells).unwrap_or(u32::MAX).max(1) },
+        }
+    }
+
+    pub fn forget(&self, agent: AgentId) {
+        self.state().ledger.forget(agent);
+    }
+
+    /// A place among those that a partition lets work at once; `None` where it has no limit.
+    async fn place(
+        &self,
+        partition: &PartitionId,
+        most: u32,
+    ) -> Result<Option<OwnedSemaphorePermit>, Refusal> {
+        if most == 0 {
+            return Ok(None);
+        }
+        let room = self.state().places.room(partition, most);
+        room.enter().await.map(Some)
+    }
+
+    fn anybody_assigned(&self) -> bool {
+        !self.state().ledger.assigned().is_empty()
+    }
+
+    fn is_assigned(&self, agent: AgentId) -> bool {
+        self.state().ledger.assigned().contains_key(&agent)
+    }
+}
+
+/// `[[gpu.partition]]` of `agentd.toml`. What is wrong with the file init has said.
+pub fn configured(places: &Places) -> Vec<Partition> {
+    let owner = init_sys::twofile::TwoFile::new(&places.config).read().ok().flatten();
+    let text = owner.or_else(|| std::fs::read(&places.config_default).ok()).unwrap_or_default();
+    config::parse(&String::from_utf8_lossy(&text)).0.partitions
+}
+
+/// What is known of a model that the engine has: its file's header, or that it is there.
+fn need_of_loaded(model: &LoadedModel, ledger: &Ledger) -> Need {
+    let planned = header(&model.path).map(|summary| Planned::of_loaded(model, &summary));
+    planned.map_or_else(|| plan::unknown(model, ledger), |planned| planned.need(ledger))
+}
+
+/// A file's header, or nothing where the file or the header is bad.
+fn header(path: &str) -> Option<gguf::Summary> {
+    let file = File::open(Path::new(path)).ok()?;
+    let bytes = file.metadata().ok()?.len();
+    gguf::check(bytes, &mut |at, into| file.read_exact_at(into, at).map_err(|error| error.to_string())).ok()
+}

@@ -1,0 +1,266 @@
+use super::*;
+use crate::engine::Choice;
+use crate::store::Store;
+use agentd_domain::device::DeviceEvent;
+use agentd_domain::engine::{GpuReadings, ModelKind};
+use agentd_domain::ledger::DEFAULT_PARTITION;
+use std::path::PathBuf;
+use uuid::Uuid;
+
+const MIB: u64 = 1 << 20;
+
+struct Scene {
+    folder: tempfile::TempDir,
+    gpu: Gpu,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let scene = Self { gpu: Gpu::new(4096 * MIB), folder };
+        scene.gpu.open(scene.db(), Vec::new()).expect("opened");
+        scene
+    }
+
+    fn db(&self) -> Db {
+        Db::new(Store::open(&self.folder.path().join("system.redb")).expect("a store"))
+    }
+
+    /// What an agentd that was started again has.
+    fn again(self, configured: Vec<Partition>) -> Self {
+        let Self { folder, gpu } = self;
+        drop(gpu);
+        let scene = Self { gpu: Gpu::new(4096 * MIB), folder };
+        scene.gpu.open(scene.db(), configured).expect("opened");
+        scene
+    }
+
+    /// A header of a decoder with so many mebibytes of weights behind it, which the file system need not store.
+    fn model(&self, name: &str, mebibytes: u64) -> Choice {
+        let path: PathBuf = self.folder.path().join(format!("{name}.gguf"));
+        let file = File::create(&path).expect("a file");
+        file.write_all_at(&header_of(mebibytes), 0).expect("written");
+        file.set_len(4096 + mebibytes * MIB).expect("as long as it says");
+        Choice { name: name.to_owned(), path: path.to_string_lossy().into_owned(), kind: ModelKind::Chat }
+    }
+
+    fn may_load(&self, choice: &Choice, loaded: &[LoadedModel]) -> Result<(), Report> {
+        self.gpu.may_load(choice, &devices(), loaded)
+    }
+
+    fn view(&self) -> Devices {
+        self.gpu.view(&|_| None)
+    }
+}
+
+fn header_of(mebibytes: u64) -> Vec<u8> {
+    let text = |into: &mut Vec<u8>, text: &str| {
+        into.extend((text.len() as u64).to_le_bytes());
+        into.extend(text.as_bytes());
+    };
+    let mut bytes = b"GGUF".to_vec();
+    bytes.extend(3u32.to_le_bytes());
+    bytes.extend(1u64.to_le_bytes());
+    let numbers = [
+        ("llama.block_count", 4u32),
+        ("llama.embedding_length", 256),
+        ("llama.context_length", 8192),
+        ("llama.attention.head_count", 4),
+    ];
+    bytes.extend((numbers.len() as u64 + 1).to_le_bytes());
+    text(&mut bytes, "general.architecture");
+    bytes.extend(8u32.to_le_bytes());
+    text(&mut bytes, "llama");
+    for (key, value) in numbers {
+        text(&mut bytes, key);
+        bytes.extend(4u32.to_le_bytes());
+        bytes.extend(value.to_le_bytes());
+    }
+    // Bytes: type I8.
+    text(&mut bytes, "blk.0.ffn_up.weight");
+    bytes.extend(2u32.to_le_bytes());
+    bytes.extend(MIB.to_le_bytes());
+    bytes.extend(mebibytes.to_le_bytes());
+    bytes.extend(24u32.to_le_bytes());
+    bytes.extend(0u64.to_le_bytes());
+    bytes
+}
+
+fn devices() -> Vec<Device> {
+    vec![Device {
+        name: "CPU".to_owned(),
+        description: "a processor".to_owned(),
+        kind: "cpu".to_owned(),
+        memory_total_bytes: 8192 * MIB,
+        memory_free_bytes: 8000 * MIB,
+        gpu: None,
+    }]
+}
+
+fn loaded(choice: &Choice) -> LoadedModel {
+    crate::engine::testing::loaded(&crate::engine::load(choice))
+}
+
+fn partition(id: &str, mebibytes: u64) -> Partition {
+    Partition {
+        id: id.parse().expect("a name"),
+        devices: vec!["CPU".to_owned()],
+        bytes: mebibytes * MIB,
+        priority: 70,
+        weight: 100,
+        sequences_most: 0,
+        guaranteed: true,
+    }
+}
+
+fn agent(number: u128) -> AgentId {
+    AgentId(Uuid::from_u128(number))
+}
+
+#[test]
+fn a_model_that_does_not_fit_is_refused_before_the_engine_is_asked() {
+    let scene = Scene::new();
+    let (small, large) = (scene.model("small", 1000), scene.model("large", 4500));
+    let report = scene.may_load(&large, &[]).expect_err("the engine may take 4 GiB");
+    assert_eq!(report.code, "model_too_large", "{report}");
+    scene.may_load(&small, &[]).expect("it fits");
+    // It is held from then on, whether or not the engine has finished.
+    let second = scene.model("second", 3500);
+    let report = scene.may_load(&second, &[loaded(&small)]).expect_err("not beside it");
+    assert_eq!((report.code.as_str(), report.http_status()), ("vram_budget_exceeded", 429), "{report}");
+    // The engine has unloaded it.
+    scene.may_load(&second, &[]).expect("in its place");
+    assert_eq!(scene.view().models.len(), 1);
+}
+
+#[test]
+fn what_nobody_can_judge_is_left_to_the_engine() {
+    let scene = Scene::new();
+    let nowhere = Choice { name: "x".to_owned(), path: "/nowhere".to_owned(), kind: ModelKind::Chat };
+    scene.may_load(&nowhere, &[]).expect("the engine says that there is no such file");
+    scene.gpu.may_load(&scene.model("m", 100_000), &[], &[]).expect("no device is known");
+}
+
+#[test]
+fn an_engine_that_lived_on_is_taken_over() {
+    let scene = Scene::new();
+    let choice = scene.model("m", 1000);
+    let other = scene.model("other", 3500);
+    let report = scene.may_load(&other, &[loaded(&choice)]).expect_err("its memory is taken");
+    assert_eq!(report.code, "vram_budget_exceeded");
+    let view = scene.view();
+    assert_eq!((view.models[0].model.as_str(), view.models[0].partition.as_str()), ("m", DEFAULT_PARTITION));
+}
+
+#[test]
+fn partitions_outlive_agentd_and_so_does_who_is_in_them() {
+    let scene = Scene::new();
+    scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
+    scene.gpu.set(partition("chat", 1000)).expect("good");
+    scene.gpu.assign(agent(1), &"chat".parse().expect("a name")).expect("known");
+    let report = scene.gpu.set(partition("huge", 5000)).expect_err("too large");
+    assert_eq!(report.code, "partition_too_large");
+    let report = scene.gpu.assign(agent(2), &"nowhere".parse().expect("a name")).expect_err("unknown");
+    assert_eq!(report.code, "not_found");
+    let scene = scene.again(Vec::new());
+    assert!(scene.gpu.is_assigned(agent(1)) && !scene.gpu.is_assigned(agent(2)));
+    scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
+    let standing = scene.gpu.standing(agent(1), "m");
+    assert_eq!((standing.priority, standing.weight, standing.cells_most), (70, 100, 0));
+    assert_eq!(scene.gpu.standing(agent(2), "m").priority, 50);
+    scene.gpu.remove(&"chat".parse().expect("a name")).expect("removed");
+    let scene = scene.again(Vec::new());
+    assert!(!scene.gpu.anybody_assigned());
+}
+
+#[test]
+fn a_guarantee_leaves_less_to_models_and_bounds_cells() {
+    let scene = Scene::new();
+    let choice = scene.model("m", 100);
+    scene.may_load(&choice, &[]).expect("it fits");
+    scene.gpu.set(partition("few", 1)).expect("good");
+    scene.gpu.assign(agent(1), &"few".parse().expect("a name")).expect("known");
+    // 4 blocks of 256 numbers, key and value, in 32 bits: 8 KiB for each token, so 128 would be less than a block.
+    assert_eq!(scene.gpu.standing(agent(1), "m").cells_most, 1);
+    scene.gpu.set(partition("few", 4)).expect("good");
+    assert_eq!(scene.gpu.standing(agent(1), "m").cells_most, 512);
+    scene.gpu.set(partition("sure", 3500)).expect("good");
+    let report =
+        scene.may_load(&scene.model("large", 3600), &[loaded(&choice)]).expect_err("it is kept free");
+    assert_eq!(report.code, "model_too_large");
+    // The guarantee's owner is the one whose model that can be.
+    scene.may_load(&scene.model("own", 3000), &[loaded(&choice)]).expect("in the partition `sure`");
+    assert_eq!(
+        scene.view().models.iter().find(|one| one.model == "own").expect("there").partition.as_str(),
+        "sure"
+    );
+}
+
+#[test]
+fn the_configuration_defines_its_own_and_keeps_them() {
+    let scene = Scene::new();
+    scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
+    scene.gpu.set(partition("chat", 1000)).expect("good");
+    let scene = scene.again(vec![partition("chat", 500)]);
+    scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
+    let chat =
+        scene.view().partitions.into_iter().find(|one| one.partition.id.as_str() == "chat").expect("there");
+    assert_eq!((chat.partition.bytes, chat.configured), (500 * MIB, true));
+    for refused in [scene.gpu.set(partition("chat", 600)), scene.gpu.remove(&chat.partition.id)] {
+        assert_eq!(refused.expect_err("not from here").code, "partition_configured");
+    }
+}
+
+#[test]
+fn a_plan_says_how_it_fits_each_partition() {
+    let scene = Scene::new();
+    scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
+    scene.gpu.set(partition("few", 50)).expect("good");
+    let choice = scene.model("big", 2000);
+    let summary = header(&choice.path).expect("a header");
+    let plan = scene.gpu.plan(&Planned::of_file("big", &summary, choice.kind).with(8192, 4));
+    assert_eq!((plan.need.cells, plan.need.sequences), (8192, 4));
+    let codes: Vec<_> =
+        plan.fits.iter().map(|fit| fit.refusal.as_ref().map(|report| report.code.as_str())).collect();
+    assert_eq!(codes, [None, Some("model_too_large")]);
+    assert_eq!((plan.fits[0].context_tokens_most, plan.fits[1].context_tokens_most), (8192, 0));
+    assert_eq!(scene.view().models.len(), 1, "a plan holds nothing");
+}
+
+#[test]
+fn a_device_that_its_driver_gave_up_takes_nothing_new() {
+    let scene = Scene::new();
+    let mut card = Device { name: "CUDA0".to_owned(), kind: "gpu".to_owned(), ..devices().remove(0) };
+    let mut readings = GpuReadings::default();
+    readings.health.step(DeviceEvent::Xid(79));
+    card.gpu = Some(readings);
+    let all = [devices(), vec![card]].concat();
+    let report = scene.gpu.may_load(&scene.model("m", 100), &all, &[]).expect_err("it fell off the bus");
+    assert_eq!((report.code.as_str(), report.http_status()), ("device_unhealthy", 503));
+    assert!(report.why.contains("XID 79"), "{report}");
+    let view = scene.view();
+    assert!(view.devices[0].problem.is_none() && view.devices[1].problem.is_some());
+}
+
+#[test]
+fn what_the_engine_uses_beyond_its_plan_is_shown_and_kept_free() {
+    let scene = Scene::new();
+    let choice = scene.model("m", 100);
+    scene.may_load(&choice, &[]).expect("it fits");
+    let planned = scene.view().devices[0].planned.total_bytes();
+    let status = EngineStatus {
+        devices: devices(),
+        models: Vec::new(),
+        backend: String::new(),
+        running_sequences: 0,
+        waiting_requests: 0,
+        rss_bytes: planned + 50 * MIB,
+        uptime_ms: 1,
+        usage: Vec::new(),
+        gpus: Vec::new(),
+    };
+    scene.gpu.learn(&status);
+    let device = scene.view().devices.remove(0);
+    assert_eq!(device.difference_bytes, Some(50 * MIB as i64));
+    assert_eq!(device.planned.overhead_bytes, 50 * MIB);
+}
