@@ -49,9 +49,10 @@ fn way() -> Option<Way> {
     };
     let pid = runs.values().next().expect("a run").pid;
     let way = Way { line: Line(PathBuf::from(format!("/proc/{pid}/root/run/agentd.sock"))), scene };
-    way.scene.until("a model answers", || {
-        let models = way.line.get("/v1/models").1;
-        models["data"].as_array().is_some_and(|models| !models.is_empty())
+    way.scene.until("the chat model is loaded", || {
+        let (status, models) = way.line.get("/v1/models");
+        assert_eq!(status, 200, "{models}");
+        models["data"].as_array().is_some_and(|models| models.iter().any(|model| model["id"] == "tiny"))
     });
     Some(way)
 }
@@ -65,7 +66,7 @@ impl Line {
 
     fn get(&self, path: &str) -> (u16, Value) {
         let mut stream = self.connect();
-        let head = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        let head = format!("GET {path} HTTP/1.0\r\nhost: x\r\n\r\n");
         stream.write_all(head.as_bytes()).expect("agentd reads");
         answer(&mut stream)
     }
@@ -97,10 +98,11 @@ fn ask(prompt: &str, max_tokens: u32) -> Value {
     json!({ "model": "default", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0 })
 }
 
+/// By HTTP/1.0, so that an answer is its bytes up to the end and has no chunks.
 fn send(stream: &mut UnixStream, body: &Value) {
     let body = body.to_string();
     let head = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+        "POST /v1/completions HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\n\
          content-length: {}\r\n\r\n",
         body.len()
     );
