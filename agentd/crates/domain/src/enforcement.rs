@@ -5,7 +5,7 @@
 //!         files and the variables of a program.
 //! Always: what a program could undo by itself is `advisory`, whoever wrote it down.
 //! Where:  the launcher applies limits (`agentd-sandbox`, launcher/device_limits.rs); the driver's call is made by
-//!         `agentd-engine --limit`, because a static program cannot load the driver's library.
+//!         `agentd-engine limit`, because a static program cannot load the driver's library.
 //! Source: Documentation/admin-guide/cgroup-v2.rst, "DMEM" (Linux 6.14); NVIDIA's guides to MIG and to MPS.
 
 use serde::{Deserialize, Serialize};
