@@ -72,7 +72,12 @@ pub fn measure(options: Options) -> Result<Bench> {
     for (number, name, workload) in workloads::ALL {
         if chosen(number) {
             println!("W{number}: {name}");
-            let measured = workload(&context).with_context(|| format!("W{number}: {name}"))?;
+            // What the others show is not lost with it; that it was not measured stands among them.
+            let measured = workload(&context).unwrap_or_else(|error| {
+                println!("  not measured: {error:#}");
+                let what = format!("W{number}, {name}, {}: could not be measured", context.model_words());
+                vec![Row::new(what, 1.0, "failure").at_most(0.0)]
+            });
             measured.iter().for_each(|row| println!("  {}: {:.3} {}", row.what, row.value, row.unit));
             rows.extend(measured);
         }
