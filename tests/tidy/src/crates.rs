@@ -21,7 +21,7 @@ pub const ARROWS: &[(&str, &[&str])] = &[
     ("agentd-capability", &["agentd-domain"]),
     ("agentd-gpu", &["agentd-domain"]),
     ("agentd-sandbox", &["agentd-domain", "init-sys"]),
-    ("agentd-engine", &["agentd-domain"]),
+    ("agentd-engine", &["agentd-domain", "agentd-gpu"]),
     ("agentd-serving", &["agentd-domain"]),
     ("agentd-egress", &["agentd-domain"]),
     ("agentd-memory", &["agentd-domain"]),

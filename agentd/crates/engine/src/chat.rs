@@ -38,7 +38,7 @@ use std::time::Instant;
 /// Tokens of one decode. Larger batches read prompts a little faster and cost memory: llama.cpp reserves logits for
 /// all of them. Nobody waits for a whole one while answering, chunks are sized in time. Must be at least the number
 /// of sequence ids, for llama.cpp's own reservation of outputs.
-pub(crate) const BATCH_TOKENS: u32 = 512;
+pub(crate) const BATCH_TOKENS: u32 = agentd_gpu::plan::engine::BATCH_TOKENS as u32;
 /// Requests that may wait for a place; more are refused at once, so that their clients can do something else.
 pub(crate) const MAX_WAITING: usize = 256;
 /// Decodes that may fail one after the other before those in them are told. Between them everything is computed anew.

@@ -25,9 +25,9 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::thread::JoinHandle;
 
 /// Tokens of one decode, and so of one text: what sentence embedders are trained for.
-pub(crate) const BATCH_TOKENS: u32 = 512;
+pub(crate) const BATCH_TOKENS: u32 = agentd_gpu::plan::engine::EMBED_BATCH_TOKENS as u32;
 /// Texts of one decode.
-const SEQUENCES: u32 = 16;
+const SEQUENCES: u32 = agentd_gpu::plan::engine::EMBED_SEQUENCES as u32;
 
 pub(crate) enum EmbedJob {
     Embed(EmbedRequest),

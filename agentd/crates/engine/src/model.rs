@@ -15,6 +15,7 @@ use crate::template::{Segment, Template};
 use agentd_domain::engine::{ChatMessage, LoadModel, LoadedModel, ModelKind, ModelUsage, Shape};
 use agentd_domain::fault::Report;
 use agentd_domain::gguf::{self, Summary};
+use agentd_gpu::plan::engine as defaults;
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
@@ -42,13 +43,6 @@ const ENCODERS: [&str; 9] = [
     "nomic-bert",
     "nomic-bert-moe",
 ];
-const DEFAULT_CONTEXT_TOKENS: u32 = 4096;
-/// Longer contexts than any model has; bounds what a request can make llama.cpp allocate.
-const MAX_CONTEXT_TOKENS: u32 = 4 * 1024 * 1024;
-/// Sequences of a chat model at once, unless the request says otherwise.
-const DEFAULT_SEQUENCES: u32 = 8;
-/// `LLAMA_MAX_SEQ` of llama.cpp is 256; more than this slows everybody on any machine this is for.
-const MAX_SEQUENCES: u32 = 64;
 /// Memory that must be left after a load: the system and its agents live there.
 const HEADROOM_BYTES: u64 = 32 * 1024 * 1024;
 
@@ -185,20 +179,6 @@ pub(crate) struct Settings {
     pub(crate) shelves: Shelves,
 }
 
-/// llama.cpp reserves logits for every sequence id: ids beyond what running requests need may cost so much.
-const OUTPUT_BYTES: u64 = 32 * 1024 * 1024;
-/// `LLAMA_MAX_SEQ` is 256; more than this is never of use on one device.
-const MAX_IDS: u32 = 128;
-
-/// A power of two, so that a batch divides evenly among the ids where llama.cpp reserves its memory.
-fn ids(sequences: u32, vocabulary: u64) -> u16 {
-    let mut ids = (2 * sequences + 16).next_power_of_two();
-    while ids < MAX_IDS && u64::from(2 * ids) * vocabulary * 4 <= OUTPUT_BYTES {
-        ids *= 2;
-    }
-    ids as u16
-}
-
 /// Why a cache cannot be cut and shared at any token, if so.
 fn sharing_refused(llama: &LlamaModel, summary: &Summary) -> Option<String> {
     let number = |key: &str| {
@@ -227,24 +207,21 @@ fn shelves(swapping: &Swapping) -> Shelves {
     Shelves { memory_bytes, disk_bytes, bytes_per_cell: 0 }
 }
 
-/// A KV cache in f32 up to this size. 16-bit numbers would halve it, but a small model's cache is small, and
-/// exactness makes its results comparable with a reference.
-const EXACT_CACHE_BYTES: u64 = 32 * 1024 * 1024;
-
+/// By the numbers that agentd plans with before it orders a load ([`defaults`]).
 pub(crate) fn sizes(request: &LoadModel, summary: &Summary) -> Settings {
     let own = summary
         .context_length
-        .map_or(DEFAULT_CONTEXT_TOKENS, |length| u32::try_from(length).unwrap_or(u32::MAX));
+        .map_or(defaults::CONTEXT_TOKENS as u32, |length| u32::try_from(length).unwrap_or(u32::MAX));
     let wanted = match request.context_tokens {
-        0 => own.min(DEFAULT_CONTEXT_TOKENS),
-        wanted => wanted.clamp(64, MAX_CONTEXT_TOKENS),
+        0 => own.min(defaults::CONTEXT_TOKENS as u32),
+        wanted => wanted.clamp(defaults::CONTEXT_TOKENS_LEAST as u32, defaults::CONTEXT_TOKENS_MOST as u32),
     };
     let sequences = match request.sequences {
-        0 => DEFAULT_SEQUENCES,
-        wanted => wanted.min(MAX_SEQUENCES),
+        0 => defaults::SEQUENCES as u32,
+        wanted => wanted.min(defaults::SEQUENCES_MOST as u32),
     };
-    let exact_cache = cache_bytes(summary, wanted, 4) <= EXACT_CACHE_BYTES;
-    let ids = ids(sequences, summary.vocabulary);
+    let exact_cache = cache_bytes(summary, wanted, 4) <= defaults::EXACT_CACHE_BYTES;
+    let ids = defaults::ids(u64::from(sequences), summary.vocabulary) as u16;
     Settings {
         context_tokens: wanted,
         sequences,

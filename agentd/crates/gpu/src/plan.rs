@@ -63,21 +63,35 @@ pub struct Sizes {
     pub full_windows: bool,
 }
 
-/// What the engine takes when a request says nothing: `agentd-engine`, `model.rs`, `chat.rs` and `embed.rs`.
+/// What the engine takes when a request says nothing, and the bounds of what it takes: its own numbers, so that what is
+/// planned here is what it does.
 pub mod engine {
     pub const CONTEXT_TOKENS: u64 = 4096;
     pub const SEQUENCES: u64 = 8;
+    /// `LLAMA_MAX_SEQ` of llama.cpp is 256; more than this slows everybody on any machine this is for.
     pub const SEQUENCES_MOST: u64 = 64;
     pub const CONTEXT_TOKENS_LEAST: u64 = 64;
+    /// Longer contexts than any model has; bounds what a request can make llama.cpp allocate.
     pub const CONTEXT_TOKENS_MOST: u64 = 4 * 1024 * 1024;
     pub const BATCH_TOKENS: u64 = 512;
-    /// More ids than running requests need cost at most so much for their logits.
+    /// llama.cpp reserves logits for every sequence id: ids beyond what running requests need may cost so much.
     pub const OUTPUT_BYTES: u64 = 32 * 1024 * 1024;
     pub const IDS_MOST: u64 = 128;
     pub const EMBED_BATCH_TOKENS: u64 = 512;
     pub const EMBED_SEQUENCES: u64 = 16;
-    /// A cache in 32-bit numbers up to this size.
+    /// A cache in 32-bit numbers up to this size. 16-bit numbers would halve it, but a small model's cache is small, and
+    /// exactness makes its results comparable with a reference.
     pub const EXACT_CACHE_BYTES: u64 = 32 * 1024 * 1024;
+
+    /// Sequence ids: for who works, who stepped aside, what is cached, and one that copies go through. A power of two, so
+    /// that a batch divides evenly among them where llama.cpp reserves its memory.
+    pub fn ids(sequences: u64, vocabulary: u64) -> u64 {
+        let mut ids = (2 * sequences + 16).next_power_of_two();
+        while ids < IDS_MOST && (2 * ids).saturating_mul(vocabulary).saturating_mul(4) <= OUTPUT_BYTES {
+            ids *= 2;
+        }
+        ids
+    }
 }
 
 impl Sizes {
@@ -117,7 +131,7 @@ impl Sizes {
         let shared = !shape.blocks.iter().any(|block| block.recurrent)
             && shape.window_tokens.unwrap_or(0) == 0
             && shape.index_length == 0;
-        let ids = if shared { ids(sequences, shape.vocabulary) } else { sequences };
+        let ids = if shared { engine::ids(sequences, shape.vocabulary) } else { sequences };
         let widest = [2, shape.embedding_length, shape.blocks.len() as u64, cells, 4]
             .into_iter()
             .fold(1, u64::saturating_mul);
@@ -149,17 +163,6 @@ impl Sizes {
         let each = pad((cells / self.ids.max(1)).max(1));
         (each.saturating_mul(self.ids.max(1)), each)
     }
-}
-
-/// As the engine's `model.rs` has it: a power of two, twice what works and some to keep.
-fn ids(sequences: u64, vocabulary: u64) -> u64 {
-    let mut ids = (2 * sequences + 16).next_power_of_two();
-    while ids < engine::IDS_MOST
-        && (2 * ids).saturating_mul(vocabulary).saturating_mul(4) <= engine::OUTPUT_BYTES
-    {
-        ids *= 2;
-    }
-    ids
 }
 
 /// Where layers go: the last `offloaded` of the blocks and the output layer to the devices, the rest to host memory.
