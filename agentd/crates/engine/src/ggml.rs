@@ -8,8 +8,9 @@
 
 use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_sys_2::{
-    LLAMA_LOAD_MODE_NONE, ggml_backend_dev_count, ggml_backend_dev_get, ggml_backend_dev_get_props,
-    llama_context_default_params, llama_context_params, llama_model_default_params, llama_model_params,
+    GGML_BACKEND_DEVICE_TYPE_CPU, LLAMA_LOAD_MODE_NONE, ggml_backend_dev_count, ggml_backend_dev_get,
+    ggml_backend_dev_get_props, ggml_backend_dev_type, llama_context_default_params, llama_context_params,
+    llama_model_default_params, llama_model_params,
 };
 use std::ffi::{CStr, CString, c_char};
 use std::path::Path;
@@ -135,6 +136,15 @@ pub(crate) fn device_addresses() -> Vec<Option<String>> {
             Some(id.to_string_lossy().into_owned())
         })
         .collect()
+}
+
+/// Whether models are computed on anything but the processor. Asks no device for its memory.
+pub(crate) fn any_accelerator() -> bool {
+    (0..device_count()).any(|index| {
+        // SAFETY: the index is below the count; devices are never removed from ggml's list.
+        let kind = unsafe { ggml_backend_dev_type(ggml_backend_dev_get(index)) };
+        kind != GGML_BACKEND_DEVICE_TYPE_CPU
+    })
 }
 
 fn device_count() -> usize {

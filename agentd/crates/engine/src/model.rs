@@ -8,6 +8,7 @@
 use crate::chat::{self, ChatJob};
 use crate::devices;
 use crate::embed::{self, EmbedJob};
+use crate::ggml;
 use crate::logging;
 use crate::shape::Grammars;
 use crate::shelf::Shelves;
@@ -277,16 +278,13 @@ fn check_memory(request: &LoadModel, summary: &Summary, sizes: &Settings) -> Res
     let Some((_, available_bytes)) = devices::host_memory() else {
         return Ok(());
     };
-    let gpu = llama_cpp_2::list_llama_ggml_backend_devices()
-        .iter()
-        .any(|device| !matches!(device.device_type, llama_cpp_2::LlamaBackendDeviceType::Cpu));
     let cache = if request.kind == ModelKind::Chat {
         cache_bytes(summary, sizes.context_tokens, if sizes.exact_cache { 4 } else { 2 })
     } else {
         0
     };
     let needs_bytes = summary.tensor_bytes + cache + HEADROOM_BYTES;
-    if gpu || needs_bytes <= available_bytes {
+    if ggml::any_accelerator() || needs_bytes <= available_bytes {
         return Ok(());
     }
     let mebibytes = |bytes: u64| bytes.div_ceil(1024 * 1024);

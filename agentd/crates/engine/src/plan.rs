@@ -112,6 +112,13 @@ pub(crate) struct Part {
     pub(crate) last: bool,
 }
 
+impl Part {
+    /// The one token of somebody who answers.
+    pub(crate) fn is_answer(&self) -> bool {
+        self.tokens == 1 && self.last
+    }
+}
+
 /// Since the model was loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Counters {

@@ -17,8 +17,8 @@ pub(crate) const TOP_CLASS: u8 = 5;
 /// What one class is worth in time: a request that has waited this long counts as one class higher, so that no
 /// stream of more urgent requests keeps it out for ever. Ten seconds are a long answer on a small machine.
 const CLASS_AGE_MS: u64 = 10_000;
-/// Longest step beside somebody who answers. Half of what a reader takes for a stall.
-const STALL: Duration = Duration::from_millis(250);
+/// Longest step beside somebody who answers, below the half second that a reader takes for a stall.
+const STALL: Duration = Duration::from_millis(400);
 /// The same while a prompt is read that is more important than all who answer: nearly all of it.
 const URGENT_STALL: Duration = Duration::from_millis(450);
 /// Where answering alone takes so long that no such time can be kept, a prompt has as much of a step as the answers
@@ -27,6 +27,8 @@ const OWN_SHARE: f64 = 1.0;
 const URGENT_SHARE: f64 = 2.0;
 /// A chunk is never smaller: below this the weights are read for too few tokens.
 const MIN_CHUNK_TOKENS: u32 = 32;
+/// Chunks are whole such pieces: the processor's attention goes by tiles of 64 tokens, and half a tile costs little.
+const CHUNK_GRAIN_TOKENS: u32 = 32;
 /// The first chunk beside somebody who answers, before anything was measured.
 const FIRST_CHUNK_TOKENS: u32 = 64;
 /// How much a new measurement counts.
@@ -172,7 +174,7 @@ impl Pace {
         let answer_ms = self.answer_ms.unwrap_or(0.0);
         let own_ms = (stall.as_secs_f64() * 1000.0 - answer_ms).max(share * answer_ms);
         let tokens = (rate * own_ms).min(f64::from(most)) as u32;
-        tokens.max(MIN_CHUNK_TOKENS).min(most)
+        (tokens / CHUNK_GRAIN_TOKENS * CHUNK_GRAIN_TOKENS).max(MIN_CHUNK_TOKENS).min(most)
     }
 
     /// How long so many prompt tokens take, by what is known.
@@ -257,8 +259,8 @@ mod tests {
         for _ in 0..30 {
             pace.measured(100, 3, Duration::from_micros(50_000 + 195_312));
         }
-        assert_eq!(pace.chunk(3, Urgency::Usual, 512), 102, "200 ms at 512 tokens a second");
-        assert_eq!(pace.chunk(3, Urgency::AboveAllAnswers, 512), 204, "400 ms");
+        assert_eq!(pace.chunk(3, Urgency::Usual, 512), 160, "350 ms at 512 tokens a second, in pieces of 32");
+        assert_eq!(pace.chunk(3, Urgency::AboveAllAnswers, 512), 192, "400 ms");
         assert_eq!(pace.prompt_ms(512), 999);
         // Answering alone takes half a second: nothing fits, and prompts have as much again.
         for _ in 0..60 {
