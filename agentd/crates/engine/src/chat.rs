@@ -234,10 +234,9 @@ impl Decoder<'_> {
     }
 
     fn step(&mut self) {
-        let now_ms = self.now_ms();
-        self.planner.arrange(now_ms);
+        self.planner.arrange(self.now_ms());
         self.carry_out();
-        let parts = self.planner.parts(now_ms);
+        let parts = self.planner.parts();
         if parts.is_empty() {
             self.empty_steps += 1;
             // A blob that did not come back has emptied everything: the next step begins anew.

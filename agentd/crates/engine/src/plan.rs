@@ -145,6 +145,8 @@ pub(crate) struct Planner {
     counters: Counters,
     next_id: RequestId,
     clock: u64,
+    /// Of the last step.
+    now_ms: u64,
 }
 
 #[derive(Debug)]
@@ -165,6 +167,10 @@ struct Request {
     /// Most cells it may come to.
     limit: u32,
     arrived_ms: u64,
+    /// Time of steps in which others were computed and it was not.
+    waited_ms: u64,
+    /// It was in the last step.
+    served: bool,
     seq: Option<SeqId>,
     running: bool,
     /// Cells it may fill without asking; at least what it has.
@@ -219,6 +225,7 @@ impl Planner {
             counters: Counters::default(),
             next_id: 0,
             clock: 0,
+            now_ms: 0,
         }
     }
 
@@ -292,6 +299,8 @@ impl Planner {
             // A prompt that fills its account's share is refused before it comes here.
             limit: wanted.min(most).max(prompt.min(self.room.cells)),
             arrived_ms: now_ms,
+            waited_ms: 0,
+            served: false,
             seq: None,
             running: false,
             promised: 0,
@@ -340,6 +349,7 @@ impl Planner {
         let (mut prompts, mut answers) = (0, 0);
         for part in parts {
             let Some(request) = self.requests.get_mut(&part.request) else { continue };
+            request.served = true;
             let range = part.from as usize..(part.from + part.tokens) as usize;
             self.tree.extend(part.seq, &request.tokens[range]);
             let upto = part.from + part.tokens;
@@ -399,13 +409,25 @@ impl Planner {
 
     /// Decides who works. The batch is [`Self::parts`], after the effects were carried out.
     pub(crate) fn arrange(&mut self, now_ms: u64) {
-        self.grow(now_ms);
-        self.admit(now_ms);
+        self.age(now_ms);
+        self.grow();
+        self.admit();
         self.load();
     }
 
+    /// Whoever was not in the step before has waited. Who is served does not become more important by it: else nobody
+    /// could take the place of somebody who answers for long.
+    fn age(&mut self, now_ms: u64) {
+        let before = std::mem::replace(&mut self.now_ms, now_ms);
+        for request in self.requests.values_mut() {
+            if !std::mem::take(&mut request.served) {
+                request.waited_ms += now_ms.saturating_sub(before.max(request.arrived_ms));
+            }
+        }
+    }
+
     /// The next batch: one token for each who answers, then prompts in the order of their turns.
-    pub(crate) fn parts(&self, now_ms: u64) -> Vec<Part> {
+    pub(crate) fn parts(&self) -> Vec<Part> {
         let mut parts = Vec::new();
         let mut prompts = Vec::new();
         for id in &self.running {
@@ -421,14 +443,14 @@ impl Planner {
                 1 if last => parts.push(Part { request: *id, seq, from: held, tokens: 1, last }),
                 _ => {
                     let part = Part { request: *id, seq, from: held, tokens: left, last };
-                    prompts.push((self.turn(*id, request, left, now_ms), part));
+                    prompts.push((self.turn(*id, request, left), part));
                 }
             }
         }
         let answering = parts.len() as u32;
         let room = self.room.batch_tokens.saturating_sub(answering);
         prompts.sort_by_key(|(turn, _)| *turn);
-        let urgency = self.urgency(&parts, prompts.first().map(|(_, part)| part), now_ms);
+        let urgency = self.urgency(&parts, prompts.first().map(|(_, part)| part));
         let mut left = self.pace.chunk(answering, urgency, room).min(room);
         for (_, mut part) in prompts {
             if left == 0 {
@@ -444,18 +466,17 @@ impl Planner {
         parts
     }
 
-    fn urgency(&self, answers: &[Part], first: Option<&Part>, now_ms: u64) -> Urgency {
-        let class_of =
-            |part: &Part| self.requests.get(&part.request).map(|r| r.class_at(now_ms).max(r.boost));
+    fn urgency(&self, answers: &[Part], first: Option<&Part>) -> Urgency {
+        let class_of = |part: &Part| self.requests.get(&part.request).map(|r| r.class().max(r.boost));
         match (first.and_then(class_of), answers.iter().filter_map(class_of).max()) {
             (Some(prompt), Some(answer)) if prompt > answer => Urgency::AboveAllAnswers,
             _ => Urgency::Usual,
         }
     }
 
-    fn turn(&self, id: RequestId, request: &Request, left: u32, now_ms: u64) -> Turn {
+    fn turn(&self, id: RequestId, request: &Request, left: u32) -> Turn {
         Turn::new(
-            request.class_at(now_ms).max(request.boost),
+            request.class().max(request.boost),
             self.accounts.has_share_left(&request.account),
             request.arrived_ms,
             self.pace.prompt_ms(left),
@@ -490,8 +511,9 @@ impl Planner {
 }
 
 impl Request {
-    fn class_at(&self, now_ms: u64) -> u8 {
-        class(self.priority, now_ms.saturating_sub(self.arrived_ms))
+    /// Its priority's, and what waiting has added.
+    fn class(&self) -> u8 {
+        class(self.priority, self.waited_ms)
     }
 
     /// Cells it needs to begin or go on: what it has said so far and a piece of an answer.

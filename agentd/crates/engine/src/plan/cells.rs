@@ -7,8 +7,8 @@ use super::*;
 
 impl Planner {
     /// Every running request gets room for its next token, or makes room by stepping aside itself.
-    pub(super) fn grow(&mut self, now_ms: u64) {
-        let mut order: Vec<(RequestId, Sacrifice)> = self.sacrifices(now_ms);
+    pub(super) fn grow(&mut self) {
+        let mut order: Vec<(RequestId, Sacrifice)> = self.sacrifices();
         // The last to step aside is the first to grow.
         order.reverse();
         for (id, _) in order {
@@ -19,7 +19,7 @@ impl Planner {
                     if let Some(request) = self.requests.get_mut(&id) {
                         request.promised += granted;
                     }
-                } else if !self.sacrifice_for(id, now_ms) {
+                } else if !self.sacrifice_for(id) {
                     break;
                 }
             }
@@ -43,12 +43,12 @@ impl Planner {
     }
 
     /// Somebody steps aside for a request that must grow; perhaps itself. False when that is so, or nobody can.
-    fn sacrifice_for(&mut self, id: RequestId, now_ms: u64) -> bool {
+    fn sacrifice_for(&mut self, id: RequestId) -> bool {
         let Some(request) = self.requests.get(&id) else { return false };
         // What is scarce is its account's share, if there is one and it is used up.
         let account = (request.cells_most > 0 && self.account_cells(&request.account) >= request.cells_most)
             .then(|| request.account.clone());
-        let candidates = self.sacrifices(now_ms).into_iter().map(|(victim, _)| victim);
+        let candidates = self.sacrifices().into_iter().map(|(victim, _)| victim);
         let victim =
             candidates.filter(|victim| *victim == id || self.gain(*victim) > 0).find(|victim| {
                 match (&account, self.requests.get(victim)) {
@@ -71,12 +71,12 @@ impl Planner {
     }
 
     /// Who works, the first to step aside first.
-    pub(super) fn sacrifices(&self, now_ms: u64) -> Vec<(RequestId, Sacrifice)> {
+    pub(super) fn sacrifices(&self) -> Vec<(RequestId, Sacrifice)> {
         let mut all: Vec<(RequestId, Sacrifice)> = Vec::with_capacity(self.running.len());
         for id in &self.running {
             let Some((request, seq)) = self.seated(*id) else { continue };
             let sacrifice = Sacrifice {
-                class: request.class_at(now_ms).max(request.boost),
+                class: request.class().max(request.boost),
                 over_share: self.accounts.over_share(&request.account),
                 to_restore: self.tree.private(seq),
                 order: *id,

@@ -7,24 +7,24 @@
 use super::*;
 
 impl Planner {
-    pub(super) fn admit(&mut self, now_ms: u64) {
+    pub(super) fn admit(&mut self) {
         for id in &self.running {
             if let Some(request) = self.requests.get_mut(id) {
                 request.boost = 0;
             }
         }
-        while self.may_admit(now_ms) {
+        while self.may_admit() {
             let queued = self.requests.values().filter(|request| !request.running);
             self.accounts.refill(queued.map(|request| request.account.as_str()));
-            let Some((id, start)) = self.next_in_queue(now_ms) else { return };
-            if !self.start(id, start, now_ms) {
+            let Some((id, start)) = self.next_in_queue() else { return };
+            if !self.start(id, start) {
                 return;
             }
         }
     }
 
     /// False when nobody could be admitted whatever it has: spares the look-ups.
-    fn may_admit(&self, now_ms: u64) -> bool {
+    fn may_admit(&self) -> bool {
         let mut queued = self.requests.values().filter(|request| !request.running).peekable();
         if queued.peek().is_none() {
             return false;
@@ -33,17 +33,16 @@ impl Planner {
             return true;
         }
         let running = self.running.iter().filter_map(|id| self.requests.get(id));
-        let lowest = running.map(|request| request.class_at(now_ms).max(request.boost)).min().unwrap_or(0);
+        let lowest = running.map(|request| request.class().max(request.boost)).min().unwrap_or(0);
         queued.any(|request| class(request.priority, 0) > lowest)
     }
 
     /// The first that need not wait for somebody else's prompt.
-    fn next_in_queue(&mut self, now_ms: u64) -> Option<(RequestId, Start)> {
+    fn next_in_queue(&mut self) -> Option<(RequestId, Start)> {
         let queued = self.requests.iter().filter(|(_, request)| !request.running);
         let within = queued.filter(|(_, request)| self.within_own_share(request));
-        let mut order: Vec<(Turn, RequestId)> = within
-            .map(|(id, request)| (self.turn(*id, request, request.tokens.len() as u32, now_ms), *id))
-            .collect();
+        let mut order: Vec<(Turn, RequestId)> =
+            within.map(|(id, request)| (self.turn(*id, request, request.tokens.len() as u32), *id)).collect();
         order.sort_unstable();
         order.truncate(LOOKED_AT);
         let mut exact: Vec<(Turn, RequestId, Start)> = Vec::with_capacity(order.len());
@@ -52,12 +51,12 @@ impl Planner {
             let start = self.start_of(request);
             let left = request.tokens.len() as u32
                 - self.begins_at(request, &start).min(request.tokens.len() as u32);
-            exact.push((self.turn(id, request, left, now_ms), id, start));
+            exact.push((self.turn(id, request, left), id, start));
         }
         exact.sort_unstable_by_key(|(turn, ..)| *turn);
         for (_, id, start) in exact {
             let Some(leader) = self.leader_of(id, &start) else { return Some((id, start)) };
-            let urgency = self.requests.get(&id).map_or(0, |request| request.class_at(now_ms));
+            let urgency = self.requests.get(&id).map_or(0, |request| request.class());
             if let Some(leader) = self.requests.get_mut(&leader) {
                 leader.boost = leader.boost.max(urgency);
             }
@@ -116,23 +115,23 @@ impl Planner {
     }
 
     /// Gives a request its sequence and its cells. False when it has to wait.
-    fn start(&mut self, id: RequestId, start: Start, now_ms: u64) -> bool {
+    fn start(&mut self, id: RequestId, start: Start) -> bool {
         let Some(request) = self.requests.get(&id) else { return false };
         let (resident, promise) = (self.held(request), request.first_promise());
         let at = if request.seq.is_some() { resident } else { start.resident_tokens() };
         let need = promise.saturating_sub(at);
-        let Some(victims) = self.victims_for(id, &start, need, now_ms) else {
+        let Some(victims) = self.victims_for(id, &start, need) else {
             // Nobody works, so nobody will make room: whoever stepped aside gives up what it still holds.
             return self.running.is_empty() && self.forget_one(id) && {
                 let again = self.requests.get(&id).map(|request| self.start_of(request)).unwrap_or_default();
-                self.start(id, again, now_ms)
+                self.start(id, again)
             };
         };
         let Some(seq) = self.seat(id, &start) else {
             // Ids are held by who stepped aside; what of theirs lies in memory or on disk stays.
             return self.forget_one(id) && {
                 let again = self.requests.get(&id).map(|request| self.start_of(request)).unwrap_or_default();
-                self.start(id, again, now_ms)
+                self.start(id, again)
             };
         };
         self.make_room(need, id);
@@ -162,7 +161,7 @@ impl Planner {
 
     /// Who has to go so that there are so many cells and a place: nobody of the same urgency. `None` if that is not
     /// enough.
-    fn victims_for(&self, id: RequestId, start: &Start, need: u32, now_ms: u64) -> Option<Vec<RequestId>> {
+    fn victims_for(&self, id: RequestId, start: &Start, need: u32) -> Option<Vec<RequestId>> {
         let request = self.requests.get(&id)?;
         let kept = start.resident.map_or(0, |(seq, length)| self.tree.evictable_within(seq, length));
         let mut available = self.free() + self.tree.counts().evictable.saturating_sub(kept);
@@ -171,7 +170,7 @@ impl Planner {
         let mut victims = Vec::new();
         // Its own urgency, not what waiting has added: equals never change places for waiting alone.
         let own_class = class(request.priority, 0);
-        for (victim, sacrifice) in self.sacrifices(now_ms) {
+        for (victim, sacrifice) in self.sacrifices() {
             if (available >= need && places > 0) || sacrifice.class >= own_class {
                 break;
             }

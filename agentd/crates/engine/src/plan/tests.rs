@@ -222,7 +222,7 @@ impl Machine {
         }
         self.planner.arrange(self.now_ms);
         self.cache.run(&mut self.planner);
-        let parts = self.planner.parts(self.now_ms);
+        let parts = self.planner.parts();
         if parts.is_empty() && self.cache.broken && self.planner.running() == 0 {
             // A blob did not come back, and everything begins anew.
             return true;
@@ -407,6 +407,21 @@ fn cached_beginnings_go_for_cells_and_come_back_from_memory() {
     assert!(machine.computed <= 1, "{} tokens were computed again", machine.computed);
     assert!(machine.planner.counters().restored >= 1);
     assert_eq!(machine.answer(id), alone(&prompts[0], 10));
+}
+
+/// Answering for long makes nobody important: only waiting does.
+#[test]
+fn who_has_answered_for_minutes_still_makes_room() {
+    let mut machine = Machine::new(room(8192, 4));
+    for n in 0..4 {
+        machine.ask(n, text(n as i32, 100), 0);
+    }
+    while machine.now_ms < 40_000 {
+        machine.step();
+    }
+    let high = machine.ask_as(9, text(77, 600), 20, 100, 1);
+    machine.step();
+    assert!(machine.planner.requests[&high].running, "admitted within one step");
 }
 
 /// E15's rule, and E7's: who is important is in at once, nobody fails, everybody's answer is what it would be alone.
