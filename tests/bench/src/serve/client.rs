@@ -12,6 +12,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A prompt of 8,000 tokens behind others takes minutes on two cores.
@@ -39,6 +40,29 @@ pub struct Ask {
     pub extra: Value,
     /// Waited before it is sent: what an agent does between two requests.
     pub think: Duration,
+    /// Counted among those who speak, from its first word.
+    pub speaks: Option<Arc<Speakers>>,
+    /// Waits until so many speak, before it thinks.
+    pub after: Option<(Arc<Speakers>, u32)>,
+}
+
+/// How many have begun to be answered.
+#[derive(Debug, Default)]
+pub struct Speakers {
+    count: Mutex<u32>,
+    more: Condvar,
+}
+
+impl Speakers {
+    fn begin(&self) {
+        *self.count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.more.notify_all();
+    }
+
+    fn wait(&self, most: u32) {
+        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.more.wait_timeout_while(count, PATIENCE, |count| *count < most));
+    }
 }
 
 /// What came of it.
@@ -75,10 +99,21 @@ impl Usage {
 
 impl Ask {
     pub fn new(place: &Place, prompt: String, max_tokens: u32) -> Self {
-        Self { place: place.clone(), prompt, max_tokens, extra: Value::Null, think: Duration::ZERO }
+        Self {
+            place: place.clone(),
+            prompt,
+            max_tokens,
+            extra: Value::Null,
+            think: Duration::ZERO,
+            speaks: None,
+            after: None,
+        }
     }
 
     pub fn run(&self) -> Told {
+        if let Some((speakers, count)) = &self.after {
+            speakers.wait(*count);
+        }
         std::thread::sleep(self.think);
         let sent = Instant::now();
         let mut told = Told {
@@ -96,8 +131,26 @@ impl Ask {
         if let Err(error) = answered {
             told.failed = Some(error.to_string());
         }
+        // Who failed without a word keeps nobody waiting.
+        if told.pieces.is_empty() {
+            self.began();
+        }
         told.ended = Instant::now();
         told
+    }
+
+    fn began(&self) {
+        if let Some(speakers) = &self.speaks {
+            speakers.begin();
+        }
+    }
+
+    fn piece(&self, told: &mut Told, text: &str, now: Instant) {
+        if told.pieces.is_empty() {
+            self.began();
+        }
+        told.pieces.push(now);
+        told.text.push_str(text);
     }
 
     fn body(&self) -> Value {
@@ -136,8 +189,7 @@ impl Ask {
             let body = &frame["body"];
             match body["type"].as_str() {
                 Some("piece") => {
-                    told.pieces.push(now);
-                    told.text.push_str(body["text"].as_str().unwrap_or_default());
+                    self.piece(told, body["text"].as_str().unwrap_or_default(), now);
                 }
                 Some("done") => {
                     told.usage = Usage::of(body, &body["cached_tokens"]);
@@ -161,28 +213,27 @@ impl Ask {
             if data == "[DONE]" {
                 return Ok(());
             }
-            told.take(data, Instant::now())?;
+            self.take(told, data, Instant::now())?;
         }
     }
-}
 
-impl Told {
-    fn take(&mut self, data: &str, now: Instant) -> io::Result<()> {
+    fn take(&self, told: &mut Told, data: &str, now: Instant) -> io::Result<()> {
         let chunk: Value = serde_json::from_str(data)?;
         if let Some(error) = chunk.get("error") {
             return Err(broken(error.get("message").and_then(Value::as_str).unwrap_or(data)));
         }
         let text = chunk["choices"][0]["text"].as_str().unwrap_or_default();
         if !text.is_empty() {
-            self.pieces.push(now);
-            self.text.push_str(text);
+            self.piece(told, text, now);
         }
         if let Some(usage) = chunk.get("usage").filter(|usage| usage.is_object()) {
-            self.usage = Usage::of(usage, &usage["prompt_tokens_details"]["cached_tokens"]);
+            told.usage = Usage::of(usage, &usage["prompt_tokens_details"]["cached_tokens"]);
         }
         Ok(())
     }
+}
 
+impl Told {
     /// Milliseconds to the first text; absent when there was none.
     pub fn first_ms(&self) -> Option<f64> {
         self.pieces.first().map(|at| (*at - self.sent).as_secs_f64() * 1000.0)

@@ -20,7 +20,7 @@ use image::source::Checkout;
 use image::{models, programs};
 use load::Load;
 use ours::Ours;
-use peer::{Kind, Peer, Setting};
+use peer::{CacheOf, Kind, Peer, Setting};
 use std::path::PathBuf;
 use tests_host::scene::Programs;
 use tests_models::{Layout, QWEN_HALF_BILLION, SMALL, Shape};
@@ -157,22 +157,72 @@ pub(crate) struct Bed {
     late: Option<client::Place>,
 }
 
+/// Between the words of two pairs: a workload takes its seeds from below this.
+const PAIR_SEEDS: u64 = 1_000_000;
+/// Words that are only used to find the peer's best setting.
+const SEARCH_SEED: u64 = 900 * PAIR_SEEDS;
+
 /// The number of the agent with a priority above all others'.
 pub(crate) const LATE: usize = usize::MAX;
 
 /// Whom a load is put on: the n-th agent's way in.
 pub(crate) type Way<'a> = &'a (dyn Fn(usize) -> client::Place + Sync);
 
+/// What a workload needs of a server.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Need {
+    /// Of the KV cache, all sequences together.
+    cells: u32,
+    /// Sequences at once.
+    places: u32,
+    agents: usize,
+}
+
 impl Bed {
-    fn start(context: &Context, cells: u32, sequences: u32, agents: usize) -> Result<Self> {
-        Self::beside(context, cells, sequences, agents, Kind::Best { cache_ram_mib: 8192 })
+    /// Beside llama-server with as many places and one cache for all of them.
+    fn start(context: &Context, need: Need) -> Result<Self> {
+        let kind =
+            Kind::Many { places: need.places, cache: CacheOf::All, cache_ram_mib: peer::CACHE_RAM_MIB };
+        Self::beside(context, need, kind)
     }
 
-    fn beside(context: &Context, cells: u32, sequences: u32, agents: usize, kind: Kind) -> Result<Self> {
-        let ours = Ours::start(&context.programs, &context.idle, &context.model, cells, sequences, agents)?;
-        let setting = Setting { cells, sequences, threads: context.threads, kind };
-        let peer = Peer::start(&context.peer, &context.model, &setting)?;
+    fn beside(context: &Context, need: Need, kind: Kind) -> Result<Self> {
+        let peer = peer_as(context, need, kind)?;
+        let Need { cells, places, agents } = need;
+        let ours = Ours::start(&context.programs, &context.idle, &context.model, cells, places, agents)?;
         Ok(Self { ours, peer, late: None })
+    }
+
+    /// Beside llama-server as it serves this load best, by tokens per second; each way to start it is tried once, and
+    /// has its rows. `longest` is the most cells that one request takes.
+    fn beside_best(
+        context: &Context,
+        need: Need,
+        longest: u32,
+        what: &str,
+        load: impl Fn(Way<'_>, u64) -> Load,
+    ) -> Result<(Self, Kind, Vec<Row>)> {
+        let mut rows = Vec::new();
+        let mut best: Option<(f64, Kind)> = None;
+        for kind in Kind::all(need.places, need.cells, longest) {
+            let peer = peer_as(context, need, kind)?;
+            warm(&peer.place);
+            let load = load(&|_| peer.place.clone(), SEARCH_SEED);
+            let speed = if load.failures().is_empty() { load.tokens_per_second() } else { 0.0 };
+            let first_ms = load::quantile(&load.firsts_ms(), 0.5).unwrap_or(f64::NAN);
+            println!(
+                "  llama-server {}: {speed:.2} tokens/s, first token p50 {first_ms:.0} ms",
+                kind.words()
+            );
+            let name = format!("{what}: llama-server {}", kind.words());
+            rows.push(Row::new(format!("{name}: tokens per second"), speed, "tokens/s").detail());
+            rows.push(Row::new(format!("{name}: time to first token p50"), first_ms, "ms").detail());
+            if best.is_none_or(|(most, _)| speed > most) {
+                best = Some((speed, kind));
+            }
+        }
+        let (_, kind) = best.context("llama-server was not started")?;
+        Ok((Self::beside(context, need, kind)?, kind, rows))
     }
 
     /// The same load on both, in turn, the first changing from pair to pair; each pair has words of its own. One small
@@ -187,10 +237,10 @@ impl Bed {
         let place = self.peer.place.clone();
         let theirs = move |_: usize| place.clone();
         for place in [ours(0), theirs(0)] {
-            client::Ask::new(&place, tests_models::words(1, 64), 8).run();
+            warm(&place);
         }
         let run = |pair: usize| {
-            let seed = 1000 * (pair as u64 + 1);
+            let seed = PAIR_SEEDS * (pair as u64 + 1);
             if pair.is_multiple_of(2) {
                 let ours = load(&ours, seed);
                 Pair { ours, theirs: load(&theirs, seed) }
@@ -201,6 +251,15 @@ impl Bed {
         };
         (0..pairs).map(run).collect()
     }
+}
+
+fn peer_as(context: &Context, need: Need, kind: Kind) -> Result<Peer> {
+    Peer::start(&context.peer, &context.model, &Setting { cells: need.cells, threads: context.threads, kind })
+}
+
+/// A small request, which touches the weights' pages.
+fn warm(place: &client::Place) {
+    client::Ask::new(place, tests_models::words(1, 64), 8).run();
 }
 
 pub(crate) struct Pair {

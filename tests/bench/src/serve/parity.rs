@@ -7,7 +7,7 @@
 
 use super::client::{Ask, post};
 use super::load::Load;
-use super::{Bed, Context as Bench};
+use super::{Bed, Context as Bench, Need};
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -126,7 +126,7 @@ pub fn words_agree(bench: &Bench) -> Result<Vec<Row>> {
     for request in 0..REQUESTS {
         // Each on two servers that have answered nothing: agentd keeps earlier prompts in its cache, the next one's
         // cells lie behind them, and flash attention then adds up in other groups, in 16 bits.
-        let bed = Bed::start(bench, 2048, 2, 1)?;
+        let bed = Bed::start(bench, Need { cells: 2048, places: 2, agents: 1 })?;
         let prompt = words(900 + request as u64, 16 << (request % 6));
         let our = Ask::new(&bed.ours.places()[0], prompt.clone(), ANSWER_TOKENS).run();
         ensure!(our.failed.is_none(), "{:?}", our.failed);

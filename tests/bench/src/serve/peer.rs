@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// Half a billion weights from a slow disk.
 const READY_WITHIN: Duration = Duration::from_secs(120);
 
+/// Its cache in memory for prompts that have no place; larger than any workload needs.
+pub const CACHE_RAM_MIB: u32 = 8192;
+
 /// The peer's programs, and ours in what is compared with them.
 #[derive(Debug, Clone)]
 pub struct Programs {
@@ -64,33 +67,67 @@ fn engine_tree(checkout: &Checkout) -> Result<PathBuf> {
 }
 
 /// How a server is started.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct Setting {
     /// Cells of the KV cache, all sequences together.
     pub cells: u32,
-    pub sequences: u32,
     pub threads: u32,
     pub kind: Kind,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// What serves many agents best, as far as its documentation tells.
-    Best { cache_ram_mib: u32 },
+    /// What its documentation has for many agents, with so many places.
+    Many { places: u32, cache: CacheOf, cache_ram_mib: u32 },
     /// Only the file, the address and the size of the cache.
     Defaults,
+}
+
+/// Whose the cells are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheOf {
+    /// One cache for all places.
+    All,
+    /// An equal part of it for each place.
+    Each,
 }
 
 impl Setting {
     fn arguments(&self) -> Vec<String> {
         let mut arguments = format!("-c {}", self.cells);
-        if let Kind::Best { cache_ram_mib } = self.kind {
+        if let Kind::Many { places, cache, cache_ram_mib } = self.kind {
+            let unified = match cache {
+                CacheOf::All => "--kv-unified",
+                CacheOf::Each => "--no-kv-unified",
+            };
             arguments += &format!(
-                " -np {} --kv-unified --cache-ram {cache_ram_mib} --cache-reuse 256 -fa on -b 2048 -ub 512 -t {} -tb {}",
-                self.sequences, self.threads, self.threads
+                " -np {places} {unified} --cache-ram {cache_ram_mib} --cache-reuse 256 -fa on -b 2048 -ub 512 -t {} -tb {}",
+                self.threads, self.threads
             );
         }
         arguments.split(' ').map(str::to_owned).collect()
+    }
+}
+
+impl Kind {
+    /// How llama-server may be started for agents whose requests take up to `longest` cells each of `cells`, `places`
+    /// of them at once: its places halved down to one, with one cache and, where a part of it suffices, with parts.
+    pub fn all(places: u32, cells: u32, longest: u32) -> Vec<Self> {
+        let halves = std::iter::successors(Some(places), |places| (*places > 1).then_some(places / 2));
+        let many = halves.flat_map(|places| {
+            let of = |cache| Self::Many { places, cache, cache_ram_mib: CACHE_RAM_MIB };
+            let parts = places > 1 && cells / places >= longest;
+            std::iter::once(of(CacheOf::All)).chain(parts.then_some(of(CacheOf::Each)))
+        });
+        many.chain([Self::Defaults]).collect()
+    }
+
+    pub fn words(self) -> String {
+        match self {
+            Self::Many { places, cache: CacheOf::All, .. } => format!("-np {places} --kv-unified"),
+            Self::Many { places, cache: CacheOf::Each, .. } => format!("-np {places} --no-kv-unified"),
+            Self::Defaults => "defaults".to_owned(),
+        }
     }
 }
 
@@ -157,13 +194,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_best_settings_are_those_of_the_protocol_and_defaults_are_defaults() {
-        let best =
-            Setting { cells: 9000, sequences: 8, threads: 2, kind: Kind::Best { cache_ram_mib: 8192 } };
-        let said = best.arguments().join(" ");
+    fn settings_are_those_of_the_protocol_and_defaults_are_defaults() {
+        let kind = Kind::Many { places: 8, cache: CacheOf::All, cache_ram_mib: 8192 };
+        let many = Setting { cells: 9000, threads: 2, kind };
+        let said = many.arguments().join(" ");
         for part in ["-c 9000", "-np 8", "--kv-unified", "--cache-ram 8192", "--cache-reuse 256", "-fa on"] {
             assert!(said.contains(part), "{part}: {said}");
         }
-        assert_eq!(Setting { kind: Kind::Defaults, ..best }.arguments(), ["-c", "9000"]);
+        assert_eq!(Setting { kind: Kind::Defaults, ..many }.arguments(), ["-c", "9000"]);
+    }
+
+    #[test]
+    fn all_ways_to_start_it_that_could_be_its_best_are_tried() {
+        let words: Vec<String> = Kind::all(8, 6000, 1000).into_iter().map(Kind::words).collect();
+        let one = ["-np 8 --kv-unified", "-np 4 --kv-unified", "-np 4 --no-kv-unified", "-np 2 --kv-unified"];
+        let rest = ["-np 2 --no-kv-unified", "-np 1 --kv-unified", "defaults"];
+        assert_eq!(words, [&one[..], &rest[..]].concat(), "an eighth of the cache is too small for one");
     }
 }

@@ -4,15 +4,19 @@
 //! sides, measures pair by pair and returns its rows. Prompts have one token per word and no two requests share any
 //! that the workload does not say they share.
 
-use super::client::{Ask, Told};
+use super::client::{Ask, Speakers, Told};
 use super::load::{Load, Next, closed, jain, open, quantile, together};
-use super::peer::Kind;
-use super::{Bed, Compared, Context, LATE, Pair, Way, processes};
+use super::peer::{CacheOf, Kind};
+use super::{Bed, Compared, Context, LATE, Need, Pair, Way, processes};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tests_models::words;
 use tests_tidy::promises::Row;
+
+/// Words that no pair has.
+const AGAIN_SEED: u64 = 999_999_999;
 
 type Workload = fn(&Context) -> Result<Vec<Row>>;
 
@@ -40,28 +44,31 @@ fn throughput(load: &Load) -> Option<f64> {
 /// W1, E11. Nothing is shared: the same kernels do the same work, so nothing may be lost.
 fn unique(context: &Context) -> Result<Vec<Row>> {
     let (prompt, answer, rounds) = if context.options.quick { (256, 32, 2) } else { (512, 64, 2) };
-    let bed = Bed::start(context, 8 * (prompt + answer) + 512, 8, 8)?;
-    let mut rows = Vec::new();
-    for agents in [1, 4, 8] {
-        let pairs = bed.pairs(context.options.pairs, |way, seed| {
-            closed(
-                (0..agents)
-                    .map(|agent| {
-                        let ask = move |round: usize| {
-                            let own = seed + 10 * agent as u64 + round as u64;
-                            Ask::new(&way(agent), words(own, prompt as usize), answer)
-                        };
-                        Box::new(move |told: &[Told]| (told.len() < rounds).then(|| ask(told.len())))
-                            as Next<'_>
-                    })
-                    .collect(),
-            )
-        });
-        let what = format!(
+    let need = Need { cells: 8 * (prompt + answer) + 512, places: 8, agents: 8 };
+    let load = |agents: usize| {
+        move |way: Way<'_>, seed: u64| {
+            let client = |agent: usize| -> Next<'_> {
+                // No two requests of a pair have the same words, those of other numbers of agents included.
+                let own = seed + 10_000 * agents as u64 + 100 * agent as u64;
+                let ask = move |round: usize| {
+                    Ask::new(&way(agent), words(own + round as u64, prompt as usize), answer)
+                };
+                Box::new(move |told: &[Told]| (told.len() < rounds).then(|| ask(told.len())))
+            };
+            closed((0..agents).map(client).collect())
+        }
+    };
+    let what = |agents: usize| {
+        format!(
             "W1, {agents} agents, {rounds} unique prompts of {prompt} and answers of {answer} tokens each, {}{}",
             context.model_words(),
             context.ours_words()
-        );
+        )
+    };
+    let (bed, kind, mut rows) = Bed::beside_best(context, need, prompt + answer, &what(8), load(8))?;
+    for agents in [1, 4, 8] {
+        let pairs = bed.pairs(context.options.pairs, load(agents));
+        let what = format!("{}, beside {}", what(agents), kind.words());
         let compared = Compared { what, pairs: &pairs };
         rows.push(compared.ratio("tokens per second", throughput)?.at_least(0.97));
         rows.push(compared.ratio("time to first token p50", first(0.5))?.at_most(1.03));
@@ -77,8 +84,9 @@ fn unique(context: &Context) -> Result<Vec<Row>> {
     let rate = 0.5 * bed_rate(&rows, answer);
     let asks = if context.options.quick { 12 } else { 16 };
     let pairs = bed.pairs(context.options.pairs, |way, seed| {
-        let ask =
-            |number: usize| Ask::new(&way(number), words(seed + number as u64, prompt as usize), answer);
+        let ask = |number: usize| {
+            Ask::new(&way(number), words(seed + 500_000 + number as u64, prompt as usize), answer)
+        };
         open((0..asks).map(ask).collect(), rate, seed)
     });
     let what = format!(
@@ -108,7 +116,7 @@ fn shared(context: &Context) -> Result<Vec<Row>> {
         if context.options.quick { (1024, 64, 32, 0.18) } else { (4096, 100, 64, 0.16) };
     // Room for everything, also where nothing is shared: what is compared is work, not memory.
     let cells = agents * (shared + tail + answer) + 512;
-    let bed = Bed::start(context, cells, agents, agents as usize)?;
+    let need = Need { cells, places: agents, agents: agents as usize };
     let load = |way: Way<'_>, seed: u64| {
         let trunk = words(seed, shared as usize);
         let ask = |agent: u32| {
@@ -117,20 +125,25 @@ fn shared(context: &Context) -> Result<Vec<Row>> {
         };
         together((0..agents).map(ask).collect())
     };
-    let pairs = bed.pairs(context.options.pairs, load);
     let what = format!(
         "W2, {agents} agents at once, {shared} tokens shared, tails of {tail}, answers of {answer}, {}{}",
         context.model_words(),
         context.ours_words()
     );
+    let (bed, kind, mut rows) = Bed::beside_best(context, need, shared + tail + answer, &what, load)?;
+    let pairs = bed.pairs(context.options.pairs, load);
+    let what = format!("{what}, beside {}", kind.words());
     let compared = Compared { what, pairs: &pairs };
-    let mut rows = Vec::new();
     // What agentd does not say it computed, it is taken to have computed.
+    let asked = |load: &Load| load.all().map(|told| told.usage.prompt_tokens).sum::<u64>() as f64;
     let computed = |load: &Load| {
-        let asked: u64 = load.all().map(|told| told.usage.prompt_tokens).sum();
-        load.failures().is_empty().then(|| load.computed_tokens().unwrap_or(asked as f64))
+        load.failures().is_empty().then(|| load.computed_tokens().unwrap_or_else(|| asked(load)))
     };
-    rows.push(compared.ratio("computed prompt tokens", computed)?.at_most(most));
+    let shares: Option<Vec<f64>> =
+        pairs.iter().map(|pair| Some(computed(&pair.ours)? / asked(&pair.ours))).collect();
+    let shares = shares.with_context(|| format!("{:?}", pairs[0].ours.failures()))?;
+    let share = format!("{}: of all prompt tokens agentd computed", compared.what);
+    rows.push(Row::median(share, &shares, "of 1")?.at_most(most));
     let timed = [
         compared.ratio("time to first token p50", first(0.5))?,
         compared.ratio("time to first token of the last agent", first(1.0))?,
@@ -148,27 +161,6 @@ fn shared(context: &Context) -> Result<Vec<Row>> {
     rows.extend(compared.sides("tokens per second", "tokens/s", throughput)?);
     rows.extend(compared.failures());
     rows.push(compared.own_cpu()?);
-    if !context.options.quick {
-        drop(bed);
-        rows.extend(with_defaults(context, cells, agents, &compared.what, &load)?);
-    }
-    Ok(rows)
-}
-
-/// The same load with llama-server as it starts by itself, once, for the record.
-fn with_defaults(
-    context: &Context,
-    cells: u32,
-    agents: u32,
-    what: &str,
-    load: &dyn Fn(Way<'_>, u64) -> Load,
-) -> Result<Vec<Row>> {
-    let bed = Bed::beside(context, cells, agents, agents as usize, Kind::Defaults)?;
-    let pairs = bed.pairs(1, load);
-    let compared = Compared { what: format!("{what}, llama-server with its defaults"), pairs: &pairs };
-    let mut rows = compared.sides("tokens per second", "tokens/s", throughput)?;
-    rows.extend(compared.sides("time to first token p50", "ms", first(0.5))?);
-    rows.extend(compared.failures().into_iter().map(Row::detail));
     Ok(rows)
 }
 
@@ -186,7 +178,9 @@ fn turns(context: &Context) -> Result<Vec<Row>> {
         ("inside llama-server's --cache-ram of 8192 MiB", 8192, 0.97),
         ("beyond its --cache-ram of 16 MiB", 16, 2.0),
     ] {
-        let bed = Bed::beside(context, cells, places, agents, Kind::Best { cache_ram_mib })?;
+        // As many places as said, for more agents than places is what this is about.
+        let kind = Kind::Many { places, cache: CacheOf::All, cache_ram_mib };
+        let bed = Bed::beside(context, Need { cells, places, agents }, kind)?;
         let pairs = bed.pairs(context.options.pairs, |way, seed| {
             closed(
                 (0..agents)
@@ -243,7 +237,7 @@ fn neighbour(context: &Context) -> Result<Vec<Row>> {
     let (long, prompts, answer) = if context.options.quick { (4000, 2, 256) } else { (8000, 2, 768) };
     let talkers = 4;
     let cells = long + talkers * (128 + answer) + 1024;
-    let bed = Bed::start(context, cells, talkers + 1, talkers as usize + 1)?;
+    let bed = Bed::start(context, Need { cells, places: talkers + 1, agents: talkers as usize + 1 })?;
     let pairs = bed.pairs(context.options.pairs, |way, seed| {
         let talk = |agent: u32| {
             let ask = Ask::new(&way(agent as usize), words(seed + u64::from(agent), 128), answer);
@@ -293,7 +287,7 @@ fn firsts(told: &[Told]) -> Vec<f64> {
 /// repeats by itself; what can be shown here is that it costs nothing.
 fn echo(context: &Context) -> Result<Vec<Row>> {
     let (block, times, answer) = if context.options.quick { (64, 4, 128) } else { (128, 4, 256) };
-    let bed = Bed::start(context, block * times + answer + 512, 2, 1)?;
+    let bed = Bed::start(context, Need { cells: block * times + answer + 512, places: 2, agents: 1 })?;
     let pairs = bed.pairs(context.options.pairs, |way, seed| {
         let prompt = words(seed, block as usize).repeat(times as usize);
         together(vec![Ask::new(&way(0), prompt, answer)])
@@ -314,14 +308,15 @@ fn echo(context: &Context) -> Result<Vec<Row>> {
 fn schema(context: &Context) -> Result<Vec<Row>> {
     let agents = 8;
     let (prompt, answer) = (128, 96);
-    let bed = Bed::start(context, agents * (prompt + answer) + 512, agents, agents as usize)?;
+    let cells = agents * (prompt + answer) + 512;
+    let need = Need { cells, places: agents, agents: agents as usize };
     let schema = json!({ "type": "object", "additionalProperties": false, "required": ["tool", "count", "sure"],
         "properties": { "tool": { "enum": ["read", "write", "search"] },
             "count": { "type": "integer", "minimum": 0, "maximum": 99 }, "sure": { "type": "boolean" } } });
     // OpenAI's form for agentd; llama-server looks for it in chats only and has a key of its own here.
     let form = json!({ "json_schema": schema, "response_format": { "type": "json_schema",
         "json_schema": { "name": "call", "strict": true, "schema": schema } } });
-    let pairs = bed.pairs(context.options.pairs, |way, seed| {
+    let load = |way: Way<'_>, seed: u64| {
         let ask = |agent: u32| {
             let ask = Ask::new(&way(agent as usize), words(seed + u64::from(agent), prompt as usize), answer);
             // A schema's answer ends by itself.
@@ -330,9 +325,12 @@ fn schema(context: &Context) -> Result<Vec<Row>> {
             Ask { extra, ..ask }
         };
         together((0..agents).map(ask).collect())
-    });
+    };
     let what =
         format!("W6, {agents} agents, JSON by a schema, {}{}", context.model_words(), context.ours_words());
+    let (bed, kind, mut rows) = Bed::beside_best(context, need, prompt + answer, &what, load)?;
+    let pairs = bed.pairs(context.options.pairs, load);
+    let what = format!("{what}, beside {}", kind.words());
     let valid = |load: &Load| {
         let good = |told: &&Told| {
             let value: Option<serde_json::Value> = serde_json::from_str(&told.text).ok();
@@ -347,7 +345,7 @@ fn schema(context: &Context) -> Result<Vec<Row>> {
     let compared = Compared { what, pairs: &pairs };
     let asked = pairs.len() as f64 * f64::from(agents);
     let sum = |side: fn(&Pair) -> &Load| pairs.iter().map(|pair| valid(side(pair))).sum::<f64>();
-    let mut rows = vec![
+    rows.extend([
         Row::new(
             format!("{}: valid answers, agentd", compared.what),
             sum(|p| &p.ours),
@@ -359,7 +357,7 @@ fn schema(context: &Context) -> Result<Vec<Row>> {
             sum(|p| &p.theirs),
             &format!("of {asked}"),
         ),
-    ];
+    ]);
     // A side that refuses has no speed.
     if let Ok(ratio) = compared.ratio("tokens per second", throughput) {
         rows.push(ratio);
@@ -373,7 +371,7 @@ fn oversubscribed(context: &Context) -> Result<Vec<Row>> {
     let (prompt, answer, seconds) = if context.options.quick { (96, 160, 16) } else { (128, 128, 150) };
     let agents = 16;
     let cells = agents * (prompt + answer) / 4;
-    let bed = Bed::start(context, cells, agents, agents as usize)?;
+    let bed = Bed::start(context, Need { cells, places: agents, agents: agents as usize })?;
     let window = Duration::from_secs(seconds);
     let pairs = bed.pairs(context.options.pairs, |way, seed| {
         let until = Instant::now() + window;
@@ -428,22 +426,23 @@ fn oversubscribed(context: &Context) -> Result<Vec<Row>> {
 /// No agent has a priority of its own through agentd's front: who comes late asks the engine itself, with the same words.
 /// llama-server has no priorities; there it waits for a place.
 fn arrival(context: &Context) -> Result<Vec<Row>> {
-    let (prompt, answer, after_s) = if context.options.quick { (512, 512, 1) } else { (1024, 512, 40) };
+    let (prompt, answer) = if context.options.quick { (512, 512) } else { (1024, 512) };
     let (busy, late) = (8, 4096);
     // What those who speak have not used yet is less than what comes: somebody's cells are needed.
     let cells = busy * (prompt + answer) + 256;
-    let mut bed = Bed::start(context, cells, busy, busy as usize)?;
+    let mut bed = Bed::start(context, Need { cells, places: busy, agents: busy as usize })?;
     bed.late = Some(bed.ours.past_agentd(json!({ "account": "late", "priority": 100 })));
     let one = |way: Way<'_>, seed: u64| Ask::new(&way(LATE), words(seed + 99, late), 8);
     let idle = bed.pairs(context.options.pairs, |way, seed| together(vec![one(way, seed + 500)]));
     let full = bed.pairs(context.options.pairs, |way, seed| {
+        let speakers = Arc::new(Speakers::default());
         let talk = |agent: u32| {
             let ask = Ask::new(&way(agent as usize), words(seed + u64::from(agent), prompt as usize), answer);
-            let mut ask = Some(ask);
+            let mut ask = Some(Ask { speaks: Some(Arc::clone(&speakers)), ..ask });
             Box::new(move |_: &[Told]| ask.take()) as Next<'_>
         };
-        // Late enough that all others speak.
-        let mut comes = Some(Ask { think: Duration::from_secs(after_s), ..one(way, seed) });
+        // When all others speak.
+        let mut comes = Some(Ask { after: Some((Arc::clone(&speakers), busy)), ..one(way, seed) });
         closed((0..busy).map(talk).chain([Box::new(move |_: &[Told]| comes.take()) as Next<'_>]).collect())
     });
     let what = format!(
@@ -473,29 +472,26 @@ fn arrival(context: &Context) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// E16: what was preempted meanwhile, brought back instead of computed again.
+/// E16: what was preempted meanwhile, brought back instead of computed again: beside the time to the first token of as
+/// long a prompt, when nobody else is there.
 fn restored(what: &str, bed: &Bed) -> Result<Vec<Row>> {
     let usage = bed.ours.usage()?;
     let number = |name: &str| usage[name].as_f64().with_context(|| format!("no {name} in {usage}"));
     ensure!(number("swapped_in")? > 0.0, "nobody had to give way, so nothing was brought back: {usage}");
     let (tokens, us) = (number("last_swap_tokens")?, number("last_swap_in_us")?);
-    let again_us = tokens / number("prompt_tokens_per_s")?.max(1.0) * 1e6;
+    let again = Ask::new(&bed.ours.places()[0], words(AGAIN_SEED, tokens as usize), 1).run();
+    let again_ms = again.first_ms().with_context(|| format!("not computed again: {:?}", again.failed))?;
     let what = format!("{what}: the last sequence of {tokens} tokens that gave way");
     Ok(vec![
         Row::new(
             format!("{what}, brought back so many times faster than computed again"),
-            again_us / us.max(1.0),
+            again_ms * 1000.0 / us.max(1.0),
             "x",
         )
         .at_least(10.0),
         Row::new(format!("{what}, brought back in"), us / 1000.0, "ms").detail(),
         Row::new(format!("{what}, copied away in"), number("last_swap_out_us")? / 1000.0, "ms").detail(),
-        Row::new(
-            format!("{what}, computed again in, by the engine's measured speed"),
-            again_us / 1000.0,
-            "ms",
-        )
-        .detail(),
+        Row::new(format!("{what}, as many tokens computed in"), again_ms, "ms").detail(),
     ])
 }
 
@@ -504,8 +500,8 @@ fn branches(context: &Context) -> Result<Vec<Row>> {
     let (trunk, tail, answer) = if context.options.quick { (1024, 32, 32) } else { (3072, 64, 64) };
     let agents = 4;
     let cells = (agents + 1) * (trunk + tail + answer) + 512;
-    let bed = Bed::start(context, cells, agents + 1, agents as usize)?;
-    let pairs = bed.pairs(context.options.pairs, |way, seed| {
+    let need = Need { cells, places: agents, agents: agents as usize };
+    let load = |way: Way<'_>, seed: u64| {
         let text = words(seed, trunk as usize);
         let read = Ask::new(&way(0), text.clone(), 4).run();
         // What comes of the trunk's own reading is not part of the measurement; if it fails the branches show it.
@@ -515,17 +511,18 @@ fn branches(context: &Context) -> Result<Vec<Row>> {
             Ask::new(&way(agent as usize), format!("{text}{own}"), answer)
         };
         together((0..agents).map(ask).collect())
-    });
+    };
     let what = format!(
         "W9, {agents} branches of {tail} tokens from a trunk of {trunk} that was read before, answers of {answer}, {}{}",
         context.model_words(),
         context.ours_words()
     );
+    let (bed, kind, mut rows) = Bed::beside_best(context, need, trunk + tail + answer, &what, load)?;
+    let pairs = bed.pairs(context.options.pairs, load);
+    let what = format!("{what}, beside {}", kind.words());
     let compared = Compared { what, pairs: &pairs };
-    let mut rows = vec![
-        compared.ratio("tokens per second", throughput)?,
-        compared.ratio("time to first token of the last branch", first(1.0))?,
-    ];
+    rows.push(compared.ratio("tokens per second", throughput)?);
+    rows.push(compared.ratio("time to first token of the last branch", first(1.0))?);
     rows.extend(compared.sides("tokens per second", "tokens/s", throughput)?);
     rows.extend(compared.sides("computed prompt tokens", "tokens", Load::computed_tokens)?);
     rows.extend(compared.failures());
@@ -535,7 +532,7 @@ fn branches(context: &Context) -> Result<Vec<Row>> {
 /// E18. With a model loaded and nobody who asks.
 pub(super) fn idle(context: &Context) -> Result<Vec<Row>> {
     let time = Duration::from_secs(60);
-    let bed = Bed::start(context, 4096, 8, 1)?;
+    let bed = Bed::start(context, Need { cells: 4096, places: 8, agents: 1 })?;
     // After work, so that whatever spins a while has stopped.
     let warm = bed.pairs(1, |way, seed| together(vec![Ask::new(&way(0), words(seed, 64), 16)]));
     ensure!(warm.iter().all(|pair| pair.ours.failures().is_empty()), "{:?}", bed.ours.said());
