@@ -9,7 +9,7 @@
 //! and starts agentd again, which takes over what the engine holds. Nothing else differs from the appliance but
 //! what this kernel lacks (controllers of cgroup v2, quotas).
 
-use super::client::{Place, get};
+use super::client::{Ask, Place, get};
 use super::processes;
 use agentd_domain::engine::{
     ClientFrame, Event, LoadModel, ModelKind, PROTOCOL_VERSION, Request, ServerFrame,
@@ -121,12 +121,14 @@ impl Ours {
             let there = listed.as_ref().is_ok_and(|listed| {
                 listed["data"].as_array().is_some_and(|models| models.iter().any(|model| model["id"] == name))
             });
-            if there {
+            // Which model is the default shows a moment later.
+            let asked = there.then(|| Ask::new(&self.places[0], tests_models::words(1, 8), 1).run());
+            if asked.as_ref().is_some_and(|told| told.failed.is_none()) {
                 return Ok(());
             }
             ensure!(
                 begun.elapsed() < LOAD_WITHIN,
-                "agentd does not serve {name}: {listed:?}\n{}",
+                "agentd does not serve {name}: {listed:?}, {asked:?}\n{}",
                 self.scene.tail()
             );
             std::thread::sleep(Duration::from_millis(50));
