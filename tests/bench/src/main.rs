@@ -62,7 +62,7 @@ enum Arguments {
     Plan,
     /// Copies results of earlier runs to tests/results/bench and writes README's table
     Keep {
-        /// boot, size, rights, spawn, idle, bombs, serve, plan
+        /// boot, size, rights, spawn, idle, bombs, plan, serve-0 to serve-9, serve-18
         #[arg(required = true)]
         names: Vec<String>,
     },
@@ -84,7 +84,7 @@ fn main() -> Result<()> {
         Arguments::Serve { workload, quick, q8, pairs, native } => {
             let layout = if q8 { Layout::Q8_0 } else { Layout::Q4KM };
             let options = serve::Options { workloads: workload, quick, layout, pairs: pairs.max(1), native };
-            report::publish(&serve::measure(options)?, &checkout)
+            serve::measure(options)?.iter().try_for_each(|bench| report::publish(bench, &checkout))
         }
         Arguments::Plan => report::publish(&plan::measure()?, &checkout),
         Arguments::Keep { names } => report::keep(&checkout, &names),

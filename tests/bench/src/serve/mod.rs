@@ -10,6 +10,7 @@ mod load;
 mod ours;
 mod parity;
 mod peer;
+mod pressure;
 mod processes;
 mod workloads;
 
@@ -57,39 +58,41 @@ pub(crate) struct Context {
     _folder: tempfile::TempDir,
 }
 
-pub fn measure(options: Options) -> Result<Bench> {
+/// Each workload is a result of its own, so that they can be measured in several runs.
+pub fn measure(options: Options) -> Result<Vec<Bench>> {
     let context = Context::prepare(options)?;
     let chosen =
         |number: u8| context.options.workloads.is_empty() || context.options.workloads.contains(&number);
-    let mut rows = Vec::new();
+    let mut benches = Vec::new();
     let mut loops = None;
     if chosen(0) {
-        rows.extend(parity::words_agree(&context)?);
+        let mut rows = parity::words_agree(&context)?;
         let (found, measured) = parity::loops(&context)?;
         loops = Some(found);
         rows.extend(measured);
+        benches.push(context.result(0, rows));
     }
     for (number, name, workload) in workloads::ALL {
         if chosen(number) {
             println!("W{number}: {name}");
             // What the others show is not lost with it; that it was not measured stands among them.
-            let measured = workload(&context).unwrap_or_else(|error| {
+            let mut rows = workload(&context).unwrap_or_else(|error| {
                 println!("  not measured: {error:#}");
                 let what = format!("W{number}, {name}, {}: could not be measured", context.model_words());
                 vec![Row::new(what, 1.0, "failure").at_most(0.0)]
             });
-            measured.iter().for_each(|row| println!("  {}: {:.3} {}", row.what, row.value, row.unit));
-            rows.extend(measured);
+            rows.iter().for_each(|row| println!("  {}: {:.3} {}", row.what, row.value, row.unit));
+            if let Some(loops) = &loops {
+                rows.extend(rows.iter().filter_map(|row| loops.normalised(row)).collect::<Vec<_>>());
+            }
+            benches.push(context.result(number, rows));
         }
     }
     if chosen(18) {
-        rows.extend(workloads::idle(&context)?);
+        benches.push(context.result(18, workloads::idle(&context)?));
     }
-    if let Some(loops) = loops {
-        rows.extend(rows.iter().filter_map(|row| loops.normalised(row)).collect::<Vec<_>>());
-    }
-    ensure!(!rows.is_empty(), "there is no such workload: 0 to 9 and 18 are");
-    Ok(report::here("serve", rows, &context.checkout))
+    ensure!(!benches.is_empty(), "there is no such workload: 0 to 9 and 18 are");
+    Ok(benches)
 }
 
 impl Context {
@@ -118,6 +121,12 @@ impl Context {
         let useful = std::fs::metadata(&model)?.len().div_ceil(BYTES_PER_THREAD);
         let threads = u32::try_from(useful.min(cores as u64).max(1))?;
         Ok(Self { options, checkout, programs, peer, idle, shape, model, threads, _folder: folder })
+    }
+
+    fn result(&self, workload: u8, rows: Vec<Row>) -> Bench {
+        let mut bench = report::here(&format!("serve-{workload}"), rows, &self.checkout);
+        bench.command = format!("scripts/bench serve --workload {workload}");
+        bench
     }
 
     fn model_words(&self) -> String {

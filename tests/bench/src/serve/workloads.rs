@@ -1,22 +1,19 @@
-//! The nine workloads and the idle engine. Sizes stand in the rows; with `--quick` they are small and so is the model.
+//! The nine workloads (those in which agents are in each other's way stand in [`pressure`]) and the idle engine.
+//! Sizes stand in the rows; with `--quick` they are small and so is the model.
 //!
 //! Each function starts both servers anew with the cache and the places that its workload is about, equal on both
 //! sides, measures pair by pair and returns its rows. Prompts have one token per word and no two requests share any
 //! that the workload does not say they share.
 
-use super::client::{Ask, Speakers, Told};
-use super::load::{Load, Next, closed, jain, open, quantile, together};
+use super::client::{Ask, Told};
+use super::load::{Load, Next, closed, open, quantile, together};
 use super::peer::{CacheOf, Kind};
-use super::{Bed, Compared, Context, LATE, Need, Pair, Way, processes};
+use super::{Bed, Compared, Context, Need, Pair, Way, pressure, processes};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tests_models::words;
 use tests_tidy::promises::Row;
-
-/// Words that no pair has.
-const AGAIN_SEED: u64 = 999_999_999;
 
 type Workload = fn(&Context) -> Result<Vec<Row>>;
 
@@ -24,11 +21,11 @@ pub(super) const ALL: [(u8, &str, Workload); 9] = [
     (1, "unique prompts", unique),
     (2, "a shared prompt, all at once", shared),
     (3, "more agents than places, turn by turn", turns),
-    (4, "a noisy neighbour", neighbour),
+    (4, "a noisy neighbour", pressure::neighbour),
     (5, "words that were there before", echo),
     (6, "answers by a schema", schema),
-    (7, "four times more than fits", oversubscribed),
-    (8, "one more while all is full", arrival),
+    (7, "four times more than fits", pressure::oversubscribed),
+    (8, "one more while all is full", pressure::arrival),
     (9, "four branches of one trunk", branches),
 ];
 
@@ -37,7 +34,7 @@ fn first(share: f64) -> impl Fn(&Load) -> Option<f64> {
     move |load| quantile(&load.firsts_ms(), share)
 }
 
-fn throughput(load: &Load) -> Option<f64> {
+pub(super) fn throughput(load: &Load) -> Option<f64> {
     load.failures().is_empty().then(|| load.tokens_per_second())
 }
 
@@ -141,6 +138,10 @@ fn shared(context: &Context) -> Result<Vec<Row>> {
     };
     let shares: Option<Vec<f64>> =
         pairs.iter().map(|pair| Some(computed(&pair.ours)? / asked(&pair.ours))).collect();
+    let places = rows.first().map(|row| (row.what.clone(), row.value)).context("nothing was tried")?;
+    let ours: Option<Vec<f64>> = pairs.iter().map(|pair| throughput(&pair.ours)).collect();
+    let ours: Vec<f64> = ours.context("agentd failed")?.into_iter().map(|speed| speed / places.1).collect();
+    rows.push(Row::median(format!("agentd over {}", places.0), &ours, "x")?);
     let shares = shares.with_context(|| format!("{:?}", pairs[0].ours.failures()))?;
     let share = format!("{}: of all prompt tokens agentd computed", compared.what);
     rows.push(Row::median(share, &shares, "of 1")?.at_most(most));
@@ -232,57 +233,6 @@ fn conversation<'a>(
     })
 }
 
-/// W4, E13. Four agents talk while a fifth sends long prompts.
-fn neighbour(context: &Context) -> Result<Vec<Row>> {
-    let (long, prompts, answer) = if context.options.quick { (4000, 2, 256) } else { (8000, 2, 768) };
-    let talkers = 4;
-    let cells = long + talkers * (128 + answer) + 1024;
-    let bed = Bed::start(context, Need { cells, places: talkers + 1, agents: talkers as usize + 1 })?;
-    let pairs = bed.pairs(context.options.pairs, |way, seed| {
-        let talk = |agent: u32| {
-            let ask = Ask::new(&way(agent as usize), words(seed + u64::from(agent), 128), answer);
-            let mut ask = Some(ask);
-            Box::new(move |_: &[Told]| ask.take()) as Next<'_>
-        };
-        let noise = move |told: &[Told]| {
-            let number = told.len();
-            let prompt = || words(seed + 50 + number as u64, long as usize);
-            let think = Duration::from_millis(500);
-            (number < prompts).then(|| Ask { think, ..Ask::new(&way(talkers as usize), prompt(), 8) })
-        };
-        closed((0..talkers).map(talk).chain([Box::new(noise) as Next<'_>]).collect())
-    });
-    let what = format!(
-        "W4, {talkers} agents talk ({answer} tokens) while one sends {prompts} prompts of {long} tokens, {}{}",
-        context.model_words(),
-        context.ours_words()
-    );
-    let compared = Compared { what, pairs: &pairs };
-    let gaps = |share: f64| {
-        move |load: &Load| {
-            let talk = load.told.iter().take(talkers as usize).flatten();
-            quantile(&talk.flat_map(Told::gaps_ms).collect::<Vec<_>>(), share)
-        }
-    };
-    let stalls: Vec<f64> = pairs.iter().filter_map(|pair| gaps(0.99)(&pair.ours)).collect();
-    let mut rows = vec![
-        Row::median(format!("{}: stall of who talks p99, agentd", compared.what), &stalls, "ms")?
-            .at_most(500.0),
-    ];
-    rows.extend(compared.sides("stall of who talks p99", "ms", gaps(0.99))?);
-    rows.extend(compared.sides("stall of who talks, the longest", "ms", gaps(1.0))?);
-    rows.push(compared.ratio("tokens per second", throughput)?);
-    let last = |load: &Load| load.told.last().and_then(|noise| quantile(&firsts(noise), 0.5));
-    rows.extend(compared.sides("time to first token of the long prompts", "ms", last)?);
-    rows.extend(compared.failures());
-    rows.push(compared.own_cpu()?);
-    Ok(rows)
-}
-
-fn firsts(told: &[Told]) -> Vec<f64> {
-    told.iter().filter_map(Told::first_ms).collect()
-}
-
 /// W5. A prompt that repeats itself. Seeded weights do not copy what they read, so speculation finds only what an answer
 /// repeats by itself; what can be shown here is that it costs nothing.
 fn echo(context: &Context) -> Result<Vec<Row>> {
@@ -364,135 +314,6 @@ fn schema(context: &Context) -> Result<Vec<Row>> {
     }
     rows.extend(compared.failures());
     Ok(rows)
-}
-
-/// W7, E14. All agents ask all the time, four times more than the cache holds.
-fn oversubscribed(context: &Context) -> Result<Vec<Row>> {
-    let (prompt, answer, seconds) = if context.options.quick { (96, 160, 16) } else { (128, 128, 150) };
-    let agents = 16;
-    let cells = agents * (prompt + answer) / 4;
-    let bed = Bed::start(context, Need { cells, places: agents, agents: agents as usize })?;
-    let window = Duration::from_secs(seconds);
-    let pairs = bed.pairs(context.options.pairs, |way, seed| {
-        let until = Instant::now() + window;
-        closed(
-            (0..agents)
-                .map(|agent| {
-                    let own = seed + 1000 * u64::from(agent);
-                    Box::new(move |told: &[Told]| {
-                        let text = || words(own + told.len() as u64, prompt as usize);
-                        (Instant::now() < until).then(|| Ask::new(&way(agent as usize), text(), answer))
-                    }) as Next<'_>
-                })
-                .collect(),
-        )
-    });
-    let what = format!(
-        "W7, {agents} agents for {seconds} s, prompts of {prompt}, answers of {answer}, {cells} cells for four times as many, {}{}",
-        context.model_words(),
-        context.ours_words()
-    );
-    let compared = Compared { what, pairs: &pairs };
-    // What each was given while all wanted more: tokens of answers, and prompts that came to speak.
-    let fairness = |load: &Load| {
-        let end = load.begun + window;
-        let service = |told: &Vec<Told>| {
-            let spoken =
-                told.iter().map(|told| told.pieces.iter().filter(|at| **at <= end).count()).sum::<usize>();
-            let read = told.iter().filter(|told| told.pieces.first().is_some_and(|at| *at <= end)).count();
-            (spoken + read * prompt as usize) as f64
-        };
-        Some(jain(&load.told.iter().map(service).collect::<Vec<_>>()))
-    };
-    let fair: Vec<f64> = pairs.iter().filter_map(|pair| fairness(&pair.ours)).collect();
-    let mut rows = vec![
-        Row::median(format!("{}: Jain's index of service, agentd", compared.what), &fair, "of 1")?
-            .at_least(0.95),
-    ];
-    rows.extend(compared.sides("Jain's index of service", "of 1", fairness)?);
-    let done = |load: &Load| {
-        let whole = load.all().filter(|told| told.failed.is_none());
-        let tokens: u64 = whole.map(|told| told.usage.completion_tokens).sum();
-        Some(tokens as f64 / load.wall.as_secs_f64())
-    };
-    rows.extend(compared.sides("tokens of whole answers per second", "tokens/s", done)?);
-    rows.extend(compared.failures());
-    rows.push(compared.own_cpu()?);
-    Ok(rows)
-}
-
-/// W8, E15 and E16. Every place is taken by long answers; one more agent comes, whose priority is the highest.
-///
-/// No agent has a priority of its own through agentd's front: who comes late asks the engine itself, with the same words.
-/// llama-server has no priorities; there it waits for a place.
-fn arrival(context: &Context) -> Result<Vec<Row>> {
-    let (prompt, answer) = if context.options.quick { (512, 512) } else { (1024, 512) };
-    let (busy, late) = (8, 4096);
-    // What those who speak have not used yet is less than what comes: somebody's cells are needed.
-    let cells = busy * (prompt + answer) + 256;
-    let mut bed = Bed::start(context, Need { cells, places: busy, agents: busy as usize })?;
-    bed.late = Some(bed.ours.past_agentd(json!({ "account": "late", "priority": 100 })));
-    let one = |way: Way<'_>, seed: u64| Ask::new(&way(LATE), words(seed + 99, late), 8);
-    let idle = bed.pairs(context.options.pairs, |way, seed| together(vec![one(way, seed + 500)]));
-    let full = bed.pairs(context.options.pairs, |way, seed| {
-        let speakers = Arc::new(Speakers::default());
-        let talk = |agent: u32| {
-            let ask = Ask::new(&way(agent as usize), words(seed + u64::from(agent), prompt as usize), answer);
-            let mut ask = Some(Ask { speaks: Some(Arc::clone(&speakers)), ..ask });
-            Box::new(move |_: &[Told]| ask.take()) as Next<'_>
-        };
-        // When all others speak.
-        let mut comes = Some(Ask { after: Some((Arc::clone(&speakers), busy)), ..one(way, seed) });
-        closed((0..busy).map(talk).chain([Box::new(move |_: &[Told]| comes.take()) as Next<'_>]).collect())
-    });
-    let what = format!(
-        "W8, an agent of the highest priority with {late} tokens while {busy} of {busy} places with {prompt} speak, {}{}",
-        context.model_words(),
-        context.ours_words()
-    );
-    let last = |load: &Load| load.told.last().and_then(|told| quantile(&firsts(told), 0.5));
-    let times = |side: fn(&Pair) -> &Load| -> Result<Vec<f64>> {
-        let pairs = idle.iter().zip(&full);
-        let times = pairs.map(|(idle, full)| Some(last(side(full))? / last(side(idle))?));
-        let failed =
-            || full.iter().find_map(|pair| side(pair).failures().first().map(|why| (*why).to_owned()));
-        let times: Option<Vec<f64>> = times.collect();
-        times.with_context(|| format!("who came late was not answered: {:?}", failed()))
-    };
-    let over = "first token over that of an idle machine";
-    let mut rows = vec![
-        Row::median(format!("{what}: {over}, agentd's engine"), &times(|pair| &pair.ours)?, "x")?
-            .at_most(1.5),
-        Row::median(format!("{what}: {over}, llama-server"), &times(|pair| &pair.theirs)?, "x")?,
-    ];
-    let compared = Compared { what, pairs: &full };
-    rows.extend(compared.sides("time to first token of who came late", "ms", last)?);
-    rows.extend(compared.failures());
-    rows.extend(restored(&compared.what, &bed)?);
-    Ok(rows)
-}
-
-/// E16: what was preempted meanwhile, brought back instead of computed again: beside the time to the first token of as
-/// long a prompt, when nobody else is there.
-fn restored(what: &str, bed: &Bed) -> Result<Vec<Row>> {
-    let usage = bed.ours.usage()?;
-    let number = |name: &str| usage[name].as_f64().with_context(|| format!("no {name} in {usage}"));
-    ensure!(number("swapped_in")? > 0.0, "nobody had to give way, so nothing was brought back: {usage}");
-    let (tokens, us) = (number("last_swap_tokens")?, number("last_swap_in_us")?);
-    let again = Ask::new(&bed.ours.places()[0], words(AGAIN_SEED, tokens as usize), 1).run();
-    let again_ms = again.first_ms().with_context(|| format!("not computed again: {:?}", again.failed))?;
-    let what = format!("{what}: the last sequence of {tokens} tokens that gave way");
-    Ok(vec![
-        Row::new(
-            format!("{what}, brought back so many times faster than computed again"),
-            again_ms * 1000.0 / us.max(1.0),
-            "x",
-        )
-        .at_least(10.0),
-        Row::new(format!("{what}, brought back in"), us / 1000.0, "ms").detail(),
-        Row::new(format!("{what}, copied away in"), number("last_swap_out_us")? / 1000.0, "ms").detail(),
-        Row::new(format!("{what}, as many tokens computed in"), again_ms, "ms").detail(),
-    ])
 }
 
 /// W9. One agent reads a trunk, then four go on from it, each its own way.
