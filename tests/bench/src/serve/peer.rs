@@ -110,16 +110,23 @@ impl Setting {
 }
 
 impl Kind {
-    /// How llama-server may be started for agents whose requests take up to `longest` cells each of `cells`, `places`
-    /// of them at once: its places halved down to one, with one cache and, where a part of it suffices, with parts.
-    pub fn all(places: u32, cells: u32, longest: u32) -> Vec<Self> {
+    /// How llama-server may be started for `places` agents at once: its places halved down to one, with one cache for
+    /// all, and as it starts by itself.
+    pub fn all(places: u32) -> Vec<Self> {
         let halves = std::iter::successors(Some(places), |places| (*places > 1).then_some(places / 2));
-        let many = halves.flat_map(|places| {
-            let of = |cache| Self::Many { places, cache, cache_ram_mib: CACHE_RAM_MIB };
-            let parts = places > 1 && cells / places >= longest;
-            std::iter::once(of(CacheOf::All)).chain(parts.then_some(of(CacheOf::Each)))
-        });
+        let many =
+            halves.map(|places| Self::Many { places, cache: CacheOf::All, cache_ram_mib: CACHE_RAM_MIB });
         many.chain([Self::Defaults]).collect()
+    }
+
+    /// The same with a part of the cache for each place, if that suffices for requests of `longest` cells.
+    pub fn divided(self, cells: u32, longest: u32) -> Option<Self> {
+        match self {
+            Self::Many { places, cache_ram_mib, .. } if places > 1 && cells / places >= longest => {
+                Some(Self::Many { places, cache: CacheOf::Each, cache_ram_mib })
+            }
+            _ => None,
+        }
     }
 
     pub fn words(self) -> String {
@@ -205,10 +212,12 @@ mod tests {
     }
 
     #[test]
-    fn all_ways_to_start_it_that_could_be_its_best_are_tried() {
-        let words: Vec<String> = Kind::all(8, 6000, 1000).into_iter().map(Kind::words).collect();
-        let one = ["-np 8 --kv-unified", "-np 4 --kv-unified", "-np 4 --no-kv-unified", "-np 2 --kv-unified"];
-        let rest = ["-np 2 --no-kv-unified", "-np 1 --kv-unified", "defaults"];
-        assert_eq!(words, [&one[..], &rest[..]].concat(), "an eighth of the cache is too small for one");
+    fn ways_to_start_it_that_could_be_its_best_are_tried() {
+        let ways = Kind::all(8);
+        let words: Vec<String> = ways.iter().copied().map(Kind::words).collect();
+        let many = ["-np 8 --kv-unified", "-np 4 --kv-unified", "-np 2 --kv-unified", "-np 1 --kv-unified"];
+        assert_eq!(words, [&many[..], &["defaults"]].concat());
+        let divided: Vec<bool> = ways.into_iter().map(|kind| kind.divided(6000, 1000).is_some()).collect();
+        assert_eq!(divided, [false, true, true, false, false], "an eighth of the cache is too small");
     }
 }
