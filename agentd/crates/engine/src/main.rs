@@ -22,6 +22,7 @@ mod logging;
 mod model;
 mod nvml;
 mod once;
+mod pace;
 mod plan;
 mod radix;
 mod schedule;

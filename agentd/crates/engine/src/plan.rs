@@ -16,8 +16,9 @@
 //!         request is here, some step brings one of them forward.
 //! Order:  effects are carried out in order, before the batch of the same step.
 
+use crate::pace::{Pace, Read, Urgency};
 use crate::radix::{Counts, Domain, Prefixes, SeqId, common};
-use crate::schedule::{Accounts, Pace, Sacrifice, Turn, Urgency, class, worth_waiting_for};
+use crate::schedule::{Accounts, Sacrifice, Turn, class, worth_waiting_for};
 use crate::shelf::{BlobId, Found, Shelf, Shelves, Tier};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -346,7 +347,7 @@ impl Planner {
 
     /// What was computed, and how long it took.
     pub(crate) fn computed(&mut self, parts: &[Part], took: Duration) {
-        let (mut prompts, mut answers) = (0, 0);
+        let (mut prompts, mut answers) = (Read::default(), 0);
         for part in parts {
             let Some(request) = self.requests.get_mut(&part.request) else { continue };
             request.served = true;
@@ -358,7 +359,11 @@ impl Planner {
             let of_prompt = request.prompt.min(upto).saturating_sub(part.from);
             self.counters.computed_tokens += u64::from(of_prompt);
             request.reached = request.reached.max(upto);
-            if part.tokens == 1 && of_prompt == 0 { answers += 1 } else { prompts += part.tokens }
+            if part.tokens == 1 && of_prompt == 0 {
+                answers += 1;
+            } else {
+                prompts.add(part.from, part.tokens);
+            }
         }
         self.pace.measured(prompts, answers, took);
     }
@@ -451,7 +456,8 @@ impl Planner {
         let room = self.room.batch_tokens.saturating_sub(answering);
         prompts.sort_by_key(|(turn, _)| *turn);
         let urgency = self.urgency(&parts, prompts.first().map(|(_, part)| part));
-        let mut left = self.pace.chunk(answering, urgency, room).min(room);
+        let from = prompts.first().map_or(0, |(_, part)| part.from);
+        let mut left = self.pace.chunk(answering, urgency, from, room).min(room);
         for (_, mut part) in prompts {
             if left == 0 {
                 break;

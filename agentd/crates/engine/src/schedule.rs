@@ -1,4 +1,4 @@
-//! Whose turn is it, how much of a prompt is read at once, and who has to step aside?
+//! Whose turn is it, and who has to step aside?
 //!
 //! Pure rules, without the state they are applied to (that is [`crate::plan`]'s).
 //!
@@ -9,7 +9,6 @@
 //! Source: deficit with longest-prefix match (DLPM), arXiv 2501.14312; virtual token counter, arXiv 2401.00588.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 /// Priorities are 0 to 100; each twenty are a class.
 const PRIORITIES_PER_CLASS: u8 = 20;
@@ -17,22 +16,6 @@ pub(crate) const TOP_CLASS: u8 = 5;
 /// What one class is worth in time: a request that has waited this long counts as one class higher, so that no
 /// stream of more urgent requests keeps it out for ever. Ten seconds are a long answer on a small machine.
 const CLASS_AGE_MS: u64 = 10_000;
-/// Longest step beside somebody who answers, below the half second that a reader takes for a stall.
-const STALL: Duration = Duration::from_millis(400);
-/// The same while a prompt is read that is more important than all who answer: nearly all of it.
-const URGENT_STALL: Duration = Duration::from_millis(450);
-/// Where answering alone takes so long that no such time can be kept, a prompt has as much of a step as the answers
-/// have, an urgent one twice as much: it must come to its end there too.
-const OWN_SHARE: f64 = 1.0;
-const URGENT_SHARE: f64 = 2.0;
-/// A chunk is never smaller: below this the weights are read for too few tokens.
-const MIN_CHUNK_TOKENS: u32 = 32;
-/// Chunks are whole such pieces: the processor's attention goes by tiles of 64 tokens, and half a tile costs little.
-const CHUNK_GRAIN_TOKENS: u32 = 32;
-/// The first chunk beside somebody who answers, before anything was measured.
-const FIRST_CHUNK_TOKENS: u32 = 64;
-/// How much a new measurement counts.
-const LEARNING: f64 = 0.3;
 /// What the account with the greatest weight is given when all have used up theirs, in virtual tokens. Larger keeps
 /// one prefix in work for longer, smaller is fairer over short times.
 const REFILL: f64 = 512.0;
@@ -128,70 +111,6 @@ impl Accounts {
     }
 }
 
-/// How a prompt stands to those who answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Urgency {
-    Usual,
-    AboveAllAnswers,
-}
-
-/// What steps take on this machine, measured as they go by.
-#[derive(Debug, Default)]
-pub(crate) struct Pace {
-    prompt_tokens_per_ms: Option<f64>,
-    /// A step in which everybody only answers.
-    answer_ms: Option<f64>,
-}
-
-impl Pace {
-    pub(crate) fn measured(&mut self, prompt_tokens: u32, answering: u32, took: Duration) {
-        let took_ms = took.as_secs_f64() * 1000.0;
-        if prompt_tokens == 0 {
-            learn(&mut self.answer_ms, took_ms);
-            return;
-        }
-        // Small chunks measure the reading of weights, not of prompts; without another measurement they must do.
-        if prompt_tokens >= MIN_CHUNK_TOKENS || self.prompt_tokens_per_ms.is_none() {
-            let beside = if answering > 0 { self.answer_ms.unwrap_or(0.0) } else { 0.0 };
-            // At least a tenth belongs to the prompt, whatever was measured before.
-            let own_ms = (took_ms - beside).max(took_ms / 10.0).max(0.001);
-            learn(&mut self.prompt_tokens_per_ms, f64::from(prompt_tokens) / own_ms);
-        }
-    }
-
-    /// Prompt tokens of the next step.
-    pub(crate) fn chunk(&self, answering: u32, urgency: Urgency, most: u32) -> u32 {
-        if answering == 0 {
-            return most;
-        }
-        let Some(rate) = self.prompt_tokens_per_ms else {
-            return FIRST_CHUNK_TOKENS.min(most);
-        };
-        let (stall, share) = match urgency {
-            Urgency::Usual => (STALL, OWN_SHARE),
-            Urgency::AboveAllAnswers => (URGENT_STALL, URGENT_SHARE),
-        };
-        let answer_ms = self.answer_ms.unwrap_or(0.0);
-        let own_ms = (stall.as_secs_f64() * 1000.0 - answer_ms).max(share * answer_ms);
-        let tokens = (rate * own_ms).min(f64::from(most)) as u32;
-        (tokens / CHUNK_GRAIN_TOKENS * CHUNK_GRAIN_TOKENS).max(MIN_CHUNK_TOKENS).min(most)
-    }
-
-    /// How long so many prompt tokens take, by what is known.
-    pub(crate) fn prompt_ms(&self, tokens: u32) -> u64 {
-        // Before the first measurement any order of magnitude does: a small model on a small machine.
-        (f64::from(tokens) / self.prompt_tokens_per_ms.unwrap_or(0.5)) as u64
-    }
-
-    pub(crate) fn prompt_tokens_per_s(&self) -> u32 {
-        self.prompt_tokens_per_ms.map_or(0, |rate| (rate * 1000.0) as u32)
-    }
-}
-
-fn learn(known: &mut Option<f64>, new: f64) {
-    *known = Some(known.map_or(new, |old| old + LEARNING * (new - old)));
-}
-
 /// Where somebody stands in the queue. Smaller goes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Turn {
@@ -247,32 +166,6 @@ mod tests {
         assert_eq!((class(0, 0), class(50, 0), class(100, 0), class(255, 0)), (0, 2, 5, 5));
         assert_eq!(class(0, 3 * CLASS_AGE_MS), 3);
         assert_eq!(class(50, u64::MAX), TOP_CLASS);
-    }
-
-    #[test]
-    fn a_chunk_is_as_long_as_a_stall_may_be() {
-        let mut pace = Pace::default();
-        assert_eq!(pace.chunk(0, Urgency::Usual, 512), 512, "nobody is kept waiting");
-        assert_eq!(pace.chunk(3, Urgency::Usual, 512), FIRST_CHUNK_TOKENS);
-        // 512 tokens a second, an answer's step takes 50 ms.
-        pace.measured(0, 3, Duration::from_millis(50));
-        for _ in 0..30 {
-            pace.measured(100, 3, Duration::from_micros(50_000 + 195_312));
-        }
-        assert_eq!(pace.chunk(3, Urgency::Usual, 512), 160, "350 ms at 512 tokens a second, in pieces of 32");
-        assert_eq!(pace.chunk(3, Urgency::AboveAllAnswers, 512), 192, "400 ms");
-        assert_eq!(pace.prompt_ms(512), 999);
-        // Answering alone takes half a second: nothing fits, and prompts have as much again.
-        for _ in 0..60 {
-            pace.measured(0, 3, Duration::from_millis(500));
-        }
-        assert_eq!(pace.chunk(3, Urgency::Usual, 2048), 256);
-        assert_eq!(pace.chunk(3, Urgency::AboveAllAnswers, 2048), 512);
-        // A machine that reads very slowly still reads something.
-        for _ in 0..60 {
-            pace.measured(100, 3, Duration::from_secs(100));
-        }
-        assert_eq!(pace.chunk(3, Urgency::Usual, 512), MIN_CHUNK_TOKENS);
     }
 
     #[test]
