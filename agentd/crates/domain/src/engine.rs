@@ -13,7 +13,7 @@ use crate::fault::Report;
 use serde::{Deserialize, Serialize};
 
 /// Raised when a frame changes in a way that an older peer would misread.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// No honest request is larger: 100,000 tokens of prompt are about 0.5 MB of text.
 pub const MAX_FRAME_BYTES: u32 = 8 * 1024 * 1024;
@@ -137,6 +137,8 @@ pub enum Shape {
 pub struct Share {
     /// Who is charged for what is computed: an agent. Accounts are served by weight when not all can be.
     pub account: String,
+    /// For whom it is counted what the request holds ([`HolderUsage`]): an agent. Empty: the account.
+    pub holder: String,
     /// Requests with the same salt find each other's prompts in the cache, and could tell from the time an answer
     /// takes what others asked. So it is the agents' owner, not the machine.
     pub salt: String,
@@ -150,7 +152,14 @@ pub struct Share {
 
 impl Default for Share {
     fn default() -> Self {
-        Self { account: String::new(), salt: String::new(), priority: 50, weight: 1, cells_most: 0 }
+        Self {
+            account: String::new(),
+            holder: String::new(),
+            salt: String::new(),
+            priority: 50,
+            weight: 1,
+            cells_most: 0,
+        }
     }
 }
 
@@ -371,4 +380,29 @@ pub struct ModelUsage {
     pub last_swap_out_us: u64,
     pub last_swap_in_us: u64,
     pub last_swap_tokens: u32,
+    /// Who has requests here now, by name. What nobody of them holds of the used cells is `cells_cached`.
+    #[serde(default)]
+    pub holders: Vec<HolderUsage>,
+}
+
+/// What the requests of one holder have of a model, as it was within the last tenth of a second.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct HolderUsage {
+    /// As in [`Share::holder`].
+    pub holder: String,
+    /// Requests that work.
+    pub running: u32,
+    /// Requests that do not, those that were put aside among them.
+    pub waiting: u32,
+    /// They had begun, and gave way to others.
+    pub put_aside: u32,
+    /// Cells that its requests fill. One that several holders' requests fill counts for each of these in equal parts,
+    /// so all holders' cells and `cells_cached` together are the cells that are used.
+    pub cells: u32,
+    /// Its part of those that others fill as well.
+    pub cells_shared: u32,
+    /// Cells that its requests may fill besides, without asking.
+    pub cells_promised: u32,
+    /// Tokens whose keys and values lie in memory or on disk until their request goes on.
+    pub aside_tokens: u32,
 }

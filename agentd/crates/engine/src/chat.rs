@@ -12,7 +12,7 @@ use crate::answer::{Answer, Task, sampler};
 use crate::generations::{Generation, Listener};
 use crate::ggml;
 use crate::model::{Gauge, Settings};
-use crate::plan::{Ask, Effect, Part, Planner, RequestId, Room};
+use crate::plan::{Ask, Effect, Holders, Part, Planner, RequestId, Room};
 use crate::radix::{Domain, SeqId};
 use crate::shape::{Chooser, dead_end};
 use crate::shelf::{BlobId, Shelves};
@@ -112,6 +112,7 @@ pub(crate) fn spawn(
             shelves: settings.shelves,
             apart: !settings.exact_cache && !ggml::any_accelerator(),
             usage: ModelUsage::default(),
+            holders: Holders::default(),
             failures: 0,
             empty_steps: 0,
             started: Instant::now(),
@@ -153,6 +154,7 @@ struct Decoder<'model> {
     apart: bool,
     /// Only what the plan does not count.
     usage: ModelUsage,
+    holders: Holders,
     /// Decodes that failed since the last that did not.
     failures: u32,
     /// Steps in which nobody went on, since the last in which somebody did.
@@ -211,6 +213,7 @@ impl Decoder<'_> {
         };
         let ask = Ask {
             account: share.account,
+            holder: share.holder,
             domain: Domain::from(share.salt),
             priority: share.priority,
             weight: share.weight,
@@ -476,6 +479,7 @@ impl Decoder<'_> {
             swapped_in: counters.restored,
             swap_memory_bytes: memory,
             swap_disk_bytes: disk,
+            holders: self.holders.now(planner),
             ..self.usage.clone()
         };
         self.gauge.running.store(usage.running, Ordering::Relaxed);

@@ -371,8 +371,12 @@ fn check_share(share: &Share, prompt_tokens: u64, max_tokens: u64) -> Result<(),
         return Ok(());
     }
     let fix = match has.saturating_sub(prompt_tokens) {
-        0 => format!("shorten the conversation to fewer than {has} tokens, or give the agent more cells"),
-        room => format!("ask for at most {room} tokens with `max_tokens`, or give the agent more cells"),
+        0 => format!(
+            "shorten the conversation to fewer than {has} tokens, or give the agent's partition more bytes"
+        ),
+        room => format!(
+            "ask for at most {room} tokens with `max_tokens`, or give the agent's partition more bytes"
+        ),
     };
     Err(Report::caller(
         "context_exceeds_budget",

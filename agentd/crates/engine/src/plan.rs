@@ -55,6 +55,8 @@ pub(crate) struct Room {
 #[derive(Debug, Clone)]
 pub(crate) struct Ask {
     pub(crate) account: String,
+    /// For whom it is counted what it holds; empty is the account.
+    pub(crate) holder: String,
     pub(crate) domain: Domain,
     pub(crate) priority: u8,
     pub(crate) weight: u32,
@@ -158,6 +160,7 @@ struct Cached {
 
 struct Request {
     account: String,
+    holder: String,
     domain: Domain,
     priority: u8,
     cells_most: u32,
@@ -289,7 +292,9 @@ impl Planner {
         let reuse = ask.reuse && self.room.sharing;
         // Who shares nothing is alone in a domain that no name can be: names have no control characters.
         let domain = if reuse { ask.domain } else { Domain::from(format!("\0{}", self.next_id)) };
+        let holder = if ask.holder.is_empty() { ask.account.clone() } else { ask.holder };
         let request = Request {
+            holder,
             account: ask.account,
             domain,
             priority: ask.priority,
@@ -529,7 +534,10 @@ impl Request {
 }
 
 mod cells;
+mod holders;
 mod queue;
+
+pub(crate) use holders::Holders;
 
 #[cfg(test)]
 mod tests;

@@ -86,6 +86,12 @@ impl Prefixes {
         counts
     }
 
+    /// Each run of cells: how many there are, and who holds them.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = (u32, &BTreeSet<SeqId>)> {
+        let held = self.nodes.iter().filter(|node| !node.holders.is_empty());
+        held.map(|node| (node.tokens.len() as u32, &node.holders))
+    }
+
     /// The longest beginning of `tokens` that somebody holds, and one who does. `except` does not count.
     pub(crate) fn longest(
         &self,

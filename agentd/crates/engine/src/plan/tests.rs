@@ -189,6 +189,7 @@ impl Machine {
     ) -> RequestId {
         let ask = Ask {
             account: format!("a{account}"),
+            holder: String::new(),
             domain: Domain::from("all"),
             priority,
             weight,
@@ -268,6 +269,8 @@ impl Machine {
         assert_eq!(counts.private + counts.shared + (total - used), total);
         let shared = self.cache.cells.iter().filter(|cell| cell.holders.len() > 1).count();
         assert_eq!(counts.shared as usize, shared);
+        let held: u32 = self.planner.holders().iter().map(|holder| holder.cells).sum();
+        assert_eq!(held + counts.evictable, used, "every cell is somebody's or may go");
         let promised: u32 = self
             .planner
             .running
@@ -357,11 +360,68 @@ fn what_arrives_together_is_computed_once() {
 }
 
 #[test]
+fn what_several_hold_counts_for_each_in_equal_parts() {
+    let mut machine = Machine::new(room(4096, 4));
+    let common = text(1, 401);
+    let named = |holder: &str, own: i32| Ask {
+        account: "partition both".to_owned(),
+        holder: holder.to_owned(),
+        domain: Domain::from("all"),
+        priority: 50,
+        weight: 1,
+        cells_most: 0,
+        tokens: joined(&common, &text(own, 40)),
+        most_new: 50,
+        reuse: true,
+    };
+    machine.put(0, named("first", 2));
+    machine.put(0, named("second", 3));
+    machine.put(0, named("second", 4));
+    machine.put(0, Ask { holder: String::new(), tokens: text(9, 100), ..named("", 5) });
+    // All three have read what they have in common, which is there once, and the first tokens of their own.
+    while machine.planner.counts().shared < 401 || machine.planner.waiting() > 0 {
+        assert!(machine.step());
+    }
+    machine.step();
+    let held = machine.planner.holders();
+    let names: Vec<_> = held.iter().map(|one| (one.holder.as_str(), one.running, one.waiting)).collect();
+    assert_eq!(names, [("first", 1, 0), ("partition both", 1, 0), ("second", 2, 0)]);
+    assert_eq!([held[0].cells_shared, held[1].cells_shared, held[2].cells_shared], [201, 0, 200]);
+    let own = |account: &str| {
+        let of = machine.planner.requests.values().filter(|request| request.holder == account);
+        of.map(|request| machine.planner.tree.private(request.seq.unwrap())).sum::<u32>()
+    };
+    assert_eq!(held[0].cells, 201 + own("first"));
+    assert_eq!(held[1].cells, own("partition both"));
+    assert_eq!(held[2].cells, 200 + own("second"));
+    assert!(held.iter().all(|one| one.cells_promised > 0 && one.aside_tokens == 0));
+    machine.run_to_end();
+    assert_eq!(machine.planner.holders(), []);
+}
+
+#[test]
+fn who_gave_way_is_counted_with_what_lies_aside() {
+    let mut machine = Machine::new(room(512, 2));
+    machine.ask_as(0, text(1, 300), 200, 10, 1);
+    for _ in 0..6 {
+        machine.step();
+    }
+    machine.ask_as(1, text(2, 300), 20, 90, 1);
+    machine.step();
+    let held = machine.planner.holders();
+    assert_eq!((held[0].running, held[0].waiting, held[0].put_aside), (0, 1, 1), "{held:?}");
+    assert_eq!((held[1].running, held[1].put_aside), (1, 0), "{held:?}");
+    assert!(held[0].cells == 0 && held[0].aside_tokens >= 300, "{held:?}");
+    machine.run_to_end();
+}
+
+#[test]
 fn one_owners_cache_is_not_anothers() {
     let mut machine = Machine::new(room(4096, 8));
     let prompt = text(1, 500);
     let ask = |owner: &str| Ask {
         account: "same".to_owned(),
+        holder: String::new(),
         domain: Domain::from(owner),
         priority: 50,
         weight: 1,
@@ -499,6 +559,7 @@ fn an_account_at_its_limit_waits_for_itself_and_for_nobody_else() {
     let mut machine = Machine::new(room(8192, 8));
     let ask = |account: &str, seed: i32| Ask {
         account: account.to_owned(),
+        holder: String::new(),
         domain: Domain::from("all"),
         priority: 50,
         weight: 1,
@@ -652,6 +713,7 @@ proptest! {
                     let tokens = joined(&text(1, shared), &text(2 + account as i32, own));
                     ids.push(machine.put(account, Ask {
                         account: format!("a{account}"),
+                        holder: String::new(),
                         domain: Domain::from(if account == 3 { "apart" } else { "together" }),
                         priority,
                         weight,
