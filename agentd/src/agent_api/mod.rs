@@ -122,7 +122,7 @@ async fn fronted(Extension(caller): Extension<Caller>, mut request: Request, nex
     let agent = caller.agent.to_string();
     // Agents of one owner share what they have in common.
     let salt = db.owner().to_string();
-    let share = Share { account: agent.clone(), salt, ..Share::default() };
+    let share = Share { account: agent.clone(), holder: agent.clone(), salt, ..Share::default() };
     let engine = Arc::new(Served { engine, gpu, db, agent: caller.agent });
     request.extensions_mut().insert(Front { engine, caller: agent, share });
     next.run(request).await

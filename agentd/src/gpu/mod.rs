@@ -164,9 +164,10 @@ impl Gpu {
         }
     }
 
-    /// What the devices were seen to use.
+    /// What the devices were seen to use, and who was seen to hold how much of which cache.
     pub fn learn(&self, status: &EngineStatus) {
         let mut state = self.state();
+        state.ledger.saw(&status.usage);
         for device in &status.devices {
             if let Some(used_bytes) = plan::used_bytes(device, status.rss_bytes) {
                 state.ledger.learn(&device.name, used_bytes);
@@ -205,6 +206,11 @@ impl Gpu {
             // too few for anything and is refused by the engine with its reason.
             cells_most: if cells >= all { 0 } else { u32::try_from(cells).unwrap_or(u32::MAX).max(1) },
         }
+    }
+
+    /// Its requests are the partition's of the agent above it, and so is what they hold.
+    fn put_beneath(&self, agent: AgentId, above: AgentId) {
+        self.state().ledger.put_beneath(agent, above);
     }
 
     pub fn forget(&self, agent: AgentId) {

@@ -35,13 +35,14 @@ impl Gpu {
     pub fn assign(&self, agent: AgentId, to: &PartitionId) -> Result<(), Report> {
         let what = "the agent was not assigned";
         self.change(what, |state, after| {
-            let known = to.is_default() || state.ledger.partitions().iter().any(|one| one.id == *to);
-            let unknown = Refusal::UnknownPartition { partition: to.clone() };
-            if !known {
-                return Err(unknown.report(what));
-            }
+            known(state, to, what)?;
             after.assign(agent, to).map_err(|refusal| refusal.report(what))
         })
+    }
+
+    /// Whether somebody defined it, in force or not.
+    pub fn is_known(&self, id: &PartitionId, what: &str) -> Result<(), Report> {
+        known(&self.state(), id, what)
     }
 
     /// One change: decided on a copy, written, then in force.
@@ -64,6 +65,13 @@ impl Gpu {
         state.ledger = after;
         Ok(())
     }
+}
+
+fn known(state: &State, id: &PartitionId, what: &str) -> Result<(), Report> {
+    if id.is_default() || state.ledger.partitions().iter().any(|one| one.id == *id) {
+        return Ok(());
+    }
+    Err(Refusal::UnknownPartition { partition: id.clone() }.report(what))
 }
 
 /// Not one of the configuration's.
@@ -100,7 +108,7 @@ impl Machine {
         let gpu = self.gpu.clone();
         let work = blocking(move || gpu.set(new));
         self.audit.order(order, work, |(), _| {}).await?;
-        Ok(self.shown_devices())
+        self.devices_now().await
     }
 
     pub(crate) async fn partition_remove(&self, id: PartitionId) -> Result<Devices, Report> {
@@ -108,7 +116,7 @@ impl Machine {
         let gpu = self.gpu.clone();
         let work = blocking(move || gpu.remove(&id));
         self.audit.order(order, work, |(), _| {}).await?;
-        Ok(self.shown_devices())
+        self.devices_now().await
     }
 
     pub(crate) async fn partition_assign(&self, agent: AgentKey, to: PartitionId) -> Result<Devices, Report> {
@@ -120,7 +128,7 @@ impl Machine {
             blocking(move || gpu.assign(agent, &to)).await
         };
         self.audit.order(order, work, |(), _| {}).await?;
-        Ok(self.shown_devices())
+        self.devices_now().await
     }
 
     pub(crate) async fn model_plan(

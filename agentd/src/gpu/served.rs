@@ -56,6 +56,9 @@ impl Served {
         mut request: Generate,
     ) -> Result<(Generate, Option<OwnedSemaphorePermit>), Report> {
         let whose = self.placed().await;
+        if whose != self.agent {
+            self.gpu.put_beneath(self.agent, whose);
+        }
         let standing = self.gpu.standing(whose, &request.model);
         request.share.priority = standing.priority;
         request.share.weight = standing.weight;

@@ -14,7 +14,7 @@
 //! Always: every number of bytes says which device it is on; a limit says who keeps it ([`Enforcement`]).
 
 pub use crate::enforcement::Enforcement;
-use crate::engine::{GpuReadings, ModelKind};
+use crate::engine::{GpuReadings, ModelKind, ModelUsage};
 use crate::fault::Report;
 use crate::gguf::Shape;
 use crate::ids::{AgentId, AgentName};
@@ -246,6 +246,13 @@ pub struct DeviceView {
     pub gpu: Option<GpuReadings>,
 }
 
+impl DeviceView {
+    /// What was seen to be used and is in nobody's plan.
+    pub fn unknown_bytes(&self) -> Option<u64> {
+        self.difference_bytes.map(|more| u64::try_from(more).unwrap_or(0))
+    }
+}
+
 /// Bytes by class.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
@@ -283,9 +290,45 @@ pub struct PartitionView {
 pub struct AgentHold {
     pub agent_id: AgentId,
     pub agent: Option<AgentName>,
-    /// Of all models together, now.
+    /// Of all models together, as the engine said when it was asked last. A cell that several agents hold counts for each
+    /// of them in equal parts.
     pub cells: u64,
     pub kv_bytes: u64,
+    /// Of these cells, its part of those that others hold as well.
+    #[serde(default)]
+    pub cells_shared: u64,
+    /// Cells that its requests may fill besides, without asking.
+    #[serde(default)]
+    pub cells_promised: u64,
+    /// Its requests that work.
+    #[serde(default)]
+    pub running: u64,
+    /// Those that do not, and of these those that gave way to others.
+    #[serde(default)]
+    pub waiting: u64,
+    #[serde(default)]
+    pub put_aside: u64,
+    /// Their keys and values outside of the cache, in memory or on disk.
+    #[serde(default)]
+    pub aside_bytes: u64,
+}
+
+impl AgentHold {
+    /// Of one who holds nothing.
+    pub fn nothing(agent_id: AgentId, agent: Option<AgentName>) -> Self {
+        Self {
+            agent_id,
+            agent,
+            cells: 0,
+            kv_bytes: 0,
+            cells_shared: 0,
+            cells_promised: 0,
+            running: 0,
+            waiting: 0,
+            put_aside: 0,
+            aside_bytes: 0,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -294,9 +337,13 @@ pub struct ModelView {
     /// Whose bytes it was admitted with.
     pub partition: PartitionId,
     pub need: Need,
+    /// Of its cells, by requests that are not at their end.
     pub cells_held: u64,
     /// Whether it may be unloaded to make room.
     pub evictable: bool,
+    /// What the engine says of a chat model's cache; who holds what stands with the partitions.
+    #[serde(default)]
+    pub usage: Option<ModelUsage>,
 }
 
 #[cfg(test)]

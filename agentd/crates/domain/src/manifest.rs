@@ -5,6 +5,7 @@
 
 use crate::agent_api::Tier;
 use crate::ids::AgentName;
+use crate::ledger::PartitionId;
 use crate::net::Rule;
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +21,10 @@ pub struct Manifest {
     pub workdir: String,
     /// The model that `default` stands for; `None` gives no right to any model.
     pub model: Option<String>,
+    /// The share of devices' memory that its requests of models are served from, from its installation on; its owner may
+    /// put it elsewhere later. `None` is what nobody else has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partition: Option<PartitionId>,
     pub limits: Limits,
     /// Folders of the image that the agent may read, beyond the runtime.
     pub read: Vec<String>,

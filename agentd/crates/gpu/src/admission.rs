@@ -135,7 +135,9 @@ impl Refusal {
                 "not_found",
                 what,
                 format!("there is no partition `{partition}`"),
-                "`agentctl gpu partition ls` shows the partitions",
+                format!(
+                    "`agentctl gpu partition ls` shows the partitions; define it: `agentctl gpu partition set {partition} --bytes ...`"
+                ),
             ),
         }
     }

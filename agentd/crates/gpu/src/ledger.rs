@@ -22,11 +22,14 @@ mod view;
 use crate::admission::Refusal;
 use crate::partition::{self, Room};
 use crate::plan::Layout;
-use agentd_domain::engine::GpuReadings;
+use agentd_domain::engine::{GpuReadings, HolderUsage, ModelUsage};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_domain::ledger::{BLOCK_CELLS, DeviceNeed, Enforcement, Held, Need, Partition, PartitionId};
 use std::collections::BTreeMap;
+
+/// Agents that others started, at work at the same time.
+const BENEATH_MOST: usize = 4096;
 
 /// Asked with what fits, says which context would: [`crate::plan::longest_context`] with a plan's numbers.
 pub type Longest<'a> = &'a dyn Fn(&dyn Fn(&Need) -> bool) -> u64;
@@ -61,6 +64,8 @@ pub struct Ledger {
     used: BTreeMap<String, u64>,
     partitions: Vec<Partition>,
     assigned: BTreeMap<AgentId, PartitionId>,
+    /// Agents that stand where another does: those that it started.
+    beneath: BTreeMap<AgentId, AgentId>,
     models: BTreeMap<String, Instance>,
 }
 
@@ -71,6 +76,14 @@ struct Instance {
     need: Need,
     /// What agents hold of its cells.
     leases: BTreeMap<AgentId, u64>,
+    /// What the engine said of them when it was asked last. Shown in the place of leases, and decides nothing.
+    seen: Option<Seen>,
+}
+
+#[derive(Debug, Clone)]
+struct Seen {
+    agents: BTreeMap<AgentId, HolderUsage>,
+    usage: ModelUsage,
 }
 
 impl Instance {
@@ -206,20 +219,24 @@ impl Ledger {
         Ok(())
     }
 
-    /// Which partition an agent is in from now on. Its cells move with it if they fit there.
+    /// Which partition an agent is in from now on. Its cells move with it if they fit there. One that is not in force has
+    /// the agent as soon as it is; until then the agent is in the default one.
     pub fn assign(&mut self, agent: AgentId, to: &PartitionId) -> Result<(), Refusal> {
-        let Some(partition) = self.partition(to) else {
-            return Err(Refusal::UnknownPartition { partition: to.clone() });
-        };
+        let unknown = || Refusal::UnknownPartition { partition: to.clone() };
+        if !to.is_default() && !self.partitions.iter().any(|one| one.id == *to) {
+            return Err(unknown());
+        }
+        let now = if self.in_force(to) { to.clone() } else { PartitionId::default_partition() };
+        let partition = self.partition(&now).ok_or_else(unknown)?;
         let mut after = self.clone();
         if to.is_default() {
             after.assigned.remove(&agent);
         } else {
             after.assigned.insert(agent, to.clone());
         }
-        let holds = after.charged(to);
+        let holds = after.charged(&now);
         if holds > partition.bytes {
-            return Err(after.exceeded(to, holds - partition.bytes, None));
+            return Err(after.exceeded(&now, holds - partition.bytes, None));
         }
         // Where it was it may have used cells of the partition's own models for nothing.
         *self = after;
@@ -228,13 +245,24 @@ impl Ledger {
 
     pub fn forget(&mut self, agent: AgentId) {
         self.assigned.remove(&agent);
+        self.beneath.remove(&agent);
         self.models.values_mut().for_each(|instance| {
             instance.leases.remove(&agent);
         });
     }
 
+    /// Where nobody assigned an agent, it is where `above` is.
+    pub fn put_beneath(&mut self, agent: AgentId, above: AgentId) {
+        self.beneath.insert(agent, above);
+        // Ids sort by their age: of those that ended long ago nobody asks any more.
+        if self.beneath.len() > BENEATH_MOST {
+            self.beneath.pop_first();
+        }
+    }
+
     pub fn partition_of(&self, agent: AgentId) -> PartitionId {
-        let set = self.assigned.get(&agent).filter(|id| self.in_force(id));
+        let above = || self.assigned.get(self.beneath.get(&agent)?);
+        let set = self.assigned.get(&agent).or_else(above).filter(|id| self.in_force(id));
         set.cloned().unwrap_or_else(PartitionId::default_partition)
     }
 
@@ -359,7 +387,7 @@ impl Ledger {
 
     fn hold(&mut self, model: &str, id: &PartitionId, mut need: Need) {
         need.devices.iter_mut().for_each(|part| part.overhead_bytes = 0);
-        let instance = Instance { partition: id.clone(), need, leases: BTreeMap::new() };
+        let instance = Instance { partition: id.clone(), need, leases: BTreeMap::new(), seen: None };
         self.models.insert(model.to_owned(), instance);
     }
 
@@ -428,6 +456,18 @@ impl Ledger {
         let beyond = used_bytes.saturating_sub(self.planned_on(device));
         if self.planned_on(device) > 0 && beyond > self.overhead.get(device).copied().unwrap_or(0) {
             self.overhead.insert(device.to_owned(), beyond);
+        }
+    }
+
+    /// What the engine says of its models' caches. Holders that are no agents belong to no partition.
+    pub fn saw(&mut self, usages: &[ModelUsage]) {
+        for (model, instance) in &mut self.models {
+            let usage = usages.iter().find(|usage| usage.model == *model);
+            instance.seen = usage.map(|usage| {
+                let agent = |one: &HolderUsage| Some((one.holder.parse().ok()?, one.clone()));
+                let agents = usage.holders.iter().filter_map(agent).collect();
+                Seen { agents, usage: ModelUsage { holders: Vec::new(), ..usage.clone() } }
+            });
         }
     }
 

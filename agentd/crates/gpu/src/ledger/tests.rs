@@ -168,6 +168,69 @@ fn one_who_leaves_the_defaults_models_must_fit_its_new_partition() {
 }
 
 #[test]
+fn what_the_engine_says_of_cells_is_shown_and_decides_nothing() {
+    let mut ledger = machine();
+    load(&mut ledger, "m", "default", need("CPU", 100, 8192)).expect("it fits");
+    ledger.set_partition(partition("few", "CPU", 2, false)).expect("good");
+    ledger.assign(agent(1), &id("few")).expect("known");
+    // One that another started is where that one is.
+    ledger.put_beneath(agent(2), agent(1));
+    let holder = |number: u128, cells: u32, shared: u32| HolderUsage {
+        holder: agent(number).to_string(),
+        running: 1,
+        waiting: 1,
+        put_aside: 1,
+        cells,
+        cells_shared: shared,
+        cells_promised: 10,
+        aside_tokens: 100,
+    };
+    let stranger = HolderUsage { holder: "no agent".to_owned(), cells: 7, ..HolderUsage::default() };
+    let usage = ModelUsage {
+        model: "m".to_owned(),
+        cells_private: 1500,
+        cells_shared: 500,
+        cells_cached: 93,
+        holders: vec![holder(1, 600, 100), holder(2, 300, 100), holder(3, 1000, 300), stranger],
+        ..ModelUsage::default()
+    };
+    ledger.saw(std::slice::from_ref(&usage));
+    let view = ledger.view(&|_| None);
+    let few = &view.partitions[1];
+    let held: Vec<_> = few.agents.iter().map(|one| (one.agent_id, one.cells, one.kv_bytes)).collect();
+    assert_eq!(held, [(agent(1), 600, 600 * 1024), (agent(2), 300, 300 * 1024)]);
+    assert_eq!((few.agents[0].cells_shared, few.agents[0].cells_promised), (100, 10));
+    assert_eq!((few.agents[0].running, few.agents[0].waiting, few.agents[0].put_aside), (1, 1, 1));
+    assert_eq!(few.agents[0].aside_bytes, 100 * 1024);
+    // Its agents' cells, and as much of the weights as its bytes leave.
+    assert_eq!((few.held.kv_bytes, few.held.total_bytes()), (900 * 1024, 2 * MIB));
+    assert_eq!(view.partitions[0].agents[0].cells, 1000);
+    let weights: u64 = view.partitions.iter().map(|one| one.held.weights_bytes).sum();
+    assert_eq!(weights, 100 * MIB);
+    let model = &view.models[0];
+    assert_eq!((model.cells_held, model.evictable), (1907, false));
+    let shown = model.usage.as_ref().expect("it was told");
+    assert!(shown.holders.is_empty() && shown.cells_cached == 93, "agents stand with their partitions");
+    // What may be held is what it was.
+    assert_eq!(ledger.cells_most("m", agent(1)), 2048);
+    ledger.saw(&[ModelUsage { holders: Vec::new(), ..usage }]);
+    let view = ledger.view(&|_| None);
+    assert_eq!(view.partitions[1].agents.iter().map(|one| one.cells).sum::<u64>(), 0);
+    assert!(view.models[0].evictable);
+}
+
+#[test]
+fn one_put_into_a_partition_that_waits_is_in_it_as_soon_as_it_holds() {
+    let mut ledger = machine();
+    ledger.set_partition(partition("vision", "GPU0", 4000, false)).expect("good");
+    ledger.set_devices(vec![device("CPU", 4096)]);
+    ledger.assign(agent(1), &id("vision")).expect("somebody defined it");
+    assert_eq!(ledger.partition_of(agent(1)), id("default"));
+    ledger.set_devices(vec![device("CPU", 4096), device("GPU0", 8192)]);
+    assert_eq!(ledger.partition_of(agent(1)), id("vision"));
+}
+
+#[test]
 fn what_a_device_takes_beyond_the_plan_is_learned_and_kept_free() {
     let mut ledger = machine();
     load(&mut ledger, "m", "default", need("GPU0", 1000, 1024)).expect("it fits");

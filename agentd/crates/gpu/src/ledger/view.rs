@@ -1,10 +1,12 @@
 //! Who holds how much of what, as it is shown.
 //!
+//! Cells are the engine's word, where it has said one, else what was leased.
 //! Always: the shares of a model's weights sum up to its weights exactly, and no share makes a partition's sum exceed its
 //! bytes.
 
 use super::{Device, Instance, Ledger, blocks, computing};
 use crate::partition;
+use agentd_domain::engine::ModelUsage;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, AgentName};
 use agentd_domain::ledger::{
@@ -102,23 +104,15 @@ impl Ledger {
         }
     }
 
-    /// Those that were assigned, and those that hold cells.
+    /// Those that were assigned, and those that hold cells or wait for some.
     fn agents_of(&self, id: &PartitionId, names: &dyn Fn(AgentId) -> Option<AgentName>) -> Vec<AgentHold> {
-        let holding = self.models.values().flat_map(|instance| instance.leases.keys());
-        let assigned = self.assigned.iter().filter(|(_, of)| *of == id).map(|(agent, _)| agent);
-        let agents: BTreeSet<AgentId> = holding
-            .copied()
-            .filter(|agent| self.partition_of(*agent) == *id)
-            .chain(assigned.copied())
-            .collect();
+        let holding = self.models.values().flat_map(Instance::holders);
+        let assigned = self.assigned.iter().filter(|(_, of)| *of == id).map(|(agent, _)| *agent);
+        let agents: BTreeSet<AgentId> =
+            holding.filter(|agent| self.partition_of(*agent) == *id).chain(assigned).collect();
         let hold = |agent: AgentId| {
-            let (mut cells, mut kv_bytes) = (0, 0_u64);
-            for instance in self.models.values() {
-                let held = instance.leases.get(&agent).copied().unwrap_or(0);
-                cells += held;
-                kv_bytes = kv_bytes.saturating_add(instance.lease_bytes(held));
-            }
-            AgentHold { agent_id: agent, agent: names(agent), cells, kv_bytes }
+            let start = AgentHold::nothing(agent, names(agent));
+            self.models.values().fold(start, |hold, instance| instance.add_to(hold))
         };
         agents.into_iter().map(hold).collect()
     }
@@ -139,9 +133,8 @@ impl Ledger {
                 compute = compute.saturating_add(computing(part));
             }
             let users: BTreeSet<PartitionId> = instance
-                .leases
-                .keys()
-                .map(|agent| self.partition_of(*agent))
+                .holders()
+                .map(|agent| self.partition_of(agent))
                 .filter(|id| *id != instance.partition)
                 .collect();
             let weight = |id: &PartitionId| self.partition(id).map_or(0, |one| u64::from(one.weight));
@@ -150,7 +143,7 @@ impl Ledger {
             for user in users {
                 let free = left.entry(user.clone()).or_insert_with(|| {
                     let bytes = self.partition(&user).map_or(0, |one| one.bytes);
-                    bytes.saturating_sub(self.charged(&user))
+                    bytes.saturating_sub(self.charged(&user)).saturating_sub(self.seen_elsewhere(&user))
                 });
                 let share = |bytes: u64| {
                     let part = u128::from(bytes) * u128::from(weight(&user));
@@ -161,7 +154,7 @@ impl Ledger {
                 *free -= of_weights;
                 let of_compute = share(whole_compute).min(*free);
                 *free -= of_compute;
-                let cells = self.leased_by(instance, &user);
+                let cells = self.held_by(instance, &user);
                 held.weights_bytes = held.weights_bytes.saturating_add(of_weights);
                 held.compute_bytes = held.compute_bytes.saturating_add(of_compute);
                 held.kv_bytes = held.kv_bytes.saturating_add(cells);
@@ -178,13 +171,72 @@ impl Ledger {
     }
 }
 
+impl Ledger {
+    /// Bytes of a model's cells that a partition's agents hold.
+    fn held_by(&self, instance: &Instance, id: &PartitionId) -> u64 {
+        let Some(seen) = &instance.seen else { return self.leased_by(instance, id) };
+        let of = seen.agents.iter().filter(|(agent, _)| self.partition_of(**agent) == *id);
+        let cells = of.fold(0, |sum: u64, (_, held)| sum.saturating_add(held.cells.into()));
+        cells.saturating_mul(instance.need.kv_bytes_per_cell)
+    }
+
+    /// What it was seen to hold of models that were loaded for others, and is not charged for.
+    fn seen_elsewhere(&self, id: &PartitionId) -> u64 {
+        let others = self.models.values().filter(|one| one.partition != *id && one.seen.is_some());
+        others.fold(0, |sum: u64, instance| {
+            sum.saturating_add(self.held_by(instance, id).saturating_sub(self.leased_by(instance, id)))
+        })
+    }
+}
+
+impl Instance {
+    /// Agents with a request, or with a lease.
+    fn holders(&self) -> impl Iterator<Item = AgentId> + '_ {
+        let seen = self.seen.as_ref().map(|seen| seen.agents.keys());
+        let leased = self.seen.is_none().then(|| self.leases.keys());
+        seen.into_iter().flatten().chain(leased.into_iter().flatten()).copied()
+    }
+
+    /// With what an agent holds of this model.
+    fn add_to(&self, mut hold: AgentHold) -> AgentHold {
+        let bytes = |cells: u64| cells.saturating_mul(self.need.kv_bytes_per_cell);
+        let Some(seen) = &self.seen else {
+            let cells = self.leases.get(&hold.agent_id).copied().unwrap_or(0);
+            hold.cells = hold.cells.saturating_add(cells);
+            hold.kv_bytes = hold.kv_bytes.saturating_add(self.lease_bytes(cells));
+            return hold;
+        };
+        let Some(held) = seen.agents.get(&hold.agent_id) else { return hold };
+        for (sum, more) in [
+            (&mut hold.cells, u64::from(held.cells)),
+            (&mut hold.kv_bytes, bytes(held.cells.into())),
+            (&mut hold.cells_shared, held.cells_shared.into()),
+            (&mut hold.cells_promised, held.cells_promised.into()),
+            (&mut hold.running, held.running.into()),
+            (&mut hold.waiting, held.waiting.into()),
+            (&mut hold.put_aside, held.put_aside.into()),
+            (&mut hold.aside_bytes, bytes(held.aside_tokens.into())),
+        ] {
+            *sum = sum.saturating_add(more);
+        }
+        hold
+    }
+}
+
 fn show_model(model: &str, instance: &Instance) -> ModelView {
+    let usage = instance.seen.as_ref().map(|seen| seen.usage.clone());
+    let leased = || instance.leases.values().map(|cells| blocks(*cells)).fold(0, u64::saturating_add);
+    let at_work = |usage: &ModelUsage| {
+        let used = u64::from(usage.cells_private) + u64::from(usage.cells_shared);
+        used.saturating_sub(usage.cells_cached.into())
+    };
     ModelView {
         model: model.to_owned(),
         partition: instance.partition.clone(),
         need: instance.need.clone(),
-        cells_held: instance.leases.values().map(|cells| blocks(*cells)).fold(0, u64::saturating_add),
-        evictable: instance.leases.is_empty(),
+        cells_held: usage.as_ref().map_or_else(leased, at_work),
+        evictable: instance.holders().next().is_none(),
+        usage,
     }
 }
 
