@@ -10,6 +10,7 @@ use crate::units;
 use agentd_domain::agent_api::Tier;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentName;
+use agentd_domain::ledger::PartitionId;
 use agentd_domain::manifest::{Children, Limits, Manifest, MemoryAccess, Restart};
 use agentd_domain::paths::inside;
 use agentd_domain::plan::ceiling;
@@ -43,7 +44,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
         ),
     }
     let agent = read_agent(top.section("agent", &mut problems), &mut problems);
-    let model = read_model(top.section("model", &mut problems), &mut problems);
+    let (model, partition) = read_model(top.section("model", &mut problems), &mut problems);
     let mut limits = read_limits(top.section("limits", &mut problems), &mut problems);
     let read = read_fs(top.section("fs", &mut problems), &mut problems);
     let (net, net_bytes_per_day) = read_net(top.section("net", &mut problems), &mut problems);
@@ -65,6 +66,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
             exec: agent.exec,
             workdir: agent.workdir,
             model,
+            partition,
             limits,
             read,
             net,
@@ -202,8 +204,13 @@ fn read_workdir(section: &mut Section, problems: &mut Problems) -> String {
     format!("{}/{text}", inside::WORK)
 }
 
-fn read_model(mut section: Section, problems: &mut Problems) -> Option<String> {
+fn read_model(mut section: Section, problems: &mut Problems) -> (Option<String>, Option<PartitionId>) {
     let model = section.text("use", problems);
+    // Whether there is one of this name is the appliance's to say, when it installs the agent.
+    let partition = section.text("partition", problems).and_then(|text| {
+        let fix = "write a name that `agentctl gpu partition ls` shows, or leave it out";
+        text.parse().map_err(|why: String| problems.wrong("model.partition", why, fix)).ok()
+    });
     section.finish(problems);
     // A name of the appliance's registry, never a path, URL or key.
     let good = |text: &str| {
@@ -218,7 +225,14 @@ fn read_model(mut section: Section, problems: &mut Problems) -> Option<String> {
             "write a name that `agentctl model ls` shows, or `default`",
         );
     }
-    model
+    if let (None, Some(id)) = (&model, &partition) {
+        problems.wrong(
+            "model.partition",
+            format!("it names `{id}`, and the agent asks for no model"),
+            "write `use = \"default\"` beside it, or leave it out",
+        );
+    }
+    (model, partition)
 }
 
 fn read_limits(mut section: Section, problems: &mut Problems) -> Limits {

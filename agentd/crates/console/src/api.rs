@@ -310,7 +310,7 @@ pub fn model_name(text: &str) -> Result<ModelName, Failure> {
     })
 }
 
-fn partition_id(text: &str) -> Result<PartitionId, Failure> {
+pub fn partition_id(text: &str) -> Result<PartitionId, Failure> {
     PartitionId::from_str(text).map_err(|why| {
         let fix = "`agentctl gpu partition ls` shows the names";
         Report::caller("partition_name_malformed", "no partition was touched", why, fix).into()

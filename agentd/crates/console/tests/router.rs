@@ -145,6 +145,9 @@ const GATED_WEB: &[(&str, &str)] = &[
     ("GET", "/agents/echo/chat"),
     ("POST", "/agents/echo/chat"),
     ("GET", "/devices"),
+    ("POST", "/devices/partitions"),
+    ("POST", "/devices/partitions/chat/remove"),
+    ("POST", "/devices/assign"),
     ("GET", "/models"),
     ("POST", "/models/tiny/remove"),
     ("GET", "/audit"),
@@ -633,8 +636,16 @@ async fn the_pages_work_as_plain_forms() {
                 "guaranteed",
                 "echo",
                 "4096 cells",
+                "1024 of them its part of shared ones",
+                "2 at work, 3 waiting",
+                "1 gave way, 64 MiB aside",
                 "There is no device CUDA7",
                 "Upper estimate",
+                "Prompt tokens from the cache",
+                "75 %",
+                "Define a partition",
+                "Put an agent into a partition",
+                "value=\"2G\"",
             ],
         ),
     ] {
@@ -662,6 +673,66 @@ async fn the_pages_work_as_plain_forms() {
     assert!(out.header("set-cookie").contains("Max-Age=0"));
     assert_eq!(browse(Method::GET, "/", cookie, String::new()).await.header("location"), "/sign-in");
     assert_eq!(scene.fake.calls(), ["chat echo where is <b>", "stop echo"]);
+}
+
+#[tokio::test]
+async fn partitions_are_changed_on_the_page() {
+    let scene = Scene::new();
+    let cookie = scene.claim().await;
+    let send = async |path: &str, form: &str| {
+        let request = with(Some(&cookie), Request::post(path))
+            .header("content-type", "application/x-www-form-urlencoded");
+        scene.send(request.body(Body::from(form.to_owned())).expect("a request")).await
+    };
+    let set = "name=new&devices=CUDA0&bytes=3G&priority=90&weight=&sequences_most=4&guaranteed=on";
+    for (path, form) in [
+        ("/devices/partitions", set),
+        ("/devices/assign", "agent=echo&partition=new"),
+        ("/devices/partitions/chat/remove", ""),
+    ] {
+        let reply = send(path, form).await;
+        assert_eq!((reply.status, reply.header("location")), (StatusCode::SEE_OTHER, "/devices"), "{path}");
+    }
+    let now = scene.get("/api/v1/devices", Some(&cookie)).await.json();
+    let new = now["partitions"].as_array().expect("a list").last().expect("one")["partition"].clone();
+    assert_eq!(new["bytes"], 3_u64 << 30);
+    assert_eq!(
+        (&new["priority"], &new["weight"], &new["sequences_most"]),
+        (&json!(90), &json!(100), &json!(4))
+    );
+    assert_eq!(new["guaranteed"], true);
+    assert!(now["partitions"].as_array().expect("a list").iter().all(|one| one["partition"]["id"] != "chat"));
+    for (path, form, words) in [
+        ("/devices/partitions", "name=A+b&devices=CUDA0&bytes=1G", "is no name of a partition"),
+        ("/devices/partitions", "name=a&devices=CUDA0&bytes=lots", "is no number of bytes"),
+        ("/devices/partitions", "name=a&devices=CUDA0&bytes=1G&priority=high", "is no number that can be"),
+        ("/devices/partitions/nowhere/remove", "", "there is no partition"),
+        ("/devices/assign", "agent=nobody&partition=new", "nobody"),
+    ] {
+        let reply = send(path, form).await;
+        assert!(reply.status.is_client_error(), "{path} {form}: {}", reply.status);
+        assert!(
+            reply.text().to_lowercase().contains(words),
+            "{path} {form} lacks {words:?}:\n{}",
+            reply.text()
+        );
+    }
+    // Another site's page cannot make a browser do it.
+    let forged = with(Some(&cookie), Request::post("/devices/assign"))
+        .header("content-type", "application/x-www-form-urlencoded")
+        .header("sec-fetch-site", "cross-site");
+    let forged = forged.body(Body::from("agent=echo&partition=default")).expect("a request");
+    assert_eq!(scene.send(forged).await.status, StatusCode::FORBIDDEN);
+    assert_eq!(
+        scene.fake.calls(),
+        [
+            "set partition new",
+            "assign echo to new",
+            "remove partition chat",
+            "remove partition nowhere",
+            "assign nobody to new"
+        ]
+    );
 }
 
 /// Under emulation a reply takes minutes: without a script, a person looks again, and does not say it twice.

@@ -106,6 +106,7 @@ pub fn devices(devices: &Devices) -> String {
             human::bytes(one.free_bytes),
             human::bytes(one.reported_free_bytes),
             one.used_bytes.map_or_else(|| "-".to_owned(), human::bytes),
+            one.unknown_bytes().map_or_else(|| "-".to_owned(), human::bytes),
             one.enforcement.name().to_owned(),
         ]
     });
@@ -120,6 +121,7 @@ pub fn devices(devices: &Devices) -> String {
         "FREE",
         "REPORTS FREE",
         "USES",
+        "UNKNOWN",
         "KEPT BY",
     ];
     let mut text = table(&head, rows);
@@ -143,8 +145,51 @@ pub fn devices(devices: &Devices) -> String {
         })
     });
     let head = ["MODEL", "LOADED FOR", "DEVICE", "WEIGHTS", "KV", "COMPUTING", "CELLS"];
-    let _ = write!(text, "\n{}\n{}", table(&head, models), partitions(devices));
+    let _ = write!(text, "\n{}\n{}{}", table(&head, models), caches(devices), partitions(devices));
     text
+}
+
+/// How the caches of chat models are used, and what sharing has saved.
+fn caches(devices: &Devices) -> String {
+    let usages = devices.models.iter().filter_map(|model| model.usage.as_ref());
+    let mut rows = usages
+        .map(|usage| {
+            vec![
+                usage.model.clone(),
+                usage.running.to_string(),
+                usage.waiting.to_string(),
+                usage.cells_private.to_string(),
+                usage.cells_shared.to_string(),
+                usage.cells_cached.to_string(),
+                usage.cells_free.to_string(),
+                usage.computed_prompt_tokens.to_string(),
+                usage.cached_prompt_tokens.to_string(),
+                usage.recomputed_tokens.to_string(),
+                usage.preemptions.to_string(),
+                format!("{}/{}", usage.swapped_out, usage.swapped_in),
+                human::bytes(usage.swap_memory_bytes.saturating_add(usage.swap_disk_bytes)),
+            ]
+        })
+        .peekable();
+    if rows.peek().is_none() {
+        return String::new();
+    }
+    let head = [
+        "CACHE",
+        "RUNNING",
+        "WAITING",
+        "PRIVATE",
+        "SHARED",
+        "KEPT",
+        "FREE",
+        "COMPUTED",
+        "FROM CACHE",
+        "AGAIN",
+        "GAVE WAY",
+        "SWAPPED",
+        "ASIDE",
+    ];
+    table(&head, rows) + "\n"
 }
 
 pub fn partitions(devices: &Devices) -> String {
@@ -180,12 +225,40 @@ pub fn partitions(devices: &Devices) -> String {
         "AGENTS",
     ];
     let mut text = table(&head, rows);
-    for (one, agent) in
-        devices.partitions.iter().flat_map(|one| one.agents.iter().map(move |agent| (one, agent)))
-    {
-        let name = agent.agent.as_ref().map_or_else(|| agent.agent_id.to_string(), ToString::to_string);
-        let kv = human::bytes(agent.kv_bytes);
-        let _ = writeln!(text, "{name} is in {} and holds {} cells ({kv})", one.partition.id, agent.cells);
+    let agents = devices.partitions.iter().flat_map(|one| one.agents.iter().map(move |agent| (one, agent)));
+    let mut rows = agents
+        .map(|(one, agent)| {
+            vec![
+                agent.agent.as_ref().map_or_else(|| agent.agent_id.to_string(), ToString::to_string),
+                one.partition.id.to_string(),
+                agent.cells.to_string(),
+                agent.cells_shared.to_string(),
+                agent.cells_promised.to_string(),
+                human::bytes(agent.kv_bytes),
+                agent.running.to_string(),
+                agent.waiting.to_string(),
+                agent.put_aside.to_string(),
+                human::bytes(agent.aside_bytes),
+                // Between agents of one engine nobody else keeps a limit.
+                one.enforcement.name().to_owned(),
+            ]
+        })
+        .peekable();
+    if rows.peek().is_some() {
+        let head = [
+            "AGENT",
+            "PARTITION",
+            "CELLS",
+            "SHARED",
+            "PROMISED",
+            "KV",
+            "RUNNING",
+            "WAITING",
+            "GAVE WAY",
+            "ASIDE",
+            "KEPT BY",
+        ];
+        let _ = write!(text, "\n{}", table(&head, rows));
     }
     for problem in devices.partitions.iter().filter_map(|one| one.problem.as_ref()) {
         let _ = writeln!(text, "\nproblem: {}\n  why: {}\n  fix: {}", problem.what, problem.why, problem.fix);

@@ -11,6 +11,7 @@ exec = ["/agent/bin/triage", "--loop"]
 workdir = "mail/today"
 [model]
 use = "local/qwen3-8b-q4"
+partition = "mail"
 [limits]
 memory_high = "96M"
 memory_max = "128M"
@@ -59,6 +60,7 @@ fn every_key_is_read() {
             exec: vec!["/agent/bin/triage".to_owned(), "--loop".to_owned()],
             workdir: "/work/mail/today".to_owned(),
             model: Some("local/qwen3-8b-q4".to_owned()),
+            partition: Some("mail".parse().unwrap()),
             limits: Limits {
                 memory_high_bytes: 96 << 20,
                 memory_max_bytes: 128 << 20,
@@ -101,6 +103,16 @@ fn two_keys_are_enough_and_grant_nothing() {
     assert_eq!(manifest.limits, Limits::default());
     assert_eq!((manifest.model, manifest.messages), (None, false));
     assert!(manifest.memory.is_empty() && manifest.read.is_empty());
+}
+
+#[test]
+fn a_partition_is_a_name_and_for_who_asks_for_a_model() {
+    let of =
+        |model: &str| whys(&format!("[agent]\nname = \"a\"\nexec = [\"/agent/run\"]\n[model]\n{model}\n"));
+    let [named] = of("use = \"default\"\npartition = \"No Name\"").try_into().unwrap();
+    assert!(named.contains("no name of a partition"), "{named}");
+    let [alone] = of("partition = \"mail\"").try_into().unwrap();
+    assert!(alone.contains("asks for no model"), "{alone}");
 }
 
 #[test]

@@ -1,14 +1,21 @@
 //! Who holds how much of which device's memory?
 //!
-//! The plan stands beside what the device reports, and each limit beside the word for who keeps it.
+//! The plan stands beside what the device reports, and each limit beside the word for who keeps it. What the forms send
+//! is read in `partitions.rs`.
 
+use super::confirmed;
 use super::layout::{Section, bar, fact, mild_problem, page, pill};
+use super::partitions::typed_bytes;
 use super::units;
+use agentd_domain::api::Agent;
+use agentd_domain::engine::ModelUsage;
 use agentd_domain::initctl::Health;
-use agentd_domain::ledger::{Basis, DeviceView, Devices, Enforcement, ModelView, PartitionView};
+use agentd_domain::ledger::{
+    AgentHold, Basis, DeviceView, Devices, Enforcement, ModelView, Partition, PartitionView,
+};
 use maud::{Markup, html};
 
-pub fn list(devices: &Devices, health: Health) -> Markup {
+pub fn list(devices: &Devices, agents: &[Agent], health: Health) -> Markup {
     page(
         "Devices",
         Section::Devices,
@@ -22,9 +29,8 @@ pub fn list(devices: &Devices, health: Health) -> Markup {
                 @for one in &devices.devices { (device(one)) }
                 h2 { "Partitions" }
                 p.dim {
-                    "A share of devices' memory, for the agents that are assigned to it. From a terminal: "
-                    code { "agentctl gpu partition set NAME --device CPU --bytes 2G" } ", then "
-                    code { "agentctl gpu assign AGENT NAME" }
+                    "A share of devices' memory, for the agents that are assigned to it. The word beside a name says who keeps "
+                    "the limit: the device's hardware, the kernel, the engine, or nobody by force (advisory)."
                 }
                 @for one in &devices.partitions { (partition(one)) }
                 h2 { "Models" }
@@ -37,6 +43,10 @@ pub fn list(devices: &Devices, health: Health) -> Markup {
                         tbody { @for one in &devices.models { (model(one)) } }
                     } }
                 }
+                @for usage in devices.models.iter().filter_map(|one| one.usage.as_ref()) { (cache(usage)) }
+            }
+            @if !devices.devices.is_empty() {
+                div.grid { (define(devices)) (assign(devices, agents)) }
             }
         },
     )
@@ -65,6 +75,9 @@ fn device(one: &DeviceView) -> Markup {
                 (fact("Free", html! { (units::bytes(one.reported_free_bytes)) }))
                 (fact("Used by the engine", html! { (one.used_bytes.map_or_else(|| "unknown".to_owned(), units::bytes)) }))
                 (fact("Beside the plan", html! { (beside(one.difference_bytes)) }))
+                (fact("Unknown: used, and in no plan", html! {
+                    (one.unknown_bytes().map_or_else(|| "unknown".to_owned(), units::bytes))
+                }))
                 @if let Some(gpu) = &one.gpu {
                     @if let Some(percent) = gpu.utilisation_percent { (fact("At work", html! { (percent) " % busy" })) }
                     @if let Some(celsius) = gpu.temperature_celsius { (fact("Temperature", html! { (celsius) " °C" })) }
@@ -110,16 +123,143 @@ fn partition(one: &PartitionView) -> Markup {
                 (fact("Share of computing", html! { (units::bytes(one.held.compute_bytes)) }))
             }
             @if !one.agents.is_empty() {
-                ul {
-                    @for agent in &one.agents {
-                        li {
-                            @match &agent.agent {
-                                Some(name) => a href={ "/agents/" (name) } { (name) },
-                                None => span { (agent.agent_id) },
+                ul.rows { @for agent in &one.agents { li { (holds(agent)) } } }
+            }
+            @if !one.builtin && !one.configured {
+                div.actions {
+                    details.confirm {
+                        summary { "Change" }
+                        (fields(Some(partition), &partition.devices.join(", ")))
+                    }
+                    (confirmed(
+                        &format!("/devices/partitions/{}/remove", partition.id),
+                        "Remove",
+                        "Remove this partition? Its agents are in the default one then.",
+                    ))
+                }
+            }
+            @if one.configured { p.dim { "Its limits are changed in " code { "agentd.toml" } "." } }
+        }
+    }
+}
+
+/// One agent, and what it holds at this moment.
+fn holds(one: &AgentHold) -> Markup {
+    html! {
+        @match &one.agent {
+            Some(name) => a href={ "/agents/" (name) } { (name) },
+            None => span { (one.agent_id) },
+        }
+        " " (one.cells) " cells, " (units::bytes(one.kv_bytes))
+        div.dim {
+            @if one.cells_shared > 0 { (one.cells_shared) " of them its part of shared ones · " }
+            @if one.cells_promised > 0 { (one.cells_promised) " more promised · " }
+            (one.running) " at work, " (one.waiting) " waiting"
+            @if one.put_aside > 0 { " · " (one.put_aside) " gave way, " (units::bytes(one.aside_bytes)) " aside" }
+        }
+    }
+}
+
+/// A new partition, or one that is there.
+fn fields(old: Option<&Partition>, devices: &str) -> Markup {
+    let id = old.map_or("new", |one| one.id.as_str());
+    let number = |name: &str, label: &str, most: u32, value: u32| {
+        html! {
+            label for={ (id) "-" (name) } { (label) }
+            input id={ (id) "-" (name) } name=(name) type="number" min="0" max=(most) value=(value);
+        }
+    };
+    html! {
+        form.stack method="post" action="/devices/partitions" {
+            @match old {
+                Some(one) => { input type="hidden" name="name" value=(one.id); }
+                None => {
+                    label for="new-name" { "Name" }
+                    input #new-name name="name" required pattern="[a-z0-9][a-z0-9\\-]{0,39}" placeholder="chat";
+                }
+            }
+            label for={ (id) "-devices" } { "Devices" }
+            input id={ (id) "-devices" } name="devices" required value=(devices);
+            label for={ (id) "-bytes" } { "Bytes, such as 512M or 2G" }
+            input id={ (id) "-bytes" } name="bytes" required value=[old.map(|one| typed_bytes(one.bytes))];
+            (number("priority", "Priority: who has more goes first", 100, old.map_or(50, |one| one.priority.into())))
+            (number("weight", "Weight: share of time among equals", 1000, old.map_or(100, |one| one.weight)))
+            (number("sequences_most", "Most sequences at once, 0 for no limit", 256, old.map_or(0, |one| one.sequences_most)))
+            label.check {
+                input type="checkbox" name="guaranteed" checked[old.is_some_and(|one| one.guaranteed)];
+                " Guaranteed: kept free also while it is not used"
+            }
+            button.primary type="submit" { @if old.is_some() { "Change" } @else { "Define" } }
+        }
+    }
+}
+
+fn define(devices: &Devices) -> Markup {
+    // A graphics card where there is one, else host memory.
+    let usual = devices.devices.iter().find(|one| one.kind != "cpu").or(devices.devices.first());
+    html! {
+        section.card {
+            h2 { "Define a partition" }
+            (fields(None, usual.map_or("", |one| one.name.as_str())))
+        }
+    }
+}
+
+fn assign(devices: &Devices, agents: &[Agent]) -> Markup {
+    let is_in = |agent: &Agent| {
+        devices.partitions.iter().find(|one| one.agents.iter().any(|hold| hold.agent_id == agent.agent_id))
+    };
+    html! {
+        section.card {
+            h2 { "Put an agent into a partition" }
+            @if agents.is_empty() { p.dim { "No agent is installed." } } @else {
+                form.stack method="post" action="/devices/assign" {
+                    label for="assign-agent" { "Agent" }
+                    select #assign-agent name="agent" {
+                        @for agent in agents {
+                            option value=(agent.name) {
+                                (agent.name)
+                                @if let Some(now) = is_in(agent) { " (now in " (now.partition.id) ")" }
                             }
-                            " " span.dim { (agent.cells) " cells, " (units::bytes(agent.kv_bytes)) }
                         }
                     }
+                    label for="assign-partition" { "Partition" }
+                    select #assign-partition name="partition" {
+                        @for one in &devices.partitions { option value=(one.partition.id) { (one.partition.id) } }
+                    }
+                    button.primary type="submit" { "Put it there" }
+                }
+            }
+        }
+    }
+}
+
+/// How one chat model's cache is used, and what sharing has saved.
+fn cache(one: &ModelUsage) -> Markup {
+    let used = one.cells_private.saturating_add(one.cells_shared);
+    let prompts = one.computed_prompt_tokens.saturating_add(one.cached_prompt_tokens);
+    html! {
+        section.card {
+            h3 { "Cache of " (one.model) }
+            (bar(used.into(), one.cells_total.into()))
+            dl.facts {
+                (fact("Requests", html! { (one.running) " at work, " (one.waiting) " waiting" }))
+                (fact("Cells of one request", html! { (one.cells_private) }))
+                (fact("Cells shared by several", html! { (one.cells_shared) }))
+                (fact("Of these kept for later, by nobody at work", html! { (one.cells_cached) }))
+                (fact("Free cells", html! { (one.cells_free) " of " (one.cells_total) }))
+                (fact("Prompt tokens computed", html! { (one.computed_prompt_tokens) }))
+                (fact("Prompt tokens from the cache", html! {
+                    (one.cached_prompt_tokens)
+                    @if prompts > 0 { " (" (units::percent(one.cached_prompt_tokens, prompts)) " %)" }
+                }))
+                (fact("Requests that gave way", html! { (one.preemptions) }))
+                (fact("Swapped out and in", html! { (one.swapped_out) " and " (one.swapped_in) " times" }))
+                (fact("Aside now", html! {
+                    (units::bytes(one.swap_memory_bytes)) " in memory, " (units::bytes(one.swap_disk_bytes)) " on disk"
+                }))
+                @if one.recomputed_tokens > 0 {
+                    (fact("Tokens computed a second time", html! { (one.recomputed_tokens) }))
                 }
             }
         }

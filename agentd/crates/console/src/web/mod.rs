@@ -12,6 +12,7 @@ mod health;
 mod layout;
 mod models;
 mod overview;
+pub mod partitions;
 mod sign_in;
 mod units;
 
@@ -129,8 +130,10 @@ pub async fn models(State(appliance): Machine) -> Shown {
 }
 
 pub async fn devices(State(appliance): Machine) -> Shown {
-    let devices = within(SHORT, appliance.devices()).await?;
-    Ok(devices::list(&devices, appliance.health()))
+    let (devices, agents) =
+        tokio::join!(within(SHORT, appliance.devices()), within(SHORT, appliance.agents()));
+    // Without agents there is nobody to assign; the devices are shown all the same.
+    Ok(devices::list(&devices?, &agents.unwrap_or_default(), appliance.health()))
 }
 
 pub async fn remove_model(State(appliance): Machine, Name(name): Name) -> Done {

@@ -1,7 +1,7 @@
 //! A card with a model on it, and three partitions: what is left, one that somebody uses, one of a card that is gone.
 
 use super::{MIB, echo};
-use agentd_domain::engine::GpuReadings;
+use agentd_domain::engine::{GpuReadings, ModelUsage};
 use agentd_domain::fault::Report;
 use agentd_domain::ledger::*;
 
@@ -52,10 +52,14 @@ pub(super) fn devices() -> Devices {
     let mut chat =
         partition_view(Partition { guaranteed: true, priority: 80, ..partition("chat", "CUDA0", 2 << 30) });
     chat.agents.push(AgentHold {
-        agent_id: echo().agent_id,
-        agent: Some(echo().name),
         cells: 4096,
         kv_bytes: 512 * MIB,
+        cells_shared: 1024,
+        running: 2,
+        waiting: 3,
+        put_aside: 1,
+        aside_bytes: 64 * MIB,
+        ..AgentHold::nothing(echo().agent_id, Some(echo().name))
     });
     chat.held.kv_bytes = 512 * MIB;
     let mut gone = partition_view(partition("vision", "CUDA7", 1 << 30));
@@ -88,6 +92,21 @@ pub(super) fn devices() -> Devices {
             need: need(),
             cells_held: 4096,
             evictable: false,
+            usage: Some(ModelUsage {
+                model: "tiny".to_owned(),
+                running: 2,
+                waiting: 3,
+                cells_total: 4096,
+                cells_private: 3000,
+                cells_shared: 1096,
+                computed_prompt_tokens: 7000,
+                cached_prompt_tokens: 21_000,
+                preemptions: 5,
+                swapped_out: 4,
+                swapped_in: 3,
+                swap_memory_bytes: 96 * MIB,
+                ..ModelUsage::default()
+            }),
         }],
     }
 }
