@@ -2,7 +2,8 @@
 //!
 //! In:    a tar as it arrives. Out: an agent that is stopped: starting it is a wish of its own.
 //! Always: the manifest is read and checked before anything is made; the agent is in the store only when its files are
-//!         on disk; what came to nothing is removed. The same package again is no mistake.
+//!         on disk; what came to nothing is removed. The same package again is no mistake, and changes nothing: its owner
+//!         may have put the agent into another partition than the manifest names.
 
 use crate::agents::package;
 use crate::appliance::{Machine, Parts, checked, thread_lost};
@@ -13,6 +14,7 @@ use agentd_console::Upload;
 use agentd_domain::api::Agent;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
+use agentd_domain::ledger::PartitionId;
 use agentd_domain::manifest::Manifest;
 use agentd_domain::rights::Narrowing;
 use futures::StreamExt;
@@ -43,6 +45,9 @@ impl Machine {
             package::manifest_of_tar(io::BufReader::new(file)).map_err(|error| error.report())
         });
         let manifest = checked(&text.await?)?;
+        if let Some(partition) = &manifest.partition {
+            self.gpu.is_known(partition, what)?;
+        }
         let name = manifest.name.clone();
         let taken =
             parts.agents.views().values().find(|view| view.row.name == name).map(|view| view.row.clone());
@@ -106,10 +111,26 @@ impl Machine {
         };
         let stored = row.clone();
         let token = parts.tokens.minted(agent, manifest, &Narrowing::default())?;
+        // Before it is there: no agent is ever served from another partition than its manifest names.
+        if let Some(partition) = manifest.partition.clone() {
+            self.put_into(agent, partition).await?;
+        }
         let added = parts.db.call(move |store| store.add_agent_with(&stored, &token)).await;
-        added.map_err(|error| error.report("the agent was not installed"))?;
+        if let Err(error) = added {
+            if manifest.partition.is_some()
+                && let Err(problem) = self.put_into(agent, PartitionId::default_partition()).await
+            {
+                tracing::warn!(agent_id = %agent, %problem, "no agent is in a partition");
+            }
+            return Err(error.report("the agent was not installed"));
+        }
         tracing::info!(agent_id = %agent, name = %row.name, "an agent is installed");
         Ok(row)
+    }
+
+    async fn put_into(&self, agent: AgentId, partition: PartitionId) -> Result<(), Report> {
+        let gpu = self.gpu.clone();
+        blocking(move || gpu.assign(agent, &partition)).await
     }
 
     /// Of an installation that came to nothing.

@@ -165,4 +165,4 @@ fn unusable(code: &str, what: &str, why: impl std::fmt::Display) -> Report {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -52,11 +52,24 @@ impl Egress {
             };
             match ending.client(stream, &host).await {
                 Ok(stream) => return Ok(Box::new(stream)),
-                Err(error) => last = lost(format!("{host}: {error}")),
+                Err(error) => {
+                    last = in_tls(&host, &error).unwrap_or_else(|| lost(format!("{host}: {error}")))
+                }
             }
         }
         Err(last)
     }
+}
+
+/// Of a host that answered, and is not known to be the one that was named.
+fn in_tls(host: &Host, error: &std::io::Error) -> Option<Report> {
+    let error = error.get_ref()?.downcast_ref::<rustls::Error>()?;
+    let rustls::Error::InvalidCertificate(why) = error else { return None };
+    let why = format!("the certificate of {host} was not accepted: {why:?}");
+    let fix = format!(
+        "check the address and the appliance's clock; a server with an authority of your own is known by `authority` in its `[[egress.private]]` of agentd.toml, beside `host = \"{host}\"`"
+    );
+    Some(Report::environment("host_not_verified", WHAT, why, fix))
 }
 
 impl Outside for Egress {

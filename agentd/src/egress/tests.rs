@@ -36,21 +36,7 @@ async fn scene_with(
     host_authority: Option<&Authority>,
     bytes_per_day: Option<u64>,
 ) -> Scene {
-    let root = tempfile::tempdir().unwrap();
-    let places = Places::below(root.path());
-    for folder in [&places.state_agentd, &places.data, &places.run_agentd] {
-        fs::create_dir_all(folder).unwrap();
-    }
-    let pem = host_authority
-        .map(|authority| format!("authority = '''\n{}'''\n", authority::pem(authority.certificate())))
-        .unwrap_or_default();
-    let text = format!("[[egress.private]]\nhost = \"127.0.0.1\"\n{pem}");
-    init_sys::twofile::TwoFile::new(&places.config).write(text.as_bytes()).unwrap();
-    let audit = Audit::default();
-    let db = Db::new(Store::open(&places.system_store()).unwrap());
-    let tokens = Tokens::open(RootKey::from_secret(&[7; 32]).unwrap(), db.clone()).unwrap();
-    let (granted, nerves) = (settings(&places), Nerves::new().0);
-    let egress = Egress::open(&places, granted, audit.clone(), (db, tokens), nerves, &Board::starting());
+    let (root, places, audit, egress) = opened(host_authority);
     let (agent, run) = (AgentId(clock::fresh_id()), RunId(clock::fresh_id()));
     let listen = || {
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -72,6 +58,26 @@ async fn scene_with(
     let over = CancellationToken::new();
     egress.serve(Run { agent, run, sockets, over: over.clone() });
     Scene { _root: root, places, audit, agent, proxy, names, over }
+}
+
+/// The egress of an owner who has granted 127.0.0.1 alone, and knows it by this authority's certificate.
+pub(crate) fn opened(host_authority: Option<&Authority>) -> (tempfile::TempDir, Places, Audit, Egress) {
+    let root = tempfile::tempdir().unwrap();
+    let places = Places::below(root.path());
+    for folder in [&places.state_agentd, &places.data, &places.run_agentd] {
+        fs::create_dir_all(folder).unwrap();
+    }
+    let pem = host_authority
+        .map(|authority| format!("authority = '''\n{}'''\n", authority::pem(authority.certificate())))
+        .unwrap_or_default();
+    let text = format!("[[egress.private]]\nhost = \"127.0.0.1\"\n{pem}");
+    init_sys::twofile::TwoFile::new(&places.config).write(text.as_bytes()).unwrap();
+    let audit = Audit::default();
+    let db = Db::new(Store::open(&places.system_store()).unwrap());
+    let tokens = Tokens::open(RootKey::from_secret(&[7; 32]).unwrap(), db.clone()).unwrap();
+    let (granted, nerves) = (settings(&places), Nerves::new().0);
+    let egress = Egress::open(&places, granted, audit.clone(), (db, tokens), nerves, &Board::starting());
+    (root, places, audit, egress)
 }
 
 impl Scene {

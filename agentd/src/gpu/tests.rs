@@ -173,6 +173,25 @@ fn partitions_outlive_agentd_and_so_does_who_is_in_them() {
     assert!(!scene.gpu.anybody_assigned());
 }
 
+/// What a manifest names must be there, in force or not.
+#[test]
+fn an_agent_is_not_put_into_a_partition_that_nobody_defined() {
+    let scene = Scene::new();
+    let (chat, nowhere) = ("chat".parse().expect("a name"), "nowhere".parse().expect("a name"));
+    scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
+    scene.gpu.set(partition("chat", 1000)).expect("good");
+    let report = scene.gpu.is_known(&nowhere, "the agent was not installed").expect_err("unknown");
+    assert_eq!((report.code.as_str(), report.http_status()), ("not_found", 404));
+    assert!(report.fix.contains("agentctl gpu partition set nowhere"), "{report}");
+    // Before the new agentd's engine has said what there is, nothing is in force.
+    let scene = scene.again(Vec::new());
+    scene.gpu.is_known(&chat, "the agent was not installed").expect("it is defined");
+    scene.gpu.assign(agent(1), &chat).expect("it waits with its partition");
+    assert!(scene.gpu.assign(agent(2), &nowhere).is_err() && !scene.gpu.is_assigned(agent(2)));
+    scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
+    assert_eq!(scene.gpu.standing(agent(1), "m").partition, chat);
+}
+
 #[test]
 fn a_guarantee_leaves_less_to_models_and_bounds_cells() {
     let scene = Scene::new();

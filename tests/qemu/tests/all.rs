@@ -26,6 +26,8 @@ mod kselftest;
 mod network;
 #[path = "suite/packages.rs"]
 mod packages;
+#[path = "suite/sharing.rs"]
+mod sharing;
 #[path = "suite/tokens.rs"]
 mod tokens;
 #[path = "suite/uefi.rs"]

@@ -1,9 +1,12 @@
 //! A real server on a real socket, which breaks off, changes its file and lies when it is told to.
 
 use super::*;
+use crate::egress::tests::opened;
+use agentd_egress::authority::{Authority, Stored};
 use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
 
 /// Dials one server, whoever is named.
 struct To(std::net::SocketAddr);
@@ -45,7 +48,25 @@ async fn serve(server: Server) -> (To, Arc<Mutex<Server>>) {
     (To(address), shared)
 }
 
-async fn answer(stream: TcpStream, server: Arc<Mutex<Server>>) {
+/// The same in TLS, with a certificate for this address that an authority of the test's own has signed.
+async fn serve_in_tls(server: Server, authority: &Authority) -> (u16, Arc<Mutex<Server>>) {
+    let config = authority.serving(&Host::parse("127.0.0.1").expect("an address")).expect("a certificate");
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let port = listener.local_addr().expect("bound").port();
+    let shared = Arc::new(Mutex::new(server));
+    let of = Arc::clone(&shared);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            // A client that does not trust the certificate ends the handshake.
+            if let Ok(stream) = TlsAcceptor::from(Arc::clone(&config)).accept(stream).await {
+                tokio::spawn(answer(stream, Arc::clone(&of)));
+            }
+        }
+    });
+    (port, shared)
+}
+
+async fn answer<S: AsyncRead + AsyncWrite + Unpin>(stream: S, server: Arc<Mutex<Server>>) {
     let mut stream = BufReader::new(stream);
     let (mut path, mut range, mut if_range) = (String::new(), None, None);
     loop {
@@ -247,6 +268,48 @@ async fn a_server_that_sends_in_circles_is_left() {
     let scene = Scene::new();
     let (to, _) = serve(Server { file: file(0), redirects: 100, ..Server::default() }).await;
     assert_eq!(scene.pull(&to, None).await.expect_err("a circle").code, "redirect_refused");
+}
+
+/// The appliance's own way out: real TLS, verified by the authority that the owner wrote into `agentd.toml`.
+#[tokio::test]
+async fn over_tls_a_host_is_known_by_the_owners_authority_and_by_nothing_else() {
+    let (owners, strangers) = (Stored::fresh().expect("made"), Stored::fresh().expect("made"));
+    let owners = Authority::open(&owners).expect("opened");
+    let strangers = Authority::open(&strangers).expect("opened");
+    let beside = format!("{}  m.gguf\n", hex::encode(sum(&file(0))));
+    let server = Server {
+        file: file(0),
+        tag: "\"a\"",
+        breaks_after: Some(20_000),
+        sum: Some(beside),
+        ..Server::default()
+    };
+    let (port, asked) = serve_in_tls(server.clone(), &owners).await;
+    let order = |port: u16| Order::new(&format!("https://127.0.0.1:{port}/m.gguf"), None).expect("good");
+    let scene = Scene::new();
+    let (_root, _places, _audit, egress) = opened(Some(&owners));
+    // The line breaks twice within the file; TLS is begun anew each time.
+    let came = pull(&egress, &order(port), &scene.place(), &|_, _| {}).await.expect("pulled over TLS");
+    assert_eq!((came, scene.content()), (sum(&file(0)), file(0)));
+    assert_eq!(
+        asked.lock().expect("unpoisoned").asked,
+        ["/m.gguf", "/m.gguf from 20000", "/m.gguf from 40000", "/m.gguf.sha256"]
+    );
+    // A server with somebody else's certificate, and one that the owner has no certificate for.
+    let (foreign, never) = serve_in_tls(server.clone(), &strangers).await;
+    let (_root, _places, _audit, public_only) = opened(None);
+    for (way, port) in [(&egress, foreign), (&public_only, port)] {
+        let scene = Scene::new();
+        let refused = pull(way, &order(port), &scene.place(), &|_, _| {}).await.expect_err("not verified");
+        assert_eq!(refused.code, "host_not_verified", "{refused}");
+        assert!(refused.why.contains("UnknownIssuer") && refused.fix.contains("authority"), "{refused}");
+        assert_eq!(scene.files(), Vec::<String>::new());
+    }
+    assert!(never.lock().expect("unpoisoned").asked.is_empty(), "nothing was asked of a stranger");
+    // Nobody has granted another address of this machine, whatever it could show.
+    let refused = Order::new(&format!("https://127.0.0.2:{port}/m.gguf"), None).expect("good");
+    let refused = pull(&egress, &refused, &scene.place(), &|_, _| {}).await.expect_err("not granted");
+    assert_eq!(refused.code, "host_refused", "{refused}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod conversations;
 mod devices;
 mod files;
 mod formula;
+mod holders;
 mod limits;
 mod mathematics;
 mod measured;

@@ -58,7 +58,7 @@ impl Hosts {
     }
 }
 
-fn listen(serve: impl Fn(TcpStream) + Send + 'static) -> Result<u16> {
+pub(crate) fn listen(serve: impl Fn(TcpStream) + Send + 'static) -> Result<u16> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let port = listener.local_addr()?.port();
     std::thread::spawn(move || listener.incoming().flatten().for_each(serve));
@@ -80,7 +80,8 @@ fn answer<S: Read + Write>(stream: &mut S, seen: &Mutex<Vec<String>>) -> std::io
     stream.flush()
 }
 
-fn certificate(host: &str) -> Result<(Arc<ServerConfig>, String)> {
+/// A server's certificate for this host, and the certificate of its authority.
+pub(crate) fn certificate(host: &str) -> Result<(Arc<ServerConfig>, String)> {
     let authority_key = KeyPair::generate()?;
     let mut params = CertificateParams::new(Vec::<String>::new())?;
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

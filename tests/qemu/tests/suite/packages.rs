@@ -67,3 +67,17 @@ pub fn caller(below: &Path, arguments: &[String], net: &str) -> Result<PathBuf> 
     std::fs::write(folder.join("agent.toml"), manifest)?;
     Ok(folder)
 }
+
+/// A folder with an agent that asks the chat model what it is told to, from a partition if one is named.
+pub fn asker(below: &Path, name: &str, partition: Option<&str>) -> Result<PathBuf> {
+    let folder = below.join(name);
+    std::fs::create_dir_all(folder.join("bin"))?;
+    std::fs::copy(env!("CARGO_BIN_EXE_asker"), folder.join("bin/asker"))?;
+    let partition = partition.map(|id| format!("partition = \"{id}\"\n")).unwrap_or_default();
+    let manifest = format!(
+        "[agent]\nname = \"{name}\"\nexec = [\"/agent/bin/asker\"]\n\n[model]\nuse = \"default\"\n{partition}\n\
+         [messages]\naccept = true\n"
+    );
+    std::fs::write(folder.join("agent.toml"), manifest)?;
+    Ok(folder)
+}
