@@ -14,7 +14,6 @@ use agentd_console::Upload;
 use agentd_domain::api::Agent;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
-use agentd_domain::ledger::PartitionId;
 use agentd_domain::manifest::Manifest;
 use agentd_domain::rights::Narrowing;
 use futures::StreamExt;
@@ -111,26 +110,17 @@ impl Machine {
         };
         let stored = row.clone();
         let token = parts.tokens.minted(agent, manifest, &Narrowing::default())?;
-        // Before it is there: no agent is ever served from another partition than its manifest names.
-        if let Some(partition) = manifest.partition.clone() {
-            self.put_into(agent, partition).await?;
-        }
+        // Before it is there: no agent is ever served from another partition than the one it was given.
+        let (gpu, name, wish) = (self.gpu.clone(), manifest.name.clone(), manifest.partition.clone());
+        blocking(move || gpu.enter(agent, &name, wish.as_ref())).await?;
         let added = parts.db.call(move |store| store.add_agent_with(&stored, &token)).await;
         if let Err(error) = added {
-            if manifest.partition.is_some()
-                && let Err(problem) = self.put_into(agent, PartitionId::default_partition()).await
-            {
-                tracing::warn!(agent_id = %agent, %problem, "no agent is in a partition");
-            }
+            let gpu = self.gpu.clone();
+            blocking(move || Ok(gpu.leave(agent))).await?;
             return Err(error.report("the agent was not installed"));
         }
         tracing::info!(agent_id = %agent, name = %row.name, "an agent is installed");
         Ok(row)
-    }
-
-    async fn put_into(&self, agent: AgentId, partition: PartitionId) -> Result<(), Report> {
-        let gpu = self.gpu.clone();
-        blocking(move || gpu.assign(agent, &partition)).await
     }
 
     /// Of an installation that came to nothing.

@@ -12,7 +12,7 @@ use crate::children::{self, Children};
 use crate::confine::{self, Listening};
 use crate::egress::{self, Egress};
 use crate::engine::{self, Engine, Stage};
-use crate::gpu::{self, Gpu};
+use crate::gpu::{self, Configured, Gpu};
 use crate::health::{Board, START, Weight};
 use crate::inbox::Inbox;
 use crate::initlink::Init;
@@ -29,7 +29,6 @@ use agentd_console::{Appliance, Auth, Authority, StateFiles, boot_clock, router,
 use agentd_domain::config::EgressSettings;
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::AgentdReport;
-use agentd_domain::ledger::Partition;
 use agentd_sandbox::client::Launcher;
 use std::fs::DirBuilder;
 use std::io;
@@ -113,7 +112,7 @@ struct Entrance {
 async fn live(
     places: Places,
     entrance: Entrance,
-    (granted, configured): (EgressSettings, Vec<Partition>),
+    (granted, configured): (EgressSettings, Configured),
     board: Arc<Board>,
     walls: Result<(), Report>,
     data: Handle,
@@ -325,7 +324,7 @@ async fn start_agents(
 }
 
 /// Without them all agents are in the default partition.
-async fn open_partitions(gpu: &Gpu, db: &Db, configured: Vec<Partition>, board: &Arc<Board>) {
+async fn open_partitions(gpu: &Gpu, db: &Db, configured: Configured, board: &Arc<Board>) {
     let (gpu, db) = (gpu.clone(), db.clone());
     let what = "partitions of devices are not in force";
     let opened = tokio::task::spawn_blocking(move || gpu.open(db, configured)).await;

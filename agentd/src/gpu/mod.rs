@@ -27,7 +27,7 @@ use agentd_domain::ids::{AgentId, AgentName};
 use agentd_domain::ledger::{self as words, Devices, Need, Partition, PartitionId};
 use agentd_gpu::admission::Refusal;
 use agentd_gpu::ledger::Ledger;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -51,6 +51,9 @@ struct State {
     coming: Option<String>,
     /// Defined in `agentd.toml`; not to be changed from elsewhere.
     configured: BTreeSet<PartitionId>,
+    /// Who is in which of them, and who of these is installed.
+    by_name: BTreeMap<AgentName, PartitionId>,
+    by_configuration: BTreeSet<AgentId>,
     db: Option<Db>,
     places: served::Places,
 }
@@ -76,17 +79,27 @@ impl Gpu {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes over what is stored, and what the configuration defines in its place. Blocks.
-    pub fn open(&self, db: Db, configured: Vec<Partition>) -> Result<(), StoreError> {
+    /// Takes over what is stored, and what the configuration says in its place. Blocks.
+    pub fn open(&self, db: Db, configured: Configured) -> Result<(), StoreError> {
         let stored = db.here().partitions()?;
-        let assigned = db.here().assigned_partitions()?;
-        let names: BTreeSet<PartitionId> = configured.iter().map(|one| one.id.clone()).collect();
+        let mut assigned = db.here().assigned_partitions()?;
+        let names: BTreeSet<PartitionId> = configured.partitions.iter().map(|one| one.id.clone()).collect();
         let mut all: Vec<Partition> = stored.into_iter().filter(|one| !names.contains(&one.id)).collect();
-        all.extend(configured);
+        all.extend(configured.partitions);
         all.sort_by(|a, b| a.id.cmp(&b.id));
+        let mut put = BTreeSet::new();
+        // Children have names of their parents' making.
+        for row in db.here().agents()?.into_iter().filter(|row| row.parent.is_none()) {
+            if let Some(id) = configured.agents.get(&row.name) {
+                assigned.insert(row.agent_id, id.clone());
+                put.insert(row.agent_id);
+            }
+        }
         let mut state = self.state();
         state.ledger.restore(all, assigned);
         state.configured = names;
+        state.by_name = configured.agents;
+        state.by_configuration = put;
         state.db = Some(db);
         Ok(())
     }
@@ -214,7 +227,9 @@ impl Gpu {
     }
 
     pub fn forget(&self, agent: AgentId) {
-        self.state().ledger.forget(agent);
+        let mut state = self.state();
+        state.ledger.forget(agent);
+        state.by_configuration.remove(&agent);
     }
 
     /// A place among those that a partition lets work at once; `None` where it has no limit.
@@ -239,11 +254,19 @@ impl Gpu {
     }
 }
 
-/// `[[gpu.partition]]` of `agentd.toml`. What is wrong with the file init has said.
-pub fn configured(places: &Places) -> Vec<Partition> {
+/// `[[gpu.partition]]` of `agentd.toml`.
+#[derive(Debug, Clone, Default)]
+pub struct Configured {
+    pub partitions: Vec<Partition>,
+    pub agents: BTreeMap<AgentName, PartitionId>,
+}
+
+/// What the owner wrote down. What is wrong with the file init has said.
+pub fn configured(places: &Places) -> Configured {
     let owner = init_sys::twofile::TwoFile::new(&places.config).read().ok().flatten();
     let text = owner.or_else(|| std::fs::read(&places.config_default).ok()).unwrap_or_default();
-    config::parse(&String::from_utf8_lossy(&text)).0.partitions
+    let config = config::parse(&String::from_utf8_lossy(&text)).0;
+    Configured { partitions: config.partitions, agents: config.agents_in_partitions }
 }
 
 /// What is known of a model that the engine has: its file's header, or that it is there.

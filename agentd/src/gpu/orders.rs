@@ -7,7 +7,7 @@ use crate::appliance::{Machine, thread_lost};
 use crate::audit::Order;
 use agentd_domain::api::{AgentKey, ModelName};
 use agentd_domain::fault::Report;
-use agentd_domain::ids::AgentId;
+use agentd_domain::ids::{AgentId, AgentName};
 use agentd_domain::ledger::{Devices, ModelPlan, Partition, PartitionId, PlanOrder};
 use agentd_gpu::admission::Refusal;
 use agentd_gpu::ledger::Ledger;
@@ -36,8 +36,37 @@ impl Gpu {
         let what = "the agent was not assigned";
         self.change(what, |state, after| {
             known(state, to, what)?;
+            if state.by_configuration.contains(&agent) {
+                let now = after.assigned().get(&agent).map_or("a partition", PartitionId::as_str);
+                return Err(set_elsewhere(what, &format!("agentd.toml puts it into `{now}`")));
+            }
             after.assign(agent, to).map_err(|refusal| refusal.report(what))
         })
+    }
+
+    /// Puts an agent that is being installed where the configuration says, else where its manifest says. Blocks.
+    pub fn enter(&self, agent: AgentId, name: &AgentName, wish: Option<&PartitionId>) -> Result<(), Report> {
+        let what = "the agent was not installed";
+        {
+            let mut state = self.state();
+            if let Some(id) = state.by_name.get(name).cloned() {
+                state.ledger.assign(agent, &id).map_err(|refusal| refusal.report(what))?;
+                state.by_configuration.insert(agent);
+                return Ok(());
+            }
+        }
+        wish.map_or(Ok(()), |id| self.assign(agent, id))
+    }
+
+    /// Undoes it.
+    pub fn leave(&self, agent: AgentId) {
+        let to = PartitionId::default_partition();
+        self.state().by_configuration.remove(&agent);
+        if self.is_assigned(agent)
+            && let Err(problem) = self.assign(agent, &to)
+        {
+            tracing::warn!(agent_id = %agent, %problem, "no agent is in a partition");
+        }
     }
 
     /// Whether somebody defined it, in force or not.
@@ -61,7 +90,9 @@ impl Gpu {
         };
         let own: Vec<Partition> =
             after.partitions().iter().filter(|one| !state.configured.contains(&one.id)).cloned().collect();
-        db.here().set_partitions(&own, after.assigned()).map_err(|error| error.report(what))?;
+        let mut assigned = after.assigned().clone();
+        assigned.retain(|agent, _| !state.by_configuration.contains(agent));
+        db.here().set_partitions(&own, &assigned).map_err(|error| error.report(what))?;
         state.ledger = after;
         Ok(())
     }
@@ -79,8 +110,11 @@ fn own(state: &State, id: &PartitionId, what: &str) -> Result<(), Report> {
     if !state.configured.contains(id) {
         return Ok(());
     }
-    let why = format!("`{id}` is defined in agentd.toml");
-    Err(Report::caller("partition_configured", what, why, "change it there and restart the appliance"))
+    Err(set_elsewhere(what, &format!("`{id}` is defined in agentd.toml")))
+}
+
+fn set_elsewhere(what: &str, why: &str) -> Report {
+    Report::caller("partition_configured", what, why, "change it there and restart the appliance")
 }
 
 /// All mistakes as one report.

@@ -1,6 +1,6 @@
 use super::*;
 use crate::engine::Choice;
-use crate::store::Store;
+use crate::store::{AgentRow, Store};
 use agentd_domain::device::DeviceEvent;
 use agentd_domain::engine::{GpuReadings, ModelKind};
 use agentd_domain::ledger::DEFAULT_PARTITION;
@@ -18,7 +18,7 @@ impl Scene {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let scene = Self { gpu: Gpu::new(4096 * MIB), folder };
-        scene.gpu.open(scene.db(), Vec::new()).expect("opened");
+        scene.gpu.open(scene.db(), Configured::default()).expect("opened");
         scene
     }
 
@@ -27,7 +27,11 @@ impl Scene {
     }
 
     /// What an agentd that was started again has.
-    fn again(self, configured: Vec<Partition>) -> Self {
+    fn again(self, partitions: Vec<Partition>) -> Self {
+        self.again_with(Configured { partitions, ..Configured::default() })
+    }
+
+    fn again_with(self, configured: Configured) -> Self {
         let Self { folder, gpu } = self;
         drop(gpu);
         let scene = Self { gpu: Gpu::new(4096 * MIB), folder };
@@ -227,6 +231,60 @@ fn the_configuration_defines_its_own_and_keeps_them() {
     assert_eq!((chat.partition.bytes, chat.configured), (500 * MIB, true));
     for refused in [scene.gpu.set(partition("chat", 600)), scene.gpu.remove(&chat.partition.id)] {
         assert_eq!(refused.expect_err("not from here").code, "partition_configured");
+    }
+}
+
+#[test]
+fn the_configuration_puts_agents_into_partitions_now_and_when_they_come() {
+    let scene = Scene::new();
+    scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
+    scene.gpu.set(partition("own", 100)).expect("good");
+    let db = scene.gpu.state().db.clone().expect("open");
+    db.here().add_agent(&row(&db, agent(1), "writer", None)).expect("added");
+    // A child may be called what its parent likes.
+    db.here().add_agent(&row(&db, agent(2), "mail", Some(agent(1)))).expect("added");
+    drop(db);
+    let (chat, own) = ("chat".parse().expect("a name"), "own".parse().expect("a name"));
+    let name = |text: &str| text.parse::<AgentName>().expect("a name");
+    let agents = [(name("writer"), PartitionId::clone(&chat)), (name("mail"), PartitionId::clone(&chat))];
+    let written = || Configured { partitions: vec![partition("chat", 500)], agents: agents.clone().into() };
+    let scene = scene.again_with(written());
+    scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
+    let of = |scene: &Scene, number| scene.gpu.standing(agent(number), "m").partition;
+    assert_eq!((of(&scene, 1), of(&scene, 2)), (chat.clone(), PartitionId::default_partition()));
+    let report = scene.gpu.assign(agent(1), &own).expect_err("the file says otherwise");
+    assert!(report.code == "partition_configured" && report.why.contains("`chat`"), "{report}");
+    // Its name counts before its manifest; one that the file does not name is where its manifest says.
+    scene.gpu.enter(agent(3), &name("mail"), Some(&own)).expect("put");
+    scene.gpu.enter(agent(4), &name("other"), Some(&own)).expect("put");
+    scene.gpu.enter(agent(5), &name("plain"), None).expect("nowhere in particular");
+    assert_eq!((of(&scene, 3), of(&scene, 4)), (chat.clone(), PartitionId::clone(&own)));
+    assert!(!scene.gpu.is_assigned(agent(5)));
+    scene.gpu.leave(agent(3));
+    assert!(!scene.gpu.is_assigned(agent(3)));
+    // What the file says is not stored: without it nobody is put there any more.
+    let scene = scene.again(Vec::new());
+    scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
+    assert_eq!((of(&scene, 1), of(&scene, 4)), (PartitionId::default_partition(), own));
+    assert!(scene.view().partitions.iter().all(|one| one.partition.id != chat));
+}
+
+fn row(db: &Db, agent: AgentId, name: &str, parent: Option<AgentId>) -> AgentRow {
+    AgentRow {
+        v: 1,
+        agent_id: agent,
+        owner_id: db.owner(),
+        name: name.parse().expect("a name"),
+        version: String::new(),
+        digest: String::new(),
+        manifest: String::new(),
+        uid: db.here().next_uid().expect("a uid"),
+        wanted: false,
+        bundled: false,
+        restarts: 0,
+        installed_unix_ms: 0,
+        parent,
+        arguments: Vec::new(),
     }
 }
 

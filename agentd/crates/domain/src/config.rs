@@ -10,12 +10,14 @@
 mod partitions;
 
 use crate::fault::Report;
+use crate::ids::AgentName;
 use crate::initctl::NetworkSettings;
-use crate::ledger::Partition;
+use crate::ledger::{Partition, PartitionId};
 use crate::net::Host;
 use crate::net::address::{self, Reach};
 use crate::paths;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use toml::de::{DeTable, DeValue};
 
@@ -33,6 +35,9 @@ pub struct Config {
     /// `[[gpu.partition]]`. Never written from here: its keys are not the fields' names.
     #[serde(skip)]
     pub partitions: Vec<Partition>,
+    /// Their `agents`.
+    #[serde(skip)]
+    pub agents_in_partitions: BTreeMap<AgentName, PartitionId>,
 }
 
 /// `[egress]`: what only the owner can allow agents.
@@ -120,7 +125,7 @@ pub fn parse(text: &str) -> (Config, Vec<Problem>) {
         read_egress(section, &mut config.egress, &mut problems);
     }
     if let Some(section) = gpu {
-        config.partitions = partitions::read(section, &mut problems);
+        (config.partitions, config.agents_in_partitions) = partitions::read(section, &mut problems);
     }
     report_unknown("", table.get_ref(), &["network", "time", "console", "egress", "gpu"], &mut problems);
     (config, problems)

@@ -117,7 +117,8 @@ fn a_model_comes_from_a_server_and_agents_share_it_by_partitions() -> Result<()>
         format!(
             "[[egress.private]]\nhost = \"nas.example.org\"\naddresses = [\"10.0.2.2\"]\n\
              [[egress.private]]\nhost = \"models.example.org\"\naddresses = [\"10.0.2.2\"]\nauthority = '''\n{}'''\n\
-             [[gpu.partition]]\nname = \"quiet\"\ndevices = [\"CPU\"]\nbytes = \"1M\"\npriority = 10\n",
+             [[gpu.partition]]\nname = \"quiet\"\ndevices = [\"CPU\"]\nbytes = \"1M\"\npriority = 10\n\
+             agents = [\"echo\"]\n",
             files.authority_pem
         ),
     )?;
@@ -210,8 +211,12 @@ fn agents_are_put_into_partitions(appliance: &mut Appliance) -> Result<()> {
         ensure!(one.enforcement == Enforcement::Engine && one.problem.is_none(), "{one:?}");
         ensure!((hold.cells, hold.running) == (0, 0), "{hold:?}");
     }
-    let theirs = ctl.refused(&["gpu", "partition", "rm", "quiet"])?;
-    ensure!(theirs.code == "partition_configured", "{theirs}");
+    // What agentd.toml says is changed there.
+    ensure!(found(&now, "echo")?.0.partition.id.as_str() == "quiet", "{now:?}");
+    for order in [&["gpu", "partition", "rm", "quiet"], &["gpu", "assign", "echo", "urgent"]] {
+        let theirs = ctl.refused(order)?;
+        ensure!(theirs.code == "partition_configured", "{theirs}");
+    }
     for agent in ["low", "high"] {
         ctl.run(&["agent", "start", agent])?.success()?;
     }
@@ -260,6 +265,11 @@ fn watched(appliance: &mut Appliance, browser: &Browser, busy: &Busy) -> Result<
         Ok((hold.cells > 0 && hold.running == 1 && hold.waiting >= 1).then_some(now))
     })?;
     holds_add_up(&now)?;
+    let (_, low) = found(&now, "low")?;
+    println!(
+        "RESULT: low held {} cells ({} bytes), {} promised, {} running, {} waiting",
+        low.cells, low.kv_bytes, low.cells_promised, low.running, low.waiting
+    );
     let ctl = appliance.ctl();
     let text = ctl.run(&["gpu", "ls"])?.success()?;
     for words in ["UNKNOWN", "FROM CACHE", "GAVE WAY", "low", "quiet", "engine", "kernel"] {

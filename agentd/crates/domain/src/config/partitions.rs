@@ -1,28 +1,34 @@
-//! `[[gpu.partition]]`: shares of devices' memory, as the owner wrote them down.
+//! `[[gpu.partition]]`: shares of devices' memory and who is in them, as the owner wrote them down.
 //!
 //! Here only what one entry says is checked. Whether the devices have so much, and what the others leave, is known when
 //! the engine has said what there is (`agentd-gpu`); until then, and where it does not fit, an entry is shown as not in
-//! force.
+//! force. An agent may be named that is not installed yet.
 
 use super::{DeTable, Problem, read_string, read_strings, report_unknown, wrong};
 use crate::human;
+use crate::ids::AgentName;
 use crate::ledger::{Partition, PartitionId};
+use std::collections::BTreeMap;
 use toml::de::DeValue;
 
-const KEYS: [&str; 7] = ["name", "devices", "bytes", "priority", "weight", "sequences_most", "guaranteed"];
+const KEYS: [&str; 8] =
+    ["name", "devices", "bytes", "priority", "weight", "sequences_most", "guaranteed", "agents"];
 /// A person wrote each of them down.
 const PARTITIONS_MAX: usize = 64;
 
+/// Partitions, and the agents that are in them.
+pub(super) type Partitions = (Vec<Partition>, BTreeMap<AgentName, PartitionId>);
+
 /// An entry is taken whole or not at all.
-pub(super) fn read(section: &DeTable<'_>, problems: &mut Vec<Problem>) -> Vec<Partition> {
+pub(super) fn read(section: &DeTable<'_>, problems: &mut Vec<Problem>) -> Partitions {
     report_unknown("gpu.", section, &["partition"], problems);
     let fix = "write a section `[[gpu.partition]]` for each";
-    let Some(value) = section.get("partition") else { return Vec::new() };
+    let Some(value) = section.get("partition") else { return Partitions::default() };
     let Some(entries) = value.get_ref().as_array() else {
         problems.push(wrong("gpu.partition", "it must be a list of tables", fix));
-        return Vec::new();
+        return Partitions::default();
     };
-    let mut all: Vec<Partition> = Vec::new();
+    let (mut all, mut agents): Partitions = Partitions::default();
     for (index, entry) in entries.iter().enumerate() {
         let place = format!("gpu.partition[{index}]");
         if index >= PARTITIONS_MAX {
@@ -34,15 +40,43 @@ pub(super) fn read(section: &DeTable<'_>, problems: &mut Vec<Problem>) -> Vec<Pa
             problems.push(wrong(&place, "it is no table", fix));
             continue;
         };
+        let named = read_strings(entry, &place, "agents", problems).unwrap_or_default();
         let Some(partition) = read_one(entry, &place, problems) else { continue };
         if all.iter().any(|other| other.id == partition.id) {
             let why = format!("`{}` is there twice", partition.id);
             problems.push(wrong(&format!("{place}.name"), why, "give each a name of its own"));
         } else {
+            put_into(&partition.id, named, &place, &mut agents, problems);
             all.push(partition);
         }
     }
-    all
+    (all, agents)
+}
+
+fn put_into(
+    id: &PartitionId,
+    named: Vec<String>,
+    place: &str,
+    agents: &mut BTreeMap<AgentName, PartitionId>,
+    problems: &mut Vec<Problem>,
+) {
+    let key = format!("{place}.agents");
+    for name in named {
+        let name = match AgentName::try_from(name) {
+            Ok(name) => name,
+            Err(why) => {
+                problems.push(wrong(&key, why, "write names that `agentctl agent ls` shows"));
+                continue;
+            }
+        };
+        match agents.get(&name) {
+            Some(other) => {
+                let why = format!("`{name}` is in `{other}` already");
+                problems.push(wrong(&key, why, "name each agent in one partition"));
+            }
+            None => drop(agents.insert(name, id.clone())),
+        }
+    }
 }
 
 fn read_one(entry: &DeTable<'_>, place: &str, problems: &mut Vec<Problem>) -> Option<Partition> {
@@ -147,6 +181,26 @@ fn read_bool(entry: &DeTable<'_>, place: &str, key: &str, problems: &mut Vec<Pro
 #[cfg(test)]
 mod tests {
     use crate::config::parse;
+
+    #[test]
+    fn an_agent_is_in_one_partition() {
+        let of = |name: &str, agents: &str| {
+            format!(
+                "[[gpu.partition]]\nname = \"{name}\"\ndevices = [\"CPU\"]\nbytes = \"1G\"\nagents = {agents}\n"
+            )
+        };
+        let (config, problems) = parse(
+            &[of("a", r#"["echo", "No Name"]"#), of("b", r#"["mail", "echo"]"#), of("c", "[]")].concat(),
+        );
+        let put: Vec<_> =
+            config.agents_in_partitions.iter().map(|(a, id)| (a.as_str(), id.as_str())).collect();
+        assert_eq!(put, [("echo", "a"), ("mail", "b")]);
+        assert_eq!(config.partitions.len(), 3);
+        let keys: Vec<&str> = problems.iter().map(|problem| problem.key.as_str()).collect();
+        assert_eq!(keys, ["gpu.partition[0].agents", "gpu.partition[1].agents"]);
+        assert!(problems[1].report.why.contains("`echo` is in `a` already"), "{:?}", problems[1]);
+        assert_eq!(parse(&of("d", "7")).1.len(), 1);
+    }
 
     #[test]
     fn partitions_are_taken_whole_or_not_at_all() {
