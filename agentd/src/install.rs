@@ -116,7 +116,11 @@ impl Machine {
         let added = parts.db.call(move |store| store.add_agent_with(&stored, &token)).await;
         if let Err(error) = added {
             let gpu = self.gpu.clone();
-            blocking(move || Ok(gpu.leave(agent))).await?;
+            blocking(move || {
+                gpu.leave(agent);
+                Ok(())
+            })
+            .await?;
             return Err(error.report("the agent was not installed"));
         }
         tracing::info!(agent_id = %agent, name = %row.name, "an agent is installed");

@@ -64,7 +64,7 @@ pub const ARROWS: &[(&str, &[&str])] = &[
 pub const TEST_ARROWS: &[(&str, &[&str])] = &[
     ("agentctl", &["agentd-console"]),
     ("tests-models", &["agentd-domain"]),
-    ("tests-qemu", &["agentd-capability"]),
+    ("tests-qemu", &["agentd-capability", "tests-models"]),
 ];
 
 /// Programs that are one static, single-threaded file each, or that must be small because every jail holds one.

@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 pub struct Difference {
     pub wider: Vec<String>,
     pub narrower: Vec<String>,
-    /// Neither: another program, version, model or restart rule.
+    /// Neither: another program, version, model, partition or restart rule.
     pub other: Vec<String>,
 }
 
@@ -70,12 +70,14 @@ fn kinds(access: FsAccess) -> &'static [FsAccess] {
 fn other(before: &Manifest, after: &Manifest) -> Vec<String> {
     let none = || "none".to_owned();
     let model = |manifest: &Manifest| manifest.model.clone().unwrap_or_else(none);
+    let partition = |manifest: &Manifest| manifest.partition.as_ref().map_or_else(none, ToString::to_string);
     [
         ("name", before.name.to_string(), after.name.to_string()),
         ("version", before.version.clone(), after.version.clone()),
         ("exec", before.exec.join(" "), after.exec.join(" ")),
         ("workdir", before.workdir.clone(), after.workdir.clone()),
         ("model", model(before), model(after)),
+        ("partition", partition(before), partition(after)),
         (
             "restart",
             format!("{:?}", before.restart).to_lowercase(),
@@ -109,7 +111,7 @@ mod tests {
         let large = manifest(
             "/agent/run",
             "[limits]\nmemory_high = \"64M\"\nmemory_max = \"128M\"\nio = \"1M/s\"\n[fs]\nread = [\"/usr/share/dict\"]\n\
-             [memory]\nspirit = \"r\"\n[model]\nuse = \"default\"\n",
+             [memory]\nspirit = \"r\"\n[model]\nuse = \"default\"\npartition = \"mail\"\n",
         );
         let wider = [
             "api memory.recall",
@@ -121,7 +123,7 @@ mod tests {
         let found = difference(&small, &large);
         assert_eq!(found.wider, wider);
         assert_eq!(found.narrower, ["io.bytes no limit instead of 1048576"]);
-        assert_eq!(found.other, ["model default instead of none"]);
+        assert_eq!(found.other, ["model default instead of none", "partition mail instead of none"]);
         let back = difference(&large, &small);
         assert_eq!((back.narrower, back.wider), (found.wider, found.narrower));
     }

@@ -327,16 +327,9 @@ async fn devices_are_shared_out_and_plans_made() {
     let scene = Scene::new().await;
     scene.claim().await;
     let shown = scene.good(&["gpu", "ls"]).await;
-    for words in [
-        "CUDA0",
-        "kernel",
-        "489 MiB",
-        "4096 of 4096",
-        "echo   chat       4096   1024    0         512 MiB  2        3        1         64 MiB  engine",
-        "UNKNOWN",
-        "21000",
-        "CUDA7",
-    ] {
+    let echo =
+        "echo   chat       4096   1024    0         512 MiB  2        3        1         64 MiB  engine";
+    for words in ["CUDA0", "kernel", "489 MiB", "4096 of 4096", echo, "UNKNOWN", "21000", "CUDA7"] {
         assert!(shown.contains(words), "no {words:?} in\n{shown}");
     }
     let set = ["gpu", "partition", "set", "new", "--bytes", "2G", "--guaranteed", "true", "--priority", "90"];
