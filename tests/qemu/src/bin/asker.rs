@@ -1,5 +1,6 @@
-//! An agent that asks the chat model what it is told to: a message is the body of a request, the reply is the answer's
-//! status and body. Each message has a thread of its own, so that several are asked at once.
+//! An agent that asks the chat model what it is told to: a message says how often at once, and the body of the request;
+//! the reply is an answer's status and body, of one that failed if one did. Each message and each request has a thread of
+//! its own.
 #![forbid(unsafe_code)]
 
 use agentd_domain::agent_api::{Message, ReplyPart};
@@ -23,10 +24,21 @@ fn main() {
 }
 
 fn serve(message: &Message) {
-    let text = match ask("POST", "/v1/chat/completions", &message.text) {
-        Ok((status, body)) => format!("{status} {body}"),
-        Err(error) => format!("0 {error}"),
+    let (times, body) = message.text.split_once(' ').unwrap_or(("1", &message.text));
+    let times = times.parse().unwrap_or(1).clamp(1, 16);
+    let request = |_| {
+        let body = body.to_owned();
+        std::thread::spawn(move || ask("POST", "/v1/chat/completions", &body))
     };
+    // All are begun before the first is waited for.
+    let threads: Vec<_> = (0..times).map(request).collect();
+    let answers = threads.into_iter().map(|thread| match thread.join() {
+        Ok(Ok((status, body))) => (status, body),
+        Ok(Err(error)) => (0, error.to_string()),
+        Err(_) => (0, "its thread panicked".to_owned()),
+    });
+    let worst = answers.min_by_key(|(status, _)| *status == 200);
+    let text = worst.map(|(status, body)| format!("{status} {body}")).unwrap_or_default();
     println!("{text}");
     let parts = [ReplyPart::Text { text }, ReplyPart::Done];
     let lines: String =

@@ -14,6 +14,7 @@ use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Instant;
 use tests_qemu::{Appliance, BOOT, Ctl, PASSWORD, Start, builtin_model, put_on_boot_partition};
 
 /// The least that a partition may have; of the small model's cells it holds 256.
@@ -135,6 +136,7 @@ fn a_model_comes_from_a_server_and_agents_share_it_by_partitions() -> Result<()>
     browser.post("/sign-in", &[("password", PASSWORD)])?.leads_to("/")?;
     agents_are_put_into_partitions(&mut appliance)?;
     what_they_hold_is_told_while_they_work(&mut appliance, &browser)?;
+    the_important_gets_in(&mut appliance)?;
     the_page_changes_partitions(&appliance, &browser)
 }
 
@@ -199,7 +201,9 @@ fn agents_are_put_into_partitions(appliance: &mut Appliance) -> Result<()> {
     ensure!(nowhere.code == "not_found" && nowhere.why.contains("nowhere"), "{nowhere}");
     ensure!(nowhere.fix.contains("agentctl gpu partition set nowhere"), "{nowhere}");
     ctl.run(&["agent", "install", &install("low", Some("quiet"))?])?.success()?;
-    ctl.run(&["agent", "install", &install("high", None)?])?.success()?;
+    for name in ["high", "crowd"] {
+        ctl.run(&["agent", "install", &install(name, None)?])?.success()?;
+    }
     let set = ["gpu", "partition", "set", "urgent", "--device", "CPU", "--bytes", "64M", "--priority", "90"];
     ctl.run(&set)?.success()?;
     let unknown = ctl.refused(&["gpu", "assign", "high", "nowhere"])?;
@@ -217,26 +221,26 @@ fn agents_are_put_into_partitions(appliance: &mut Appliance) -> Result<()> {
         let theirs = ctl.refused(order)?;
         ensure!(theirs.code == "partition_configured", "{theirs}");
     }
-    for agent in ["low", "high"] {
+    for agent in ["low", "high", "crowd"] {
         ctl.run(&["agent", "start", agent])?.success()?;
     }
-    appliance.until("both run", BOOT, |ctl| {
+    appliance.until("they run", BOOT, |ctl| {
         let agents: Vec<Agent> = ctl.json(&["agent", "ls"])?;
         let running =
             |name: &str| agents.iter().any(|agent| agent.name.as_str() == name && agent.state.is_running());
-        Ok((running("low") && running("high")).then_some(()))
+        Ok(["low", "high", "crowd"].into_iter().all(running).then_some(()))
     })
 }
 
 fn what_they_hold_is_told_while_they_work(appliance: &mut Appliance, browser: &Browser) -> Result<()> {
     let ctl = appliance.ctl();
     // Over its budget: 256 cells are all it may ever have.
-    let (status, body) = asked(&ctl, "low", 400)?;
+    let (status, body) = asked(&ctl, "low", 1, 400)?;
     let error = &body["error"];
     ensure!(status == 413 && error["code"] == "context_exceeds_budget", "{status} {body}");
     ensure!(error["message"].as_str().is_some_and(|text| text.contains("ask for at most ")), "{body}");
 
-    let busy = Busy::begin(&ctl);
+    let busy = Busy::begin(&ctl, "low", 1, 120);
     let watched = watched(appliance, browser, &busy);
     let answered = busy.end();
     watched?;
@@ -286,13 +290,57 @@ fn watched(appliance: &mut Appliance, browser: &Browser, busy: &Busy) -> Result<
         Ok(page.says(&["1 at work, "]).is_ok().then_some(()))
     })?;
     let ended = busy.ended();
-    let (status, body) = asked(&ctl, "high", 8)?;
+    let (status, body) = asked(&ctl, "high", 1, 8)?;
     ensure!(status == 200 && body["usage"]["completion_tokens"] == 8, "{status} {body}");
     // The same words as low's: its owner's agents compute them once.
     let cached = &body["usage"]["prompt_tokens_details"]["cached_tokens"];
     ensure!(cached.as_u64().is_some_and(|tokens| tokens > 0), "{body}");
     println!("RESULT: while high was answered, {} of low's answers ended", busy.ended() - ended);
     Ok(())
+}
+
+/// All places are taken by one agent of the default partition. One of a partition with more priority takes one of them,
+/// and nobody fails for it.
+fn the_important_gets_in(appliance: &mut Appliance) -> Result<()> {
+    let ctl = appliance.ctl();
+    let places = appliance.until("the engine has places", BOOT, |ctl| {
+        let now: Devices = ctl.json(&["gpu", "ls"])?;
+        Ok(now.models.iter().find(|model| model.model == "small").map(|model| model.need.sequences))
+    })?;
+    let crowd = Busy::begin(&ctl, "crowd", u32::try_from(places)?, 32);
+    let got_in = got_in(appliance, places);
+    let answered = crowd.end();
+    got_in?;
+    answered
+}
+
+fn got_in(appliance: &mut Appliance, places: u64) -> Result<()> {
+    let ctl = appliance.ctl();
+    let gave_way = |now: &Devices| {
+        let usages = now.models.iter().filter_map(|model| model.usage.as_ref());
+        usages.map(|usage| usage.preemptions).sum::<u64>()
+    };
+    // The crowd's own rounds end together: at such a moment there is a place for nothing.
+    for tries in 1..=10 {
+        let before = appliance.until("the crowd has all places", BOOT, |ctl| {
+            let now: Devices = ctl.json(&["gpu", "ls"])?;
+            let (_, hold) = found(&now, "crowd")?;
+            Ok((hold.running == places && hold.waiting > 0).then(|| gave_way(&now)))
+        })?;
+        let begun = Instant::now();
+        let (status, body) = asked(&ctl, "high", 1, 8)?;
+        let took = begun.elapsed();
+        ensure!(status == 200 && body["usage"]["completion_tokens"] == 8, "{status} {body}");
+        let now: Devices = ctl.json(&["gpu", "ls"])?;
+        if gave_way(&now) > before {
+            println!(
+                "RESULT: high was answered in {} ms while {places} of {places} places were taken (try {tries})",
+                took.as_millis()
+            );
+            return Ok(());
+        }
+    }
+    anyhow::bail!("nobody ever gave way to high")
 }
 
 /// What agents hold is what their partitions hold, by class, and the plan stands beside what the device says.
@@ -354,12 +402,12 @@ fn found<'a>(now: &'a Devices, agent: &str) -> Result<(&'a PartitionView, &'a Ag
 }
 
 /// What an agent is answered on its own HTTP API.
-fn asked(ctl: &Ctl, agent: &str, max_tokens: u32) -> Result<(u16, Value)> {
+fn asked(ctl: &Ctl, agent: &str, times: u32, max_tokens: u32) -> Result<(u16, Value)> {
     let body = json!({
         "model": "default", "temperature": 0, "max_tokens": max_tokens,
         "messages": [{ "role": "user", "content": "What is for breakfast on a ship that sails before the sun is up, and who makes it?" }],
     });
-    let said = ctl.run(&["chat", agent, &body.to_string(), "--json"])?.success()?;
+    let said = ctl.run(&["chat", agent, &format!("{times} {body}"), "--json"])?.success()?;
     let mut text = String::new();
     for line in said.lines() {
         match serde_json::from_str(line).with_context(|| said.clone())? {
@@ -372,7 +420,7 @@ fn asked(ctl: &Ctl, agent: &str, max_tokens: u32) -> Result<(u16, Value)> {
     Ok((status.parse()?, serde_json::from_str(body).with_context(|| text.clone())?))
 }
 
-/// Two voices that keep `low` asking, one after the other.
+/// Two voices that keep an agent asking: whichever was answered asks again.
 struct Busy {
     over: Arc<AtomicBool>,
     ended: Arc<AtomicUsize>,
@@ -380,14 +428,14 @@ struct Busy {
 }
 
 impl Busy {
-    fn begin(ctl: &Ctl) -> Self {
+    fn begin(ctl: &Ctl, agent: &'static str, times: u32, max_tokens: u32) -> Self {
         let (over, ended) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let voice = |_| {
             let (ctl, over, ended) = (ctl.clone(), Arc::clone(&over), Arc::clone(&ended));
             std::thread::spawn(move || {
                 while !over.load(Ordering::SeqCst) {
-                    let (status, body) = asked(&ctl, "low", 120)?;
-                    ensure!(status == 200, "low was answered {status} {body}");
+                    let (status, body) = asked(&ctl, agent, times, max_tokens)?;
+                    ensure!(status == 200, "{agent} was answered {status} {body}");
                     ended.fetch_add(1, Ordering::SeqCst);
                 }
                 Ok(())
