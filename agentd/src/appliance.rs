@@ -19,7 +19,7 @@ use crate::readings;
 use crate::store::{self, Db};
 use crate::tokens::{self, Tokens};
 use agentd_capability::{Package, Subject, compile, parse_manifest};
-use agentd_console::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, Upload};
+use agentd_console::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, Residence, Upload};
 use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::{
     Agent, AgentKey, AgentState, ApplianceStatus, ChatRequest, EngineState, LogLine, Model, ModelName,
@@ -376,7 +376,11 @@ impl Appliance for Machine {
     }
 
     fn models(&self) -> Pending<'_, Vec<Model>> {
-        Box::pin(async { Ok(self.models.list().await) })
+        Box::pin(async { Ok(self.models_shown().await) })
+    }
+
+    fn pin_model(&self, name: ModelName, residence: Residence) -> Pending<'_, Model> {
+        Box::pin(self.model_pin(name, residence))
     }
 
     fn add_model(&self, name: ModelName, file: Upload) -> Pending<'_, Model> {

@@ -18,7 +18,7 @@ use crate::inbox::Inbox;
 use crate::initlink::Init;
 use crate::logs::Logs;
 use crate::memory::Memories;
-use crate::models::Models;
+use crate::models::{self, Models};
 use crate::options::{Options, Walls};
 use crate::places::Places;
 use crate::state_files::TwoFiles;
@@ -30,6 +30,7 @@ use agentd_domain::config::EgressSettings;
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::AgentdReport;
 use agentd_sandbox::client::Launcher;
+use std::collections::BTreeSet;
 use std::fs::DirBuilder;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -59,7 +60,7 @@ pub fn run(options: &Options) -> Result<(), Report> {
     let places = options.places();
     let port = options.https_port(&places);
     let granted = egress::settings(&places);
-    let configured = gpu::configured(&places);
+    let configured = (gpu::configured(&places), models::configured_pins(&places));
     // Before the walls, which take this from agentd for good.
     let entrance = Entrance { port, listener: listen(port).ok() };
     let listening = if entrance.listener.is_some() { Listening::Begun } else { Listening::NotYet(port) };
@@ -112,7 +113,7 @@ struct Entrance {
 async fn live(
     places: Places,
     entrance: Entrance,
-    (granted, configured): (EgressSettings, Configured),
+    (granted, (configured, pinned)): (EgressSettings, (Configured, BTreeSet<String>)),
     board: Arc<Board>,
     walls: Result<(), Report>,
     data: Handle,
@@ -129,12 +130,14 @@ async fn live(
     tokio::spawn(watch_engine(engine.clone(), Arc::clone(&board)));
     let models = Models::new(&places, engine.clone());
     let audit = Audit::default();
+    data.spawn(gpu.clone().tend(engine.clone(), launcher.clone(), Arc::clone(&board), audit.clone()));
     let parts = match walls {
         Ok(()) => start_agents(&places, granted, &board, &launcher, (&engine, &gpu), &audit, &data).await,
         Err(report) => Err(report),
     };
     if let Ok(parts) = &parts {
         open_partitions(&gpu, &parts.db, configured, &board).await;
+        models.open(parts.db.clone(), pinned, &board).await;
     }
     if let Err(report) = &parts {
         board.set("agents", Weight::Broken, report.clone());
@@ -191,14 +194,11 @@ fn engine_memory_bytes() -> u64 {
 }
 
 fn start_engine(places: &Places, data: &Handle, gpu: &Gpu, open: CancellationToken) -> Engine {
-    let gpu = gpu.clone();
-    let links = engine::Links {
-        launcher: Launcher::at(&places.launcher_socket),
-        sockets: places.engine_sockets.clone(),
-        memory_max_bytes: engine_memory_bytes(),
-        load_patience: LOAD_PATIENCE,
-        gate: Arc::new(move |choice, devices, loaded| gpu.may_load(choice, devices, loaded)),
-    };
+    let (launcher, sockets) = (Launcher::at(&places.launcher_socket), places.engine_sockets.clone());
+    let memory_max_bytes = engine_memory_bytes();
+    let planner = engine::Planner::new(launcher.clone(), sockets.clone(), memory_max_bytes);
+    let gate = Arc::new(gpu::AtTheDoor { gpu: gpu.clone(), planner });
+    let links = engine::Links { launcher, sockets, memory_max_bytes, load_patience: LOAD_PATIENCE, gate };
     let _on_data = data.enter();
     engine::start(links, open.cancelled_owned())
 }

@@ -50,7 +50,7 @@ impl Scene {
                 sockets: folder.path().to_owned(),
                 memory_max_bytes: 1,
                 load_patience: std::time::Duration::from_secs(2),
-                gate: std::sync::Arc::new(|_, _, _| Ok(())),
+                gate: crate::engine::testing::open_gate(),
             },
             std::future::ready(()),
         );
@@ -58,6 +58,7 @@ impl Scene {
         engine.want(Wanted {
             embedder: Some(choice("minilm", ModelKind::Embedding)),
             chat: vec![choice("tiny", ModelKind::Chat)],
+            pinned: Default::default(),
         });
         engine.watch().wait_for(|view| view.stage == Stage::Ready).await.expect("ready");
         let db = Db::new(Store::open(&folder.path().join("system.redb")).expect("opens"));

@@ -1,7 +1,7 @@
 //! How does agentd use its engine, a process that may die at any time?
 //!
-//! Owns:  the one connection to `/run/agentd/engines/host.sock`, the list of models that are loaded.
-//! In:    requests through [`Engine`] from any task; the models to be loaded through [`Engine::want`].
+//! Owns:  the one connection to `/run/agentd/engines/host.sock`, the list of models that are loaded and how they are used.
+//! In:    requests through [`Engine`] from any task; the models there are through [`Engine::want`].
 //! Out:   answers; and for everybody who watches, [`View`].
 //!
 //! ```text
@@ -11,22 +11,47 @@
 //! ```
 //!
 //! Always: a model that the engine holds already (agentd was restarted) is not loaded again. A request given to
-//!         an engine that died is answered with an error that says so; nothing waits for ever: an engine that does not
-//!         come to an end of a load is ended, and the next one starts.
+//!         an engine that died is answered with an error that says so; one that comes later waits for its model, which
+//!         the next engine gets first. Nothing waits for ever: an engine that does not come to an end of a load is ended,
+//!         and the next one starts.
+//! Which:  one engine holds all models of its device set: they share its threads, its devices' contexts and what is
+//!         learned of them, and weights are held once. A load that could end it is tried in a process of its own before
+//!         (`planner.rs`).
 //! Threads: one task on the data plane owns the connection; everything else talks to it over a bounded channel.
+//!
+//! | module | question |
+//! |---|---|
+//! | `run` | what comes and goes over the connection, and what if it breaks? |
+//! | `session` | what is open on it? |
+//! | `loads`, `plan` | which model is next, and what becomes of who waits? |
+//! | `gate` | may it be loaded? (asked of `crate::gpu`) |
+//! | `uses`, `waiting` | who uses which model, who waits for one? |
+//! | `planner` | what will it take, exactly? |
 
+mod gate;
+mod loads;
 mod plan;
+mod planner;
 mod run;
+mod session;
+#[cfg(test)]
+mod several;
 #[cfg(test)]
 pub mod testing;
 #[cfg(test)]
 mod tests;
+mod uses;
+mod waiting;
 mod wire;
 
+pub use gate::{Ask, Gate, Holder, Verdict};
 #[cfg(test)]
 pub use plan::load;
 pub use plan::{Choice, Wanted};
-pub use run::{Links, start};
+pub use planner::{Planner, Unplanned};
+pub use run::{Links, SET, start};
+pub use uses::{InUse, Seen};
+pub use waiting::Asker;
 
 use agentd_domain::engine::{Device, EngineStatus, Event, Generate, LoadedModel, ModelKind, Request};
 use agentd_domain::fault::Report;
@@ -36,6 +61,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
+use uses::Uses;
 
 /// Requests on their way to the connection's task; beyond, callers wait.
 const QUEUE: usize = 64;
@@ -46,12 +72,18 @@ const STATUS_LIMIT: Duration = Duration::from_secs(3);
 const RETURN_LIMIT: Duration = Duration::from_secs(60);
 
 /// What is known of the engine without asking it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct View {
     pub stage: Stage,
     pub devices: Vec<Device>,
     pub models: Vec<LoadedModel>,
-    /// The chat model that `default` means.
+    /// Chat models that a request may name, loaded or not.
+    pub installed: Vec<Choice>,
+    /// The embedder as it was loaded last.
+    pub embedder_seen: Option<LoadedModel>,
+    /// What is on its way.
+    pub loading: Option<String>,
+    /// The chat model that `default` means, loaded or not.
     pub default_chat: Option<String>,
     /// Models that the engine refused, and why.
     pub failed: BTreeMap<String, Report>,
@@ -88,24 +120,22 @@ pub struct Engine {
     commands: mpsc::Sender<Command>,
     wanted: watch::Sender<Option<Wanted>>,
     view: watch::Receiver<Arc<View>>,
+    uses: Uses,
 }
 
 enum Command {
     /// A request with one answer.
-    One {
-        request: Request,
-        answer: oneshot::Sender<Result<Event, Report>>,
-    },
+    One { request: Request, answer: oneshot::Sender<Result<Event, Report>> },
     Generate {
         generate: Generate,
         pieces: mpsc::UnboundedSender<Result<Piece, Report>>,
         ticket: u64,
+        held: InUse,
     },
+    /// Somebody wants a model that is not there, and waits.
+    Have { model: String, asker: Asker, answer: waiting::Answer },
     /// The reader of this generation is gone.
-    GiveUp {
-        ticket: u64,
-        leaving: Leaving,
-    },
+    GiveUp { ticket: u64, leaving: Leaving },
 }
 
 impl Engine {
@@ -124,6 +154,22 @@ impl Engine {
 
     pub fn watch(&self) -> watch::Receiver<Arc<View>> {
         self.view.clone()
+    }
+
+    /// A model for one use: it stays as long as what is given lives. Waits until it is loaded, if it can be.
+    pub async fn have(&self, model: &str, asker: Asker) -> Result<InUse, Report> {
+        if let Some(inside) = self.uses.enter(model) {
+            return Ok(inside);
+        }
+        let (answer, answered) = oneshot::channel();
+        let wish = Command::Have { model: model.to_owned(), asker, answer };
+        self.commands.send(wish).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
+    }
+
+    /// How a model is used.
+    pub fn seen(&self, model: &str) -> Seen {
+        self.uses.seen(model)
     }
 
     /// Asks the engine itself.
@@ -154,11 +200,17 @@ impl Engine {
         tokio::time::timeout(limit, asked).await.map_err(|_| silent(limit))?
     }
 
-    async fn generation(&self, generate: Generate, leaving: Leaving) -> Result<Pieces, Report> {
+    /// A generation of a model that is held for it.
+    pub async fn generation(
+        &self,
+        generate: Generate,
+        leaving: Leaving,
+        held: InUse,
+    ) -> Result<Pieces, Report> {
         static TICKETS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
         let ticket = TICKETS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let (pieces, mut received) = mpsc::unbounded_channel();
-        self.commands.send(Command::Generate { generate, pieces, ticket }).await.map_err(|_| gone())?;
+        self.commands.send(Command::Generate { generate, pieces, ticket, held }).await.map_err(|_| gone())?;
         let mut guard = GiveUp { commands: self.commands.clone(), ticket, leaving, ended: false };
         // The first piece tells whether the request was taken: only then an error can still be a status.
         let first = match received.recv().await {
@@ -212,26 +264,43 @@ impl Drop for GiveUp {
 impl EngineHandle for Engine {
     fn models(&self) -> Vec<ServedModel> {
         let view = self.view();
-        view.models
-            .iter()
-            .map(|model| ServedModel {
-                name: model.model.clone(),
-                kind: model.kind,
-                default: match model.kind {
-                    ModelKind::Chat => view.default_chat.as_ref() == Some(&model.model),
-                    ModelKind::Embedding => true,
-                },
-                dimension: model.dimension,
-            })
-            .collect()
+        let chat = |name: &str| ServedModel {
+            name: name.to_owned(),
+            kind: ModelKind::Chat,
+            default: view.default_chat.as_deref() == Some(name),
+            dimension: 0,
+        };
+        let usable = |choice: &&Choice| !view.failed.contains_key(&choice.name);
+        let mut models: Vec<ServedModel> =
+            view.installed.iter().filter(usable).map(|choice| chat(&choice.name)).collect();
+        // Of an engine that lived on, before it is known what is installed.
+        let loaded = view.models.iter().filter(|model| model.kind == ModelKind::Chat);
+        for model in loaded {
+            if !models.iter().any(|one| one.name == model.model) {
+                models.push(chat(&model.model));
+            }
+        }
+        models.extend(view.embedder_seen.as_ref().map(|model| ServedModel {
+            name: model.model.clone(),
+            kind: ModelKind::Embedding,
+            default: true,
+            dimension: model.dimension,
+        }));
+        models
     }
 
     fn generate(&self, request: Generate, leaving: Leaving) -> Pending<'_, Pieces> {
-        Box::pin(self.generation(request, leaving))
+        Box::pin(async move {
+            let held = self.have(&request.model, Asker::default()).await?;
+            self.generation(request, leaving, held).await
+        })
     }
 
     fn embed(&self, model: String, inputs: Vec<String>) -> Pending<'_, Embeddings> {
-        Box::pin(self.embed_with(model, inputs))
+        Box::pin(async move {
+            let _held = self.have(&model, Asker::default()).await?;
+            self.embed_with(model, inputs).await
+        })
     }
 }
 

@@ -1,17 +1,38 @@
 //! Which model is loaded or unloaded next?
 //!
-//! Pure. At most one load is under way: two large files at once only thrash the disk's cache.
+//! In:     what is installed and pinned, what the engine holds, what is to stay there, who waits for what. Out: one step.
+//! Always: at most one load is under way: two large files at once only thrash the disk's cache. What goes is decided
+//!         elsewhere (`agentd_gpu::evict`): here it is what is not to stay.
+//! Pure.
 
 use agentd_domain::engine::{LoadModel, LoadedModel, ModelKind};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-/// What is to be loaded, in order of preference.
+/// What may be loaded.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wanted {
-    /// The embedder of all memories.
+    /// The embedder of all memories. It is always loaded.
     pub embedder: Option<Choice>,
-    /// The first that loads becomes `default`; the others wait for its failure.
+    /// In order of preference: the first that was not refused is `default`, the others are loaded when somebody asks for
+    /// them by name.
     pub chat: Vec<Choice>,
+    /// Of those, the ones that are always loaded and never give way.
+    pub pinned: BTreeSet<String>,
+}
+
+impl Wanted {
+    pub fn has(&self, name: &str) -> bool {
+        self.embedder.iter().chain(&self.chat).any(|choice| choice.name == name)
+    }
+
+    pub fn names(&self, choice: &Choice) -> bool {
+        self.embedder.iter().chain(&self.chat).any(|one| one == choice)
+    }
+
+    /// Whether a model never gives way.
+    pub fn stays(&self, name: &str) -> bool {
+        self.pinned.contains(name) || self.embedder.as_ref().is_some_and(|choice| choice.name == name)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,16 +50,34 @@ pub enum Next {
     Settled,
 }
 
-/// `failed` holds the names that the engine refused; it is emptied when the wish changes.
-pub fn next<T>(wanted: &Wanted, loaded: &[LoadedModel], failed: &BTreeMap<String, T>) -> Next {
-    let keep: Vec<&Choice> = wanted
-        .embedder
-        .iter()
-        .filter(|choice| !failed.contains_key(&choice.name))
-        .chain(chat(wanted, failed))
-        .collect();
-    // What is not wanted goes first: its memory may be what the wanted one needs. The same name at another path
-    // is another file.
+/// What is to be in the engine.
+#[derive(Debug, Clone, Copy)]
+pub struct Stay<'a> {
+    /// Loaded once, and not sent away since.
+    pub resident: &'a BTreeSet<String>,
+    /// Somebody waits for these, the most important first.
+    pub waited_for: &'a [String],
+}
+
+/// `failed` holds the names that were refused; it is emptied when the wish changes.
+pub fn next<T>(
+    wanted: &Wanted,
+    loaded: &[LoadedModel],
+    failed: &BTreeMap<String, T>,
+    stay: Stay<'_>,
+) -> Next {
+    let usable = |choice: &&Choice| !failed.contains_key(&choice.name);
+    let waited = stay.waited_for.iter().filter_map(|name| wanted.chat.iter().find(|one| one.name == *name));
+    let pinned = wanted.chat.iter().filter(|one| wanted.pinned.contains(&one.name));
+    let resident = wanted.chat.iter().filter(|one| stay.resident.contains(&one.name));
+    let mut keep: Vec<&Choice> = Vec::new();
+    for choice in wanted.embedder.iter().chain(waited).chain(pinned).chain(resident).filter(usable) {
+        if !keep.contains(&choice) {
+            keep.push(choice);
+        }
+    }
+    // What is not to stay goes first: its memory may be what the next one needs. The same name at another path is
+    // another file.
     let surplus = loaded.iter().find(|model| !keep.iter().any(|choice| is(choice, model)));
     if let Some(model) = surplus {
         return Next::Unload(model.model.clone());
@@ -52,6 +91,14 @@ pub fn chat<'a, T>(wanted: &'a Wanted, failed: &BTreeMap<String, T>) -> Option<&
     wanted.chat.iter().find(|choice| !failed.contains_key(&choice.name))
 }
 
+/// Whether a refusal may be another one in a moment: others may have ended by then.
+pub fn passes(report: &agentd_domain::fault::Report) -> bool {
+    report.fault == agentd_domain::fault::Fault::Environment && report.code != ENDED_ENGINE
+}
+
+/// Of a file that ended engines.
+pub const ENDED_ENGINE: &str = "model_ended_engine";
+
 pub fn load(choice: &Choice) -> LoadModel {
     LoadModel {
         model: choice.name.clone(),
@@ -62,7 +109,7 @@ pub fn load(choice: &Choice) -> LoadModel {
     }
 }
 
-fn is(choice: &Choice, model: &LoadedModel) -> bool {
+pub fn is(choice: &Choice, model: &LoadedModel) -> bool {
     choice.name == model.model && choice.path == model.path && choice.kind == model.kind
 }
 
@@ -95,52 +142,88 @@ mod tests {
     fn wanted() -> Wanted {
         Wanted {
             embedder: Some(choice("minilm", ModelKind::Embedding)),
-            chat: vec![choice("big", ModelKind::Chat), choice("tiny", ModelKind::Chat)],
+            chat: ["big", "tiny", "code", "small"].map(|name| choice(name, ModelKind::Chat)).into(),
+            pinned: BTreeSet::from(["code".to_owned()]),
         }
     }
 
+    fn names(names: &[&str]) -> BTreeSet<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    fn step(loaded: &[LoadedModel], resident: &[&str], waited_for: &[&str]) -> Next {
+        let waited_for: Vec<String> = waited_for.iter().map(|name| (*name).to_owned()).collect();
+        let stay = Stay { resident: &names(resident), waited_for: &waited_for };
+        next(&wanted(), loaded, &BTreeMap::<String, ()>::new(), stay)
+    }
+
+    fn loads(name: &str) -> Next {
+        let wanted = wanted();
+        let all = wanted.embedder.iter().chain(&wanted.chat);
+        Next::Load(all.clone().find(|one| one.name == name).expect("known").clone())
+    }
+
     #[test]
-    fn the_embedder_comes_first_then_the_preferred_chat_model() {
-        let (wanted, none) = (wanted(), BTreeMap::<String, ()>::new());
-        let minilm = wanted.embedder.clone().expect("one");
-        assert_eq!(next(&wanted, &[], &none), Next::Load(minilm.clone()));
-        assert_eq!(next(&wanted, &[loaded(&minilm)], &none), Next::Load(wanted.chat[0].clone()));
-        assert_eq!(next(&wanted, &[loaded(&minilm), loaded(&wanted.chat[0])], &none), Next::Settled);
+    fn the_embedder_comes_first_then_who_is_waited_for_then_what_is_pinned_and_what_was_there() {
+        let all: Vec<LoadedModel> = {
+            let wanted = wanted();
+            wanted.embedder.iter().chain(&wanted.chat).map(loaded).collect()
+        };
+        let of = |names: &[&str]| {
+            all.iter().filter(|one| names.contains(&one.model.as_str())).cloned().collect::<Vec<_>>()
+        };
+        assert_eq!(step(&[], &["big"], &["tiny"]), loads("minilm"));
+        assert_eq!(step(&of(&["minilm"]), &["big"], &["tiny"]), loads("tiny"));
+        assert_eq!(step(&of(&["minilm", "tiny"]), &["big"], &["tiny"]), loads("code"));
+        assert_eq!(step(&of(&["minilm", "tiny", "code"]), &["big"], &["tiny"]), loads("big"));
+        assert_eq!(step(&of(&["minilm", "tiny", "code", "big"]), &["big"], &["tiny"]), Next::Settled);
+        let gone = Next::Unload("small".to_owned());
+        assert_eq!(step(&of(&["minilm", "tiny", "code", "big", "small"]), &["big"], &["tiny"]), gone);
     }
 
     #[test]
     fn a_refused_model_gives_way_to_the_next() {
         let wanted = wanted();
         let failed = BTreeMap::from([("big".to_owned(), ())]);
-        let minilm = wanted.embedder.clone().expect("one");
-        assert_eq!(next(&wanted, &[loaded(&minilm)], &failed), Next::Load(wanted.chat[1].clone()));
+        assert_eq!(chat(&wanted, &failed).map(|one| one.name.as_str()), Some("tiny"));
+        let stay = Stay { resident: &names(&["big"]), waited_for: &["big".to_owned()] };
+        let held = [loaded(wanted.embedder.as_ref().expect("one")), loaded(&wanted.chat[2])];
+        assert_eq!(next(&wanted, &held, &failed, stay), Next::Settled);
     }
 
     #[test]
     fn the_same_name_at_another_path_is_another_model() {
-        let (wanted, none) = (wanted(), BTreeMap::<String, ()>::new());
-        let mut old = loaded(&wanted.chat[0]);
+        let mut old = loaded(&wanted().chat[0]);
         old.path = "/elsewhere".to_owned();
-        assert_eq!(next(&wanted, &[old], &none), Next::Unload("big".to_owned()));
+        assert_eq!(step(&[old], &["big"], &[]), Next::Unload("big".to_owned()));
     }
 
     proptest! {
-        /// Following the advice ends, and ends with what is wanted and nothing else.
+        /// Following the advice ends, and ends with what is to stay and nothing else.
         #[test]
-        fn it_settles(before in prop::collection::vec(0..4usize, 0..4), refuses in prop::collection::vec(any::<bool>(), 4)) {
-            let all = [choice("minilm", ModelKind::Embedding), choice("big", ModelKind::Chat), choice("tiny", ModelKind::Chat), choice("old", ModelKind::Chat)];
+        fn it_settles(
+            before in prop::collection::btree_set(0..6usize, 0..6),
+            refuses in prop::collection::vec(any::<bool>(), 6),
+            stays in prop::collection::btree_set(0..6usize, 0..6),
+            waits in prop::collection::vec(0..6usize, 0..4),
+        ) {
+            let wanted = wanted();
+            let mut all: Vec<Choice> = wanted.embedder.iter().chain(&wanted.chat).cloned().collect();
+            all.push(choice("old", ModelKind::Chat));
             let mut held: Vec<LoadedModel> = before.iter().map(|&at| loaded(&all[at])).collect();
-            held.sort_by(|a, b| a.model.cmp(&b.model));
-            held.dedup();
+            let resident: BTreeSet<String> = stays.iter().map(|&at| all[at].name.clone()).collect();
+            let waited_for: Vec<String> = waits.iter().map(|&at| all[at].name.clone()).collect();
             let mut failed = BTreeMap::new();
-            for _ in 0..20 {
-                match next(&wanted(), &held, &failed) {
+            let stay = Stay { resident: &resident, waited_for: &waited_for };
+            for _ in 0..40 {
+                match next(&wanted, &held, &failed, stay) {
                     Next::Settled => {
-                        let expect = [&all[0]].into_iter().chain([&all[1], &all[2]]).find(|c| !failed.contains_key(&c.name));
-                        prop_assert!(held.len() <= 2);
-                        prop_assert!(held.iter().all(|model| model.model != "old"));
-                        if let Some(choice) = expect {
-                            prop_assert!(held.iter().any(|model| is(choice, model)));
+                        for (at, choice) in all.iter().enumerate() {
+                            let wished = choice.name == "minilm" || choice.name == "code"
+                                || resident.contains(&choice.name) || waited_for.contains(&choice.name);
+                            let there = held.iter().any(|model| is(choice, model));
+                            let refused = failed.contains_key(&choice.name);
+                            prop_assert_eq!(there, wished && choice.name != "old" && !refused, "{}", at);
                         }
                         return Ok(());
                     }
@@ -151,7 +234,7 @@ mod tests {
                     }
                 }
             }
-            prop_assert!(false, "it never settles");
+            prop_assert!(false, "it goes on for ever");
         }
     }
 }

@@ -1,40 +1,46 @@
 //! The task that owns the connection.
 //!
 //! It connects, greets, reads what is loaded, then carries frames both ways until the connection ends, and
-//! begins again. Requests that arrive while there is no engine are answered at once with the reason.
+//! begins again. Requests that arrive while there is no engine are answered at once with the reason; who wants a model
+//! waits a while, for the next one. Which model is loaded when: `loads.rs`.
 
-use super::plan::{self, Choice, Next};
-use super::wire::{self, Reader, WireError, Writer};
+use super::gate::{Gate, Verdict};
+use super::plan;
+use super::session::{Busy, Open, Session};
+use super::uses::Uses;
+use super::waiting::Waiting;
+use super::wire::{self, Reader, WireError};
 use super::{Command, Engine, QUEUE, Stage, View, Wanted, out_of_order};
-use agentd_domain::engine::{
-    ClientFrame, Device, Event, LoadedModel, ModelKind, PROTOCOL_VERSION, Request, ServerFrame,
-};
+use agentd_domain::engine::{ClientFrame, Event, PROTOCOL_VERSION, Request, ServerFrame};
 use agentd_domain::fault::Report;
 use agentd_domain::launcher::{EngineSpec, Listing};
 use agentd_sandbox::client::Launcher;
-use agentd_serving::{Leaving, Piece};
-use std::collections::{BTreeMap, HashMap};
+use agentd_serving::Piece;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
-/// The device set of host memory; its socket is `host.sock`.
-const SET: &str = "host";
+/// The device set of this machine's devices; its socket is `host.sock`.
+pub const SET: &str = "host";
 const GREETING_LIMIT: Duration = Duration::from_secs(20);
 /// Between attempts to reach an engine: short, because everything waits for it; doubled up to the second.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MOST: Duration = Duration::from_secs(5);
 
 /// The slowest disk that models are read from.
-const READ_LEAST_BYTES_PER_S: u64 = 5_000_000;
+pub(super) const READ_LEAST_BYTES_PER_S: u64 = 5_000_000;
 
 /// A file that ended so many engines in a row is to blame.
-const DEATHS_MOST: u32 = 2;
+pub(super) const DEATHS_MOST: u32 = 2;
 
-/// Generations of one caller that go on without a reader, for a client that may return. More are cancelled: a caller
-/// that leaves again and again must not fill the engine.
-const ALONE_MOST: usize = 4;
+/// Room is made for one load so many times: then others took it each time.
+pub(super) const ROUNDS_MOST: u32 = 5;
+
+/// An engine that was lost is back after a second or two. Who waits for a model longer than this without one is told.
+const AWAY_MOST: Duration = Duration::from_secs(20);
 
 /// What the task needs of the world.
 pub struct Links {
@@ -44,12 +50,9 @@ pub struct Links {
     pub memory_max_bytes: u64,
     /// How long a load may take, besides the time for reading the file.
     pub load_patience: Duration,
-    /// Asked before each load, with what the engine has; blocks.
-    pub gate: Gate,
+    /// Asked before each load, with what the engine has.
+    pub gate: Arc<dyn Gate>,
 }
-
-/// Whether a model may be loaded beside what is there.
-pub type Gate = Arc<dyn Fn(&Choice, &[Device], &[LoadedModel]) -> Result<(), Report> + Send + Sync>;
 
 /// Starts the task on the current runtime. A new engine's process is asked for when `begin` is over: loading models
 /// keeps a small machine busy for seconds. One that runs already, because agentd was restarted, is used at once.
@@ -60,12 +63,32 @@ pub fn start(links: Links, begin: impl Future<Output = ()> + Send + 'static) -> 
         stage: Stage::Starting,
         devices: Vec::new(),
         models: Vec::new(),
+        installed: Vec::new(),
+        embedder_seen: None,
+        loading: None,
         default_chat: None,
         failed: BTreeMap::new(),
     };
     let (shown, view) = watch::channel(Arc::new(start));
-    let (failed, deaths) = (BTreeMap::new(), BTreeMap::new());
-    let task = Task { links, queue, wish, shown, failed, deaths, suspect: None, restarts: None };
+    let uses = Uses::default();
+    let (told, verdicts) = mpsc::channel(4);
+    let task = Task {
+        links,
+        queue,
+        wish,
+        shown,
+        failed: BTreeMap::new(),
+        deaths: BTreeMap::new(),
+        suspect: None,
+        restarts: None,
+        resident: BTreeSet::new(),
+        default_was: None,
+        waiting: Waiting::default(),
+        uses: uses.clone(),
+        told,
+        verdicts,
+        lives: 0,
+    };
     let launcher = task.links.launcher.clone();
     tokio::spawn(async move {
         tokio::select! {
@@ -74,7 +97,7 @@ pub fn start(links: Links, begin: impl Future<Output = ()> + Send + 'static) -> 
         }
         task.run().await;
     });
-    Engine { commands, wanted, view }
+    Engine { commands, wanted, view, uses }
 }
 
 /// Returns if the launcher holds a living engine now, and else never.
@@ -86,21 +109,34 @@ async fn runs_already(launcher: Launcher) {
     }
 }
 
-struct Task {
-    links: Links,
+pub(super) struct Task {
+    pub(super) links: Links,
     queue: mpsc::Receiver<Command>,
     /// `None` until somebody has said what is wanted: what an engine holds from before is left alone until then.
-    wish: watch::Receiver<Option<Wanted>>,
+    pub(super) wish: watch::Receiver<Option<Wanted>>,
     shown: watch::Sender<Arc<View>>,
     /// Survives a reconnection: a file that ended the engine must not end it again and again.
-    failed: BTreeMap<String, Report>,
+    pub(super) failed: BTreeMap<String, Report>,
     /// How often in a row an engine ended while it loaded this model.
-    deaths: BTreeMap<String, u32>,
+    pub(super) deaths: BTreeMap<String, u32>,
     /// An engine was lost while it loaded this model, and it is not known yet what ended it.
     suspect: Option<String>,
     /// How often its launcher had started the engine again when it was reached last. A new launcher begins with 0.
     restarts: Option<u32>,
+    /// Models that were loaded and not sent away since: a new engine gets them again.
+    pub(super) resident: BTreeSet<String>,
+    /// What `default` meant before.
+    pub(super) default_was: Option<String>,
+    pub(super) waiting: Waiting,
+    pub(super) uses: Uses,
+    /// Answers of the gate.
+    pub(super) told: mpsc::Sender<Told>,
+    verdicts: mpsc::Receiver<Told>,
+    lives: u64,
 }
+
+/// What the gate answered, to which life of the connection.
+pub(super) type Told = (u64, Verdict);
 
 /// Why a connection's life ended.
 enum End {
@@ -118,12 +154,20 @@ impl Task {
                     pause = RETRY_FIRST;
                     tracing::info!(models = session.loaded.len(), "engine connected");
                     self.judge().await;
-                    match self.serve(reader, session).await {
+                    // What was refused for want of room may fit a new one.
+                    self.failed.retain(|_, report| !plan::passes(report));
+                    session.loaded.iter().for_each(|model| self.uses.came(&model.model, None));
+                    let end = self.serve(reader, session).await;
+                    self.uses.close_all();
+                    match end {
                         End::NoMoreCommands => return,
                         End::Lost(error) => self.show_down(&lost_report(&error)),
                     }
                 }
-                Err(report) => self.show_down(&report),
+                Err(report) => {
+                    self.waiting.fail_older(AWAY_MOST, &|_| report.clone());
+                    self.show_down(&report);
+                }
             }
             if !self.refuse_for(pause).await {
                 return;
@@ -136,20 +180,30 @@ impl Task {
         if !matches!(&self.shown.borrow().stage, Stage::Down(old) if old == report) {
             tracing::warn!(problem = %report, "the engine is away");
         }
-        self.show(Stage::Down(report.clone()), Vec::new(), None);
+        self.show(Stage::Down(report.clone()), None);
     }
 
-    fn show(&self, stage: Stage, models: Vec<LoadedModel>, devices: Option<Vec<Device>>) {
+    pub(super) fn show(&self, stage: Stage, session: Option<&Session>) {
         let wish = self.wish.borrow().clone().unwrap_or_default();
-        let default_chat = plan::chat(&wish, &self.failed)
-            .filter(|choice| {
-                models.iter().any(|model| model.kind == ModelKind::Chat && model.model == choice.name)
-            })
-            .map(|choice| choice.name.clone());
-        self.shown.send_modify(|view| {
-            let devices = devices.unwrap_or_else(|| view.devices.clone());
-            let failed = self.failed.clone();
-            *view = Arc::new(View { stage, devices, models, default_chat, failed });
+        let default_chat = plan::chat(&wish, &self.failed).map(|choice| choice.name.clone());
+        let models = session.map(|session| session.loaded.clone()).unwrap_or_default();
+        let embedder =
+            wish.embedder.as_ref().and_then(|choice| models.iter().find(|model| plan::is(choice, model)));
+        let embedder_seen = embedder.cloned().or_else(|| self.shown.borrow().embedder_seen.clone());
+        let next = View {
+            stage,
+            devices: session.map_or_else(|| self.shown.borrow().devices.clone(), |one| one.devices.clone()),
+            models,
+            installed: wish.chat,
+            embedder_seen,
+            loading: session.and_then(Session::loading).map(str::to_owned),
+            default_chat,
+            failed: self.failed.clone(),
+        };
+        self.shown.send_if_modified(|view| {
+            let changed = **view != next;
+            *view = Arc::new(next);
+            changed
         });
     }
 
@@ -162,6 +216,8 @@ impl Task {
                 () = &mut over => return true,
                 command = self.queue.recv() => match command {
                     None => return false,
+                    // An engine comes back: who wants a model of it waits.
+                    Some(Command::Have { model, asker, answer }) => self.wait(model, asker, answer),
                     Some(command) => {
                         let stage = self.shown.borrow().stage.clone();
                         let report = match stage {
@@ -176,6 +232,8 @@ impl Task {
     }
 
     async fn connect(&mut self) -> Result<(Reader, Session), Report> {
+        self.lives += 1;
+        let life = self.lives;
         let launcher = self.links.launcher.clone();
         let spec = EngineSpec {
             set: SET.to_owned(),
@@ -204,9 +262,7 @@ impl Task {
                 Event::Status(status) => status.models,
                 _ => return Err(WireError::Closed),
             };
-            let busy_until = tokio::time::Instant::now();
-            let open = HashMap::new();
-            Ok((reader, Session { writer, devices, loaded, busy: None, busy_until, open, last_id: 0 }))
+            Ok((reader, Session::new(life, writer, devices, loaded)))
         };
         match tokio::time::timeout(GREETING_LIMIT, attempt).await {
             Ok(Ok(session)) => Ok(session),
@@ -239,9 +295,14 @@ impl Task {
             if let Err(error) = self.load_next(&mut session).await {
                 break End::Lost(error);
             }
-            let (busy_until, waits) = (session.busy_until, session.busy.is_some());
+            let (busy_until, wait_until) = (session.busy_until, self.waiting.next_end());
             let outcome = tokio::select! {
-                () = tokio::time::sleep_until(busy_until), if waits => {
+                () = until(wait_until), if wait_until.is_some() => { self.waiting.expire(); Ok(()) }
+                verdict = self.verdicts.recv() => match verdict {
+                    Some((life, verdict)) if life == session.life => self.judged(&mut session, verdict).await,
+                    _ => Ok(()),
+                },
+                () = until(busy_until), if busy_until.is_some() => {
                     // It lives, and nothing will come of it: the next attempt has a new one.
                     self.end_engine().await;
                     break End::Lost(WireError::Stuck);
@@ -252,6 +313,10 @@ impl Task {
                     None => Err(WireError::Closed),
                 },
                 command = self.queue.recv() => match command {
+                    Some(Command::Have { model, asker, answer }) => {
+                        self.wait(model, asker, answer);
+                        Ok(())
+                    }
                     Some(command) => session.give(command).await,
                     None => break End::NoMoreCommands,
                 },
@@ -269,14 +334,16 @@ impl Task {
         pump.abort();
         if let End::Lost(error) = &end {
             // Whatever else it was doing may have ended it as well: then nobody is blamed.
-            let alone = matches!(error, WireError::Stuck)
-                || session.open.values().all(|open| matches!(open, Open::Models | Open::Cancel));
-            if let (Some(Busy::Loading(name)), true) = (session.busy.take(), alone) {
+            let idle = |open: &Open| matches!(open, Open::Models | Open::Usage | Open::Cancel);
+            let alone = matches!(error, WireError::Stuck) || session.open.values().all(idle);
+            if let Some(Busy::Loading(choice, _)) = session.busy.take() {
+                self.links.gate.not_loaded(&choice.name);
                 match error {
                     WireError::Stuck => {
-                        self.blame(name, "the engine did not come to an end of loading the file")
+                        self.blame(choice.name, "the engine did not come to an end of loading the file")
                     }
-                    _ => self.suspect = Some(name),
+                    _ if alone => self.suspect = Some(choice.name),
+                    _ => {}
                 }
             }
             for (_, open) in session.open.drain() {
@@ -307,53 +374,9 @@ impl Task {
         // Once may be chance; it is tried again when the owner changes the models.
         if *deaths >= DEATHS_MOST {
             let report = killed_report(&name, why);
+            self.waiting.fail(&name, &report);
             self.failed.insert(name, report);
         }
-    }
-
-    /// Keeps the engine's models what is wanted, one step at a time, and shows how far that is.
-    async fn load_next(&mut self, session: &mut Session) -> Result<(), WireError> {
-        let wish = self.wish.borrow().clone();
-        while let (None, Some(wish)) = (&session.busy, &wish) {
-            match plan::next(wish, &session.loaded, &self.failed) {
-                Next::Settled => break,
-                Next::Unload(name) => {
-                    session.busy_until = tokio::time::Instant::now() + self.links.load_patience;
-                    session.send(Request::Unload { model: name.clone() }, Open::Models).await?;
-                    session.busy = Some(Busy::Unloading(name));
-                }
-                Next::Load(choice) => {
-                    if let Err(report) = self.admitted(&choice, session).await {
-                        tracing::warn!(model = %choice.name, problem = %report, "a model was not admitted");
-                        self.failed.insert(choice.name, report);
-                        continue;
-                    }
-                    tracing::info!(model = %choice.name, path = %choice.path, "a model is being loaded");
-                    let file = tokio::fs::metadata(&choice.path).await;
-                    let reading = file.map_or(0, |file| file.len() / READ_LEAST_BYTES_PER_S);
-                    let patience = self.links.load_patience + Duration::from_secs(reading);
-                    session.busy_until = tokio::time::Instant::now() + patience;
-                    session.send(Request::Load(plan::load(&choice)), Open::Models).await?;
-                    session.busy = Some(Busy::Loading(choice.name));
-                }
-            }
-        }
-        let settled = session.busy.is_none() && wish.is_some();
-        let stage = if settled { Stage::Ready } else { Stage::Loading };
-        let shown = self.shown.borrow().clone();
-        if shown.stage != stage || shown.models != session.loaded || shown.failed != self.failed {
-            self.show(stage, session.loaded.clone(), Some(session.devices.clone()));
-        }
-        Ok(())
-    }
-
-    async fn admitted(&self, choice: &Choice, session: &Session) -> Result<(), Report> {
-        let (gate, choice) = (Arc::clone(&self.links.gate), choice.clone());
-        let (devices, loaded) = (session.devices.clone(), session.loaded.clone());
-        let asked = tokio::task::spawn_blocking(move || gate(&choice, &devices, &loaded)).await;
-        asked.unwrap_or_else(|error| {
-            Err(Report::bug("thread_lost", "the model was not loaded", error.to_string(), "try again"))
-        })
     }
 
     fn take(&mut self, session: &mut Session, frame: ServerFrame) {
@@ -383,152 +406,36 @@ impl Task {
                 }
                 true
             }
+            (Open::Usage, body) => {
+                self.usage(session, body);
+                true
+            }
             (Open::Cancel, _) => true,
         };
         if last {
             session.open.remove(&frame.id);
         }
     }
-
-    fn models_changed(&mut self, session: &mut Session, body: Event) {
-        let busy = session.busy.take();
-        match (body, busy) {
-            (Event::Loaded(model), _) => {
-                tracing::info!(model = %model.model, architecture = %model.architecture, "a model is loaded");
-                self.deaths.remove(&model.model);
-                session.loaded.retain(|other| other.model != model.model);
-                session.loaded.push(model);
-            }
-            (Event::Unloaded { model }, _) => session.loaded.retain(|other| other.model != model),
-            (Event::Error(report), Some(Busy::Loading(name))) => {
-                tracing::warn!(model = %name, problem = %report, "a model was refused");
-                self.failed.insert(name, report);
-            }
-            // It was not there: then it is gone as well.
-            (Event::Error(_), Some(Busy::Unloading(name))) => {
-                session.loaded.retain(|other| other.model != name)
-            }
-            (other, _) => {
-                let report = out_of_order("load", &other);
-                tracing::error!(problem = %report, "the engine answered a load with something else");
-            }
-        }
-    }
-}
-
-/// One life of the connection.
-struct Session {
-    writer: Writer,
-    devices: Vec<Device>,
-    loaded: Vec<LoadedModel>,
-    busy: Option<Busy>,
-    /// When what it is busy with will not be waited for any longer.
-    busy_until: tokio::time::Instant,
-    open: HashMap<u64, Open>,
-    last_id: u64,
-}
-
-enum Busy {
-    Loading(String),
-    Unloading(String),
-}
-
-/// Whether a generation's pieces are still read.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Reading {
-    Here,
-    /// It may come back with the same key, and then reads from the first piece again.
-    Away,
-}
-
-/// Who waits for the answer to a frame.
-enum Open {
-    One(oneshot::Sender<Result<Event, Report>>),
-    Generation {
-        key: String,
-        ticket: u64,
-        pieces: mpsc::UnboundedSender<Result<Piece, Report>>,
-        reader: Reading,
-    },
-    Models,
-    Cancel,
-}
-
-impl Open {
-    fn fail(self, report: Report) {
-        match self {
-            Self::One(answer) => drop(answer.send(Err(report))),
-            Self::Generation { pieces, .. } => drop(pieces.send(Err(report))),
-            Self::Models | Self::Cancel => {}
-        }
-    }
-}
-
-impl Session {
-    async fn send(&mut self, body: Request, open: Open) -> Result<(), WireError> {
-        self.last_id += 1;
-        self.open.insert(self.last_id, open);
-        self.writer.send(&ClientFrame { id: self.last_id, body }).await
-    }
-
-    async fn give(&mut self, command: Command) -> Result<(), WireError> {
-        match command {
-            Command::One { request, answer } => self.send(request, Open::One(answer)).await,
-            Command::Generate { generate, pieces, ticket } => {
-                let key = generate.key.clone();
-                let open = Open::Generation { key, ticket, pieces, reader: Reading::Here };
-                self.send(Request::Generate(generate), open).await
-            }
-            Command::GiveUp { ticket, leaving } => self.give_up(ticket, leaving).await,
-        }
-    }
-
-    /// Cancels a generation unless its reader may return, or somebody else reads it too: a retry attaches to the one
-    /// it repeats.
-    async fn give_up(&mut self, gone: u64, leaving: Leaving) -> Result<(), WireError> {
-        let found = self.open.iter().find_map(|(id, open)| match open {
-            Open::Generation { key, ticket, .. } if *ticket == gone => Some((*id, key.clone())),
-            _ => None,
-        });
-        let Some((id, key)) = found else { return Ok(()) };
-        if leaving == Leaving::MayReturn && self.alone_of(caller_of(&key)) < ALONE_MOST {
-            if let Some(Open::Generation { reader, .. }) = self.open.get_mut(&id) {
-                *reader = Reading::Away;
-            }
-            return Ok(());
-        }
-        self.open.remove(&id);
-        let shared = self
-            .open
-            .values()
-            .any(|open| matches!(open, Open::Generation { key: other, .. } if *other == key));
-        if shared {
-            return Ok(());
-        }
-        self.send(Request::Cancel { key }, Open::Cancel).await
-    }
-
-    /// How many generations of this caller go on without a reader.
-    fn alone_of(&self, caller: &str) -> usize {
-        let alone = |open: &&Open| matches!(open, Open::Generation { key, reader: Reading::Away, .. } if caller_of(key) == caller);
-        self.open.values().filter(alone).count()
-    }
-}
-
-/// A key begins with its caller.
-fn caller_of(key: &str) -> &str {
-    key.split('/').next().unwrap_or(key)
 }
 
 fn refuse(command: Command, report: Report) {
     match command {
         Command::One { answer, .. } => drop(answer.send(Err(report))),
         Command::Generate { pieces, .. } => drop(pieces.send(Err(report))),
+        Command::Have { answer, .. } => drop(answer.send(Err(report))),
         Command::GiveUp { .. } => {}
     }
 }
 
-fn lost_report(error: &WireError) -> Report {
+/// For a branch that is asked only where there is a moment.
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}
+
+pub(super) fn lost_report(error: &WireError) -> Report {
     Report::environment(
         "engine_lost",
         "the engine did not answer",
@@ -537,9 +444,9 @@ fn lost_report(error: &WireError) -> Report {
     )
 }
 
-fn killed_report(name: &str, why: &str) -> Report {
+pub(super) fn killed_report(name: &str, why: &str) -> Report {
     Report::environment(
-        "model_ended_engine",
+        plan::ENDED_ENGINE,
         format!("the model {name} was not loaded"),
         why,
         format!(

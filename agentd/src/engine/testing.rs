@@ -1,21 +1,40 @@
 //! An engine that holds no model: speaks the frames, answers by rule, and dies when it is told to.
 
+use super::gate::{Ask, Gate, Verdict};
 use agentd_domain::engine::{
-    ClientFrame, Done, EngineStatus, Event, FinishReason, LoadModel, LoadedModel, ModelKind,
+    ClientFrame, Done, EngineStatus, Event, FinishReason, LoadModel, LoadedModel, ModelKind, ModelUsage,
     PROTOCOL_VERSION, Request, ServerFrame,
 };
 use agentd_domain::fault::Report;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 
+/// Lets every model through.
+pub fn open_gate() -> Arc<dyn Gate> {
+    struct Open;
+    impl Gate for Open {
+        fn admit(&self, _: Ask) -> BoxFuture<'static, Verdict> {
+            async { Verdict::Load }.boxed()
+        }
+
+        fn not_loaded(&self, _: &str) {}
+    }
+    Arc::new(Open)
+}
+
 /// What the fake has seen and holds; shared with the test.
 #[derive(Default)]
 pub struct Seen {
     pub loaded: Vec<LoadedModel>,
     pub loads: Vec<String>,
+    pub unloads: Vec<String>,
+    /// What the engine says of itself.
+    pub usage: Vec<ModelUsage>,
     pub cancelled: Vec<String>,
     pub generated: Vec<String>,
     /// Texts that got a vector, each as often as it was asked for.
@@ -79,7 +98,7 @@ fn answer(request: Request, seen: &mut Seen) -> std::io::Result<Vec<Event>> {
             waiting_requests: 0,
             rss_bytes: 1,
             uptime_ms: 1,
-            usage: Vec::new(),
+            usage: seen.usage.clone(),
         })],
         Request::Load(model) => {
             seen.loads.push(model.model.clone());
@@ -96,6 +115,7 @@ fn answer(request: Request, seen: &mut Seen) -> std::io::Result<Vec<Event>> {
         }
         Request::Unload { model } => {
             seen.loaded.retain(|other| other.model != model);
+            seen.unloads.push(model.clone());
             vec![Event::Unloaded { model }]
         }
         Request::Embed { inputs, .. } => {

@@ -7,46 +7,54 @@ use agentd_sandbox::wire as launcher_wire;
 use futures::StreamExt;
 use std::sync::Mutex;
 
-struct Scene {
+pub(super) struct Scene {
     folder: tempfile::TempDir,
-    seen: Arc<Mutex<Seen>>,
+    pub(super) seen: Arc<Mutex<Seen>>,
     fake: Option<FakeEngine>,
 }
 
 impl Scene {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let seen = Arc::default();
         let fake = Some(FakeEngine::start(folder.path(), Arc::clone(&seen)));
         Self { folder, seen, fake }
     }
 
-    fn engine(&self) -> Engine {
+    pub(super) fn engine(&self) -> Engine {
+        self.engine_behind(crate::engine::testing::open_gate())
+    }
+
+    pub(super) fn engine_behind(&self, gate: Arc<dyn Gate>) -> Engine {
         start(
             Links {
                 launcher: Launcher::at(self.folder.path().join("none")),
                 sockets: self.folder.path().to_owned(),
                 memory_max_bytes: 1,
                 load_patience: std::time::Duration::from_secs(2),
-                gate: std::sync::Arc::new(|_, _, _| Ok(())),
+                gate,
             },
             std::future::ready(()),
         )
     }
 
-    fn loads(&self) -> Vec<String> {
+    pub(super) fn loads(&self) -> Vec<String> {
         self.seen.lock().expect("unpoisoned").loads.clone()
     }
 
-    /// The process is gone and its memory with it, then there is a new one.
-    fn restart_engine(&mut self) {
+    pub(super) fn kill_engine(&mut self) {
         self.fake = None;
         self.seen.lock().expect("unpoisoned").loaded.clear();
+    }
+
+    /// The process is gone and its memory with it, then there is a new one.
+    pub(super) fn restart_engine(&mut self) {
+        self.kill_engine();
         self.fake = Some(FakeEngine::start(self.folder.path(), Arc::clone(&self.seen)));
     }
 }
 
-fn choice(name: &str, path: &str, kind: ModelKind) -> Choice {
+pub(super) fn choice(name: &str, path: &str, kind: ModelKind) -> Choice {
     Choice { name: name.to_owned(), path: path.to_owned(), kind }
 }
 
@@ -54,10 +62,11 @@ fn wanted(chat: &[(&str, &str)]) -> Wanted {
     Wanted {
         embedder: Some(choice("minilm", "/minilm", ModelKind::Embedding)),
         chat: chat.iter().map(|(name, path)| choice(name, path, ModelKind::Chat)).collect(),
+        pinned: Default::default(),
     }
 }
 
-fn generate(key: &str, stop: &str) -> Generate {
+pub(super) fn generate(key: &str, stop: &str) -> Generate {
     Generate {
         model: "tiny".to_owned(),
         key: key.to_owned(),
@@ -98,7 +107,7 @@ fn launcher(path: &std::path::Path, step: Arc<std::sync::atomic::AtomicU32>) {
 }
 
 /// The limit is only reached by a broken test.
-async fn ready(engine: &Engine) -> Arc<View> {
+pub(super) async fn ready(engine: &Engine) -> Arc<View> {
     let mut view = engine.watch();
     let ready = view.wait_for(|view| view.stage == Stage::Ready && view.default_chat.is_some());
     tokio::time::timeout(Duration::from_secs(20), ready).await.expect("in time").expect("alive").clone()
@@ -112,8 +121,11 @@ async fn what_is_wanted_is_loaded_and_answers() {
     let view = ready(&engine).await;
     assert_eq!(view.default_chat.as_deref(), Some("tiny"));
     assert_eq!(view.embedder().map(|embedder| embedder.dimension), Some(2));
-    let pieces: Vec<_> =
-        engine.generate(generate("k", ""), Leaving::Cancels).await.expect("taken").collect().await;
+    let pieces: Vec<_> = EngineHandle::generate(&engine, generate("k", ""), Leaving::Cancels)
+        .await
+        .expect("taken")
+        .collect()
+        .await;
     let text = |text: &str| Ok(Piece::Text(text.to_owned()));
     assert_eq!(pieces, [text("a"), text("b"), Ok(Piece::Done(done()))]);
     let vectors =
@@ -144,13 +156,14 @@ async fn a_lost_engine_is_an_error_and_then_there_is_a_new_one() {
     let engine = scene.engine();
     engine.want(wanted(&[("tiny", "/tiny")]));
     ready(&engine).await;
-    let error = engine.generate(generate("k", "die"), Leaving::Cancels).await.err().expect("lost");
+    let error =
+        EngineHandle::generate(&engine, generate("k", "die"), Leaving::Cancels).await.err().expect("lost");
     assert_eq!(error.code, "engine_lost");
     let mut view = engine.watch();
     view.wait_for(|view| matches!(view.stage, Stage::Down(_))).await.expect("alive");
     scene.restart_engine();
     ready(&engine).await;
-    assert!(engine.generate(generate("k2", ""), Leaving::Cancels).await.is_ok());
+    assert!(EngineHandle::generate(&engine, generate("k2", ""), Leaving::Cancels).await.is_ok());
 }
 
 #[tokio::test]
@@ -159,8 +172,10 @@ async fn a_reader_that_goes_cancels_unless_another_reads_the_same() {
     let engine = scene.engine();
     engine.want(wanted(&[("tiny", "/tiny")]));
     ready(&engine).await;
-    let first = engine.generate(generate("same", "hang"), Leaving::Cancels).await.expect("taken");
-    let second = engine.generate(generate("same", "hang"), Leaving::Cancels).await.expect("taken");
+    let first =
+        EngineHandle::generate(&engine, generate("same", "hang"), Leaving::Cancels).await.expect("taken");
+    let second =
+        EngineHandle::generate(&engine, generate("same", "hang"), Leaving::Cancels).await.expect("taken");
     drop(first);
     engine.status().await.expect("answered after what was before it");
     assert!(scene.seen.lock().expect("unpoisoned").cancelled.is_empty());
@@ -243,10 +258,16 @@ async fn a_reader_that_may_return_finds_its_generation_going_on() {
     let mut keys = Vec::new();
     for number in 0..6 {
         let key = format!("agent/{number}");
-        drop(engine.generate(generate(&key, "hang"), Leaving::MayReturn).await.expect("taken"));
+        drop(
+            EngineHandle::generate(&engine, generate(&key, "hang"), Leaving::MayReturn).await.expect("taken"),
+        );
         keys.push(key);
     }
-    drop(engine.generate(generate("other/0", "hang"), Leaving::MayReturn).await.expect("taken"));
+    drop(
+        EngineHandle::generate(&engine, generate("other/0", "hang"), Leaving::MayReturn)
+            .await
+            .expect("taken"),
+    );
     engine.status().await.expect("answered after what was before it");
     assert_eq!(cancelled(), keys[4..], "one caller may leave four, another has four of its own");
 }

@@ -5,14 +5,21 @@
 //! Out:   yes or no before a load, plans, the view of devices, what the engine is told of who asks.
 //! Always: an order is on disk before it holds. A model that the engine has already is in the ledger, whatever a plan
 //!         says. Without a device that is known nothing is judged: the engine then refuses by itself.
-//! Threads: [`Gpu::may_load`] reads a file and blocks; the rest is arithmetic under a lock.
+//! Threads: what reads a file or the store blocks, and is called on threads that may; the rest is arithmetic under a lock.
+//! Where:  before each load `admit.rs`, who goes for it `room.rs`, what is learned and kept `learned.rs`.
 
+mod admit;
+mod health;
+mod learned;
 mod orders;
 mod plan;
+mod room;
 mod served;
 #[cfg(test)]
 mod tests;
 
+pub use admit::AtTheDoor;
+pub use learned::{Counted, Overhead};
 pub use plan::Planned;
 pub use served::Served;
 
@@ -20,8 +27,7 @@ use crate::engine::{Choice, Engine, Stage};
 use crate::places::Places;
 use crate::store::{Db, StoreError};
 use agentd_domain::config;
-use agentd_domain::engine::{Device, EngineStatus, LoadedModel};
-use agentd_domain::fault::Report;
+use agentd_domain::engine::{Device, LoadedModel, ModelKind};
 use agentd_domain::gguf;
 use agentd_domain::ids::{AgentId, AgentName};
 use agentd_domain::ledger::{self as words, Devices, Need, Partition, PartitionId};
@@ -49,11 +55,16 @@ struct State {
     ledger: Ledger,
     /// A model that was let through and is not in the engine's list yet.
     coming: Option<String>,
+    /// What was stored of devices, and of files by their paths.
+    overhead: BTreeMap<String, Overhead>,
+    counts: BTreeMap<String, Counted>,
     /// Defined in `agentd.toml`; not to be changed from elsewhere.
     configured: BTreeSet<PartitionId>,
     /// Who is in which of them, and who of these is installed.
     by_name: BTreeMap<AgentName, PartitionId>,
     by_configuration: BTreeSet<AgentId>,
+    /// What their drivers have said of devices since agentd began.
+    ill: health::Ill,
     db: Option<Db>,
     places: served::Places,
 }
@@ -83,6 +94,7 @@ impl Gpu {
     pub fn open(&self, db: Db, configured: Configured) -> Result<(), StoreError> {
         let stored = db.here().partitions()?;
         let mut assigned = db.here().assigned_partitions()?;
+        let (overhead, counts) = (db.here().overhead()?, db.here().counts()?);
         let names: BTreeSet<PartitionId> = configured.partitions.iter().map(|one| one.id.clone()).collect();
         let mut all: Vec<Partition> = stored.into_iter().filter(|one| !names.contains(&one.id)).collect();
         all.extend(configured.partitions);
@@ -97,6 +109,16 @@ impl Gpu {
         }
         let mut state = self.state();
         state.ledger.restore(all, assigned);
+        let believed = learned::believed(&overhead, state.ledger.devices());
+        state.ledger.restore_overhead(&believed);
+        // What was learned before the store was open is newer.
+        let State { overhead: known, counts: counted, .. } = &mut *state;
+        for (device, row) in overhead {
+            known.entry(device).or_insert(row);
+        }
+        for (path, row) in counts {
+            counted.entry(path).or_insert(row);
+        }
         state.configured = names;
         state.by_name = configured.agents;
         state.by_configuration = put;
@@ -104,34 +126,20 @@ impl Gpu {
         Ok(())
     }
 
-    /// Whether this model may be loaded beside what the engine holds. It is in the ledger when it may. Blocks.
-    pub fn may_load(
-        &self,
-        choice: &Choice,
-        devices: &[Device],
-        loaded: &[LoadedModel],
-    ) -> Result<(), Report> {
-        let Some(summary) = header(&choice.path) else {
-            // The engine says what is wrong with the file.
-            return Ok(());
-        };
-        let mut state = self.state();
-        self.take_over(&mut state, devices, loaded);
-        if state.ledger.devices().is_empty() {
-            return Ok(());
-        }
-        let planned = Planned::of_file(&choice.name, &summary, choice.kind);
-        let need = planned.need(&state.ledger);
-        plan::load(&mut state.ledger, &planned, &need)
-            .map_err(|refusal| refusal.report(&format!("the model {} was not loaded", choice.name)))?;
-        state.coming = Some(choice.name.clone());
-        Ok(())
-    }
-
     /// Brings the ledger to what the engine has.
     fn take_over(&self, state: &mut State, devices: &[Device], loaded: &[LoadedModel]) {
-        state.ledger.set_devices(plan::devices(devices, self.0.engine_memory_bytes));
-        let State { ledger, coming, .. } = state;
+        let mut devices = plan::devices(devices, self.0.engine_memory_bytes);
+        for device in &mut devices {
+            let known = device.gpu.as_ref().and_then(|gpu| state.ill.problem(gpu));
+            device.problem = known.or_else(|| device.problem.take());
+        }
+        let fresh = state.ledger.devices().is_empty() && !devices.is_empty();
+        state.ledger.set_devices(devices);
+        if fresh {
+            let believed = learned::believed(&state.overhead, state.ledger.devices());
+            state.ledger.restore_overhead(&believed);
+        }
+        let State { ledger, coming, counts, .. } = state;
         coming.take_if(|name| loaded.iter().any(|model| model.model == *name));
         let kept =
             |name: &str| coming.as_deref() == Some(name) || loaded.iter().any(|model| model.model == name);
@@ -139,7 +147,7 @@ impl Gpu {
         gone.iter().for_each(|name| ledger.unload(name));
         for model in loaded {
             if ledger.need(&model.model).is_none() {
-                ledger.adopt(&model.model, need_of_loaded(model, ledger));
+                ledger.adopt(&model.model, need_of_loaded(model, ledger, counts));
             }
         }
     }
@@ -157,33 +165,22 @@ impl Gpu {
                     state.ledger.engine_lost();
                 }
                 Stage::Loading | Stage::Ready => {
-                    let (this, now, settled) = (self.clone(), now.clone(), now.stage == Stage::Ready);
+                    let (this, engine, settled) = (self.clone(), engine.clone(), now.stage == Stage::Ready);
                     let done = tokio::task::spawn_blocking(move || {
                         let mut state = this.state();
-                        let refused = |name: &String| settled || now.failed.contains_key(name);
-                        state.coming.take_if(|name| refused(name));
+                        state.coming.take_if(|name| now.failed.contains_key(name));
                         this.take_over(&mut state, &now.devices, &now.models);
                     });
                     // It cannot fail but by a panic, which is in the log already.
                     let _ = done.await;
                     if settled && let Ok(status) = engine.status().await {
-                        self.learn(&status);
+                        let this = self.clone();
+                        let _ = tokio::task::spawn_blocking(move || this.learn(&status)).await;
                     }
                 }
             }
             if view.changed().await.is_err() {
                 return;
-            }
-        }
-    }
-
-    /// What the devices were seen to use, and who was seen to hold how much of which cache.
-    pub fn learn(&self, status: &EngineStatus) {
-        let mut state = self.state();
-        state.ledger.saw(&status.usage);
-        for device in &status.devices {
-            if let Some(used_bytes) = plan::used_bytes(device, status.rss_bytes) {
-                state.ledger.learn(&device.name, used_bytes);
             }
         }
     }
@@ -195,6 +192,13 @@ impl Gpu {
             one.configured = state.configured.contains(&one.partition.id);
         }
         view
+    }
+
+    /// What a loaded model holds of its devices.
+    pub fn holds(&self, model: &str) -> Option<u64> {
+        let state = self.state();
+        let need = state.ledger.need(model)?;
+        Some(need.devices.iter().map(|part| part.total_bytes()).fold(0, u64::saturating_add))
     }
 
     /// How a model of this header fits each partition.
@@ -269,10 +273,21 @@ pub fn configured(places: &Places) -> Configured {
     Configured { partitions: config.partitions, agents: config.agents_in_partitions }
 }
 
-/// What is known of a model that the engine has: its file's header, or that it is there.
-fn need_of_loaded(model: &LoadedModel, ledger: &Ledger) -> Need {
-    let planned = header(&model.path).map(|summary| Planned::of_loaded(model, &summary));
-    planned.map_or_else(|| plan::unknown(model, ledger), |planned| planned.need(ledger))
+/// What is known of a model that the engine has: what the engine counted of its file, its header, or that it is there.
+fn need_of_loaded(model: &LoadedModel, ledger: &Ledger, counts: &BTreeMap<String, Counted>) -> Need {
+    let Some(summary) = header(&model.path) else { return plan::unknown(model, ledger) };
+    let planned = Planned::of_loaded(model, &summary);
+    let choice = Choice { name: model.model.clone(), path: model.path.clone(), kind: model.kind };
+    // A count is of the engine's own defaults, as agentd loads.
+    let of_it = |counted: &&Counted| {
+        let same =
+            counted.kind == ModelKind::Embedding || counted.plan.context_tokens == model.context_tokens;
+        same && counted.holds(&choice, ledger)
+    };
+    match counts.get(&model.path).filter(of_it) {
+        Some(counted) => planned.counted(&counted.plan, ledger),
+        None => planned.need(ledger),
+    }
 }
 
 /// A file's header, or nothing where the file or the header is bad.

@@ -127,7 +127,10 @@ fn joined(reports: Vec<Report>, what: &str) -> Report {
 impl Machine {
     pub(crate) async fn devices_now(&self) -> Result<Devices, Report> {
         if let Ok(status) = self.engine.status().await {
-            self.gpu.learn(&status);
+            let gpu = self.gpu.clone();
+            tokio::task::spawn_blocking(move || gpu.learn(&status))
+                .await
+                .map_err(|error| thread_lost(&error.to_string()))?;
         }
         Ok(self.shown_devices())
     }

@@ -2,10 +2,10 @@
 //!
 //! Pure but for nothing: headers and readings in, needs and decisions out.
 
+use agentd_domain::device::{MemoryPlan, PlannedDevice};
 use agentd_domain::engine::{Device, GpuReadings, LoadedModel, ModelKind};
 use agentd_domain::gguf::{Shape, Summary};
-use agentd_domain::ledger::{Basis, DeviceNeed, Enforcement, Fit, ModelPlan, Need, PartitionId, PlanOrder};
-use agentd_gpu::admission::Refusal;
+use agentd_domain::ledger::{Basis, DeviceNeed, Enforcement, Fit, ModelPlan, Need, PlanOrder};
 use agentd_gpu::ledger::{self, Ledger};
 use agentd_gpu::plan::{self, Sizes};
 
@@ -13,6 +13,9 @@ use agentd_gpu::plan::{self, Sizes};
 const HOST_RESERVE_BYTES: u64 = 32 * 1024 * 1024;
 /// Of a GPU: what llama.cpp's own fitting leaves (`--fit-margin`), at most a quarter of a small one.
 const GPU_RESERVE_BYTES: u64 = 1024 * 1024 * 1024;
+
+/// What the engine's count calls host memory.
+const HOST: &str = "host";
 
 /// A header with how it is to be loaded.
 #[derive(Debug, Clone)]
@@ -65,6 +68,30 @@ impl Planned {
         self.need_with(ledger, self.context_tokens)
     }
 
+    pub(super) fn model(&self) -> &str {
+        &self.model
+    }
+
+    /// The need with the engine's own numbers in the place of the formula's.
+    pub fn counted(&self, plan: &MemoryPlan, ledger: &Ledger) -> Need {
+        let formula = self.need(ledger);
+        let host = ledger.layout().host;
+        let part = |on: &PlannedDevice| {
+            let on_host = on.device == HOST;
+            // Vocabulary, tables, what is kept of cells and rows of logits lie in host memory, whoever computes.
+            let beside = if on_host { plan.bytes_on(HOST, 0).saturating_sub(on.sum_bytes()) } else { 0 };
+            DeviceNeed {
+                device: if on_host { host.clone() } else { on.device.clone() },
+                weights_bytes: on.model_bytes,
+                kv_bytes: on.context_bytes,
+                compute_bytes: on.compute_bytes.saturating_add(beside),
+                ..DeviceNeed::default()
+            }
+        };
+        let devices = plan.devices.iter().map(part).filter(|part| part.total_bytes() > 0).collect();
+        Need { devices, basis: Basis::Engine, assumed: Vec::new(), ..formula }
+    }
+
     fn need_with(&self, ledger: &Ledger, context_tokens: u64) -> Need {
         let sizes =
             Sizes::of_engine(&self.shape, self.kind, self.context_length, context_tokens, self.sequences);
@@ -74,7 +101,7 @@ impl Planned {
     }
 
     /// The longest context, up to what the model was trained for, that `fits`.
-    fn longest(&self, ledger: &Ledger, fits: &dyn Fn(&Need) -> bool) -> u64 {
+    pub(super) fn longest(&self, ledger: &Ledger, fits: &dyn Fn(&Need) -> bool) -> u64 {
         let most = self.context_length.unwrap_or(plan::engine::CONTEXT_TOKENS_MOST);
         plan::longest_context(most, &|cells| self.need_with(ledger, cells.max(1)), fits)
     }
@@ -101,22 +128,6 @@ impl Planned {
             need,
         }
     }
-}
-
-/// Holds a model for the default partition, or where that is too small for the most important one that it fits.
-pub(super) fn load(ledger: &mut Ledger, planned: &Planned, need: &Need) -> Result<(), Refusal> {
-    let before = ledger.clone();
-    let longest = |fits: &dyn Fn(&Need) -> bool| planned.longest(&before, fits);
-    let default = PartitionId::default_partition();
-    let refused = match ledger.load(&planned.model, &default, need.clone(), &longest) {
-        Ok(()) => return Ok(()),
-        Err(refusal) => refusal,
-    };
-    let mut others: Vec<(u8, PartitionId)> =
-        ledger.partitions().iter().map(|one| (one.priority, one.id.clone())).collect();
-    others.sort_by(|a, b| b.0.cmp(&a.0).then_with(|| a.1.cmp(&b.1)));
-    let taken = others.iter().any(|(_, id)| ledger.load(&planned.model, id, need.clone(), &longest).is_ok());
-    if taken { Ok(()) } else { Err(refused) }
 }
 
 /// A model whose file cannot be read any more: its size is what is known.

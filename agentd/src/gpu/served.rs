@@ -1,13 +1,13 @@
 //! The engine as one agent may use it.
 //!
-//! In:    the agent's requests, as the front has planned them. Out: the same, with what the agent's partition gives it:
-//!        priority, weight, cells, and one of the partition's places for as long as it runs.
+//! In:    the agent's requests, as the front has planned them. Out: the same, once their model is there, with what the
+//!        agent's partition gives it: priority, weight, cells, and one of the partition's places for as long as it runs.
 //! Always: agents of a partition with an own limit are one account of the engine, so that its cells are theirs together;
 //!         all others are accounts of their own. A child has its parent's partition unless it was put into one.
 //! Where:  who goes first and what fits this moment is the engine's to decide; it refuses what could never fit.
 
 use super::Gpu;
-use crate::engine::Engine;
+use crate::engine::{Asker, Engine};
 use crate::store::Db;
 use agentd_domain::engine::Generate;
 use agentd_domain::fault::Report;
@@ -54,8 +54,8 @@ impl Served {
     async fn with_its_share(
         &self,
         mut request: Generate,
+        whose: AgentId,
     ) -> Result<(Generate, Option<OwnedSemaphorePermit>), Report> {
-        let whose = self.placed().await;
         if whose != self.agent {
             self.gpu.put_beneath(self.agent, whose);
         }
@@ -79,8 +79,13 @@ impl EngineHandle for Served {
 
     fn generate(&self, request: Generate, leaving: Leaving) -> Pending<'_, Pieces> {
         Box::pin(async move {
-            let (request, place) = self.with_its_share(request).await?;
-            let pieces = EngineHandle::generate(&self.engine, request, leaving).await?;
+            let whose = self.placed().await;
+            let standing = self.gpu.standing(whose, &request.model);
+            let asker = Asker { priority: standing.priority, partition: standing.partition };
+            // What its cells are is known when the model is there.
+            let held = self.engine.have(&request.model, asker).await?;
+            let (request, place) = self.with_its_share(request, whose).await?;
+            let pieces = self.engine.generation(request, leaving, held).await?;
             let Some(place) = place else { return Ok(pieces) };
             // The place is free again when the answer has ended or nobody reads it any more.
             let held = pieces.map(move |piece| {

@@ -1,9 +1,12 @@
+use super::admit::{Count, Judged};
 use super::*;
-use crate::engine::Choice;
+use crate::engine::{Ask, Asker, Choice, Holder, Verdict};
 use crate::store::{AgentRow, Store};
 use agentd_domain::device::DeviceEvent;
-use agentd_domain::engine::{GpuReadings, ModelKind};
-use agentd_domain::ledger::DEFAULT_PARTITION;
+use agentd_domain::device::{MemoryPlan, PlannedDevice};
+use agentd_domain::engine::{EngineStatus, GpuReadings, ModelKind};
+use agentd_domain::fault::Report;
+use agentd_domain::ledger::{Basis, DEFAULT_PARTITION};
 use std::path::PathBuf;
 use uuid::Uuid;
 
@@ -49,11 +52,45 @@ impl Scene {
     }
 
     fn may_load(&self, choice: &Choice, loaded: &[LoadedModel]) -> Result<(), Report> {
-        self.gpu.may_load(choice, &devices(), loaded)
+        self.may_load_on(choice, &devices(), loaded)
+    }
+
+    /// As if no engine could be asked to count.
+    fn may_load_on(&self, choice: &Choice, on: &[Device], loaded: &[LoadedModel]) -> Result<(), Report> {
+        let ask = ask(choice, on, loaded, &[]);
+        match self.gpu.judge(&ask, Count::Away("there is none".to_owned())) {
+            Judged::Verdict(Verdict::Load) => Ok(()),
+            Judged::Verdict(Verdict::Refused(report)) => Err(report),
+            other => panic!("{other:?}"),
+        }
     }
 
     fn view(&self) -> Devices {
         self.gpu.view(&|_| None)
+    }
+}
+
+fn ask(choice: &Choice, on: &[Device], loaded: &[LoadedModel], holders: &[Holder]) -> Ask {
+    Ask {
+        choice: choice.clone(),
+        asker: None,
+        status: status(on, 0),
+        loaded: loaded.to_vec(),
+        holders: holders.to_vec(),
+    }
+}
+
+fn status(on: &[Device], rss_bytes: u64) -> EngineStatus {
+    EngineStatus {
+        devices: on.to_vec(),
+        models: Vec::new(),
+        backend: String::new(),
+        running_sequences: 0,
+        waiting_requests: 0,
+        rss_bytes,
+        uptime_ms: 1,
+        usage: Vec::new(),
+        gpus: Vec::new(),
     }
 }
 
@@ -142,7 +179,7 @@ fn what_nobody_can_judge_is_left_to_the_engine() {
     let scene = Scene::new();
     let nowhere = Choice { name: "x".to_owned(), path: "/nowhere".to_owned(), kind: ModelKind::Chat };
     scene.may_load(&nowhere, &[]).expect("the engine says that there is no such file");
-    scene.gpu.may_load(&scene.model("m", 100_000), &[], &[]).expect("no device is known");
+    scene.may_load_on(&scene.model("m", 100_000), &[], &[]).expect("no device is known");
 }
 
 #[test]
@@ -312,7 +349,7 @@ fn a_device_that_its_driver_gave_up_takes_nothing_new() {
     readings.health.step(DeviceEvent::Xid(79));
     card.gpu = Some(readings);
     let all = [devices(), vec![card]].concat();
-    let report = scene.gpu.may_load(&scene.model("m", 100), &all, &[]).expect_err("it fell off the bus");
+    let report = scene.may_load_on(&scene.model("m", 100), &all, &[]).expect_err("it fell off the bus");
     assert_eq!((report.code.as_str(), report.http_status()), ("device_unhealthy", 503));
     assert!(report.why.contains("XID 79"), "{report}");
     let view = scene.view();
@@ -325,19 +362,156 @@ fn what_the_engine_uses_beyond_its_plan_is_shown_and_kept_free() {
     let choice = scene.model("m", 100);
     scene.may_load(&choice, &[]).expect("it fits");
     let planned = scene.view().devices[0].planned.total_bytes();
-    let status = EngineStatus {
-        devices: devices(),
-        models: Vec::new(),
-        backend: String::new(),
-        running_sequences: 0,
-        waiting_requests: 0,
-        rss_bytes: planned + 50 * MIB,
-        uptime_ms: 1,
-        usage: Vec::new(),
-        gpus: Vec::new(),
-    };
-    scene.gpu.learn(&status);
+    scene.gpu.learn(&status(&devices(), planned + 50 * MIB));
     let device = scene.view().devices.remove(0);
     assert_eq!(device.difference_bytes, Some(50 * MIB as i64));
     assert_eq!(device.planned.overhead_bytes, 50 * MIB);
+}
+
+/// The engine's count of a model: so many mebibytes of weights on the host, 32 of cache, 8 for computing, 4 beside.
+fn count(choice: &Choice, weights_mib: u64) -> MemoryPlan {
+    MemoryPlan {
+        path: choice.path.clone(),
+        architecture: "llama".to_owned(),
+        context_tokens: 4096,
+        sequences: 8,
+        devices: vec![PlannedDevice {
+            device: "host".to_owned(),
+            memory_total_bytes: 8192 * MIB,
+            memory_free_bytes: 8000 * MIB,
+            model_bytes: weights_mib * MIB,
+            context_bytes: 32 * MIB,
+            compute_bytes: 8 * MIB,
+        }],
+        row_bytes: 1024,
+        rows_least: 1024,
+        overhead_bytes: 2 * MIB,
+        cells_bytes: MIB,
+    }
+}
+
+#[test]
+fn the_engines_count_is_held_and_known_the_next_time() {
+    let scene = Scene::new();
+    let choice = scene.model("m", 100);
+    let asked = ask(&choice, &devices(), &[], &[]);
+    assert!(matches!(scene.gpu.judge(&asked, Count::Unasked), Judged::Count), "it fits: count it");
+    assert!(scene.view().models.is_empty(), "nothing is held for a question");
+    let exact = Count::Exact(Box::new(count(&choice, 90)));
+    assert!(matches!(scene.gpu.judge(&asked, exact), Judged::Verdict(Verdict::Load)));
+    let held = |scene: &Scene| {
+        let need = scene.view().models[0].need.clone();
+        (need.basis, need.devices[0].clone())
+    };
+    let (basis, need) = held(&scene);
+    assert_eq!((basis, need.device.as_str()), (Basis::Engine, "CPU"));
+    assert_eq!((need.weights_bytes, need.kv_bytes, need.compute_bytes), (90 * MIB, 32 * MIB, 12 * MIB));
+    assert_eq!(scene.gpu.holds("m"), Some(134 * MIB));
+    // It did not come after all.
+    scene.gpu.not_loaded("m");
+    assert_eq!((scene.view().models.len(), scene.gpu.holds("m")), (0, None));
+    // Another agentd asks nobody: for a load, and for a model that an engine holds from before.
+    let scene = scene.again(Vec::new());
+    assert!(matches!(scene.gpu.judge(&asked, Count::Unasked), Judged::Verdict(Verdict::Load)));
+    assert_eq!(held(&scene), (Basis::Engine, need.clone()));
+    let scene = scene.again(Vec::new());
+    let living = LoadedModel { context_tokens: 4096, sequences: 8, ..loaded(&choice) };
+    let other = scene.model("other", 50);
+    let _ = scene.gpu.judge(&ask(&other, &devices(), &[living], &[]), Count::Unasked);
+    assert_eq!(held(&scene), (Basis::Engine, need));
+    // Another file under that name is counted anew.
+    let scene = scene.again(Vec::new());
+    let larger = scene.model("m", 101);
+    assert!(matches!(scene.gpu.judge(&ask(&larger, &devices(), &[], &[]), Count::Unasked), Judged::Count));
+}
+
+#[test]
+fn a_count_that_does_not_fit_is_refused_though_the_formula_did() {
+    let scene = Scene::new();
+    let choice = scene.model("m", 100);
+    let asked = ask(&choice, &devices(), &[], &[]);
+    let judged = scene.gpu.judge(&asked, Count::Exact(Box::new(count(&choice, 5000))));
+    let Judged::Verdict(Verdict::Refused(report)) = judged else { panic!("{judged:?}") };
+    assert_eq!(report.code, "model_too_large");
+    assert!(scene.view().models.is_empty());
+    // The formula alone refuses what can never fit, and nobody is asked.
+    let huge = scene.model("huge", 5000);
+    let judged = scene.gpu.judge(&ask(&huge, &devices(), &[], &[]), Count::Unasked);
+    assert!(matches!(&judged, Judged::Verdict(Verdict::Refused(report)) if report.code == "model_too_large"));
+}
+
+#[test]
+fn what_was_learned_of_a_device_outlives_agentd_and_is_believed_in_bounds() {
+    let scene = Scene::new();
+    let choice = scene.model("m", 100);
+    scene.may_load(&choice, &[]).expect("it fits");
+    let planned = scene.view().devices[0].planned.total_bytes();
+    scene.gpu.learn(&status(&devices(), planned + 300 * MIB));
+    // Less is no reason to promise it again.
+    scene.gpu.learn(&status(&devices(), planned + 10 * MIB));
+    let scene = scene.again(Vec::new());
+    scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
+    let device = scene.view().devices.remove(0);
+    assert_eq!((device.planned.overhead_bytes, device.difference_bytes), (300 * MIB, None));
+    // Gigabytes that were somebody else's do not close the device for good.
+    scene.gpu.learn(&status(&devices(), planned + 3900 * MIB));
+    let scene = scene.again(Vec::new());
+    scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
+    assert_eq!(scene.view().devices[0].planned.overhead_bytes, 1024 * MIB);
+    // Another device of that name has its own.
+    let scene = scene.again(Vec::new());
+    let other = vec![Device { description: "another processor".to_owned(), ..devices().remove(0) }];
+    scene.may_load_on(&scene.model("m", 100), &other, &[]).expect("it fits");
+    assert_eq!(scene.view().devices[0].planned.overhead_bytes, 0);
+}
+
+fn holder(choice: &Choice, idle_s: u64) -> Holder {
+    Holder {
+        model: choice.name.clone(),
+        busy: false,
+        pinned: false,
+        idle: std::time::Duration::from_secs(idle_s),
+        reload: std::time::Duration::from_secs(1),
+    }
+}
+
+#[test]
+fn room_is_made_by_the_idle_and_never_by_the_busy_or_the_pinned() {
+    let scene = Scene::new();
+    let all: Vec<Choice> =
+        [("a", 1200), ("b", 1200), ("c", 1200)].map(|(name, size)| scene.model(name, size)).into();
+    for at in 0..all.len() {
+        let there: Vec<LoadedModel> = all[..at].iter().map(loaded).collect();
+        scene.may_load(&all[at], &there).expect("all three fit");
+    }
+    let there: Vec<LoadedModel> = all.iter().map(loaded).collect();
+    let new = scene.model("new", 1000);
+    let judge = |holders: &[Holder], asker: Option<Asker>| {
+        let ask = Ask { asker, ..ask(&new, &devices(), &there, holders) };
+        match scene.gpu.judge(&ask, Count::Away(String::new())) {
+            Judged::Verdict(verdict) => verdict,
+            Judged::Count => panic!("it was counted"),
+        }
+    };
+    let idle = [holder(&all[0], 10), holder(&all[1], 600), holder(&all[2], 60)];
+    let of = |names: &[&str]| Verdict::MakeRoom(names.iter().map(|name| (*name).to_owned()).collect());
+    assert_eq!(judge(&idle, None), of(&["b"]));
+    let pinned = [idle[0].clone(), Holder { pinned: true, ..idle[1].clone() }, idle[2].clone()];
+    assert_eq!(judge(&pinned, None), of(&["c"]));
+    let busy = idle.clone().map(|one| Holder { busy: true, ..one });
+    let Verdict::Refused(report) = judge(&busy, None) else { panic!("nobody may go") };
+    assert_eq!((report.code.as_str(), report.http_status()), ("vram_budget_exceeded", 429));
+    // One that matters less than who has the room waits.
+    let minor = Asker { priority: 40, ..Asker::default() };
+    assert!(matches!(judge(&idle, Some(minor)), Verdict::Refused(_)));
+    // What can never fit makes nobody go.
+    let huge = scene.model("huge", 5000);
+    let judged = scene.gpu.judge(&ask(&huge, &devices(), &there, &idle), Count::Unasked);
+    let Judged::Verdict(Verdict::Refused(report)) = judged else { panic!("{judged:?}") };
+    assert_eq!(report.code, "model_too_large");
+    // A larger one takes two.
+    let large = scene.model("large", 2500);
+    let judged = scene.gpu.judge(&ask(&large, &devices(), &there, &idle), Count::Away(String::new()));
+    let Judged::Verdict(Verdict::MakeRoom(models)) = judged else { panic!("{judged:?}") };
+    assert_eq!(models.len(), 2);
 }

@@ -8,9 +8,11 @@
 //! Threads: files are read and written on blocking threads.
 
 mod orders;
+mod pins;
 mod plan;
 mod pull;
 
+pub use pins::configured as configured_pins;
 pub use pull::{Dialling, Line, Order as PullOrder, Outside};
 
 use crate::engine::Engine;
@@ -46,6 +48,7 @@ struct Inner {
     changing: tokio::sync::Mutex<()>,
     /// Names of models that are being pulled.
     pulling: Mutex<BTreeSet<String>>,
+    pins: Mutex<pins::Pins>,
 }
 
 /// The result of a header check, good while the file is the same.
@@ -70,6 +73,7 @@ impl Models {
             checked: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
             pulling: Mutex::default(),
+            pins: Mutex::default(),
         }))
     }
 
@@ -81,17 +85,18 @@ impl Models {
             this.scan().into_iter().map(|(named, _)| named).collect::<Vec<_>>()
         });
         if let Ok(named) = named.await {
-            self.0.engine.want(plan::wanted(&named));
+            self.0.engine.want(plan::wanted(&named, &self.pinned()));
         }
     }
 
     pub async fn list(&self) -> Vec<Model> {
         let this = self.clone();
         let scanned = tokio::task::spawn_blocking(move || this.scan()).await.unwrap_or_default();
-        let view = self.0.engine.view();
+        let (view, pinned) = (self.0.engine.view(), self.pinned());
         let show = |(named, checked): (Named, Checked)| {
             let loaded =
                 view.models.iter().any(|model| model.model == named.name && model.path == named.found.path);
+            let seen = self.0.engine.seen(&named.name);
             let default = match named.found.kind {
                 ModelKind::Chat => view.default_chat.as_ref() == Some(&named.name),
                 ModelKind::Embedding => named.name == plan::EMBEDDER,
@@ -105,7 +110,14 @@ impl Models {
                 architecture: checked.result.map(|summary| summary.architecture).unwrap_or_default(),
                 kind: named.found.kind,
                 loaded,
+                loading: view.loading.as_ref() == Some(&named.name),
                 default,
+                pinned: pinned.contains(&named.name) || (loaded && named.name == plan::EMBEDDER),
+                uses: seen.inside,
+                idle_ms: (loaded && seen.inside == 0).then(|| millis(seen.idle)),
+                last_used_unix_ms: seen.last_unix_ms,
+                load_ms: (!seen.load.is_zero()).then(|| millis(seen.load)),
+                held_bytes: None,
                 problem,
                 name: named.name,
             }
@@ -338,6 +350,10 @@ impl Drop for Pulling<'_> {
     fn drop(&mut self) {
         self.of.pulling.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
     }
+}
+
+fn millis(time: std::time::Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn check_file(path: &Path, shown: &str) -> Result<gguf::Summary, Report> {

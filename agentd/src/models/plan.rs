@@ -71,7 +71,7 @@ pub fn name(mut files: Vec<Found>) -> Vec<Named> {
 
 /// The embedder is the image's own: what stands in memories was made by it. For chat the owner's models come
 /// first, those on an extra medium before all, because they were put in for this boot.
-pub fn wanted(models: &[Named]) -> Wanted {
+pub fn wanted(models: &[Named], pinned: &BTreeSet<String>) -> Wanted {
     let choice = |model: &Named| Choice {
         name: model.name.clone(),
         path: model.found.path.clone(),
@@ -81,7 +81,10 @@ pub fn wanted(models: &[Named]) -> Wanted {
     let mut chat: Vec<_> =
         models.iter().filter(|model| model.found.good && model.found.kind == ModelKind::Chat).collect();
     chat.sort_by_key(|model| (model.found.origin, model.name == TINY));
-    Wanted { embedder, chat: chat.into_iter().map(choice).collect() }
+    let chat: Vec<Choice> = chat.into_iter().map(choice).collect();
+    // A pin outlives its model: it holds again when one of that name comes back.
+    let pinned = chat.iter().map(|one| &one.name).filter(|name| pinned.contains(*name)).cloned().collect();
+    Wanted { embedder, chat, pinned }
 }
 
 /// As `api::ModelName` allows it.
@@ -118,7 +121,7 @@ mod tests {
 
     #[test]
     fn alone_the_image_offers_its_tiny_model() {
-        let wanted = wanted(&name(image()));
+        let wanted = wanted(&name(image()), &BTreeSet::new());
         assert_eq!(wanted.embedder.as_ref().map(|choice| choice.name.as_str()), Some(EMBEDDER));
         assert_eq!(names(&wanted), [TINY]);
     }
@@ -131,7 +134,7 @@ mod tests {
         files.push(found(Origin::Medium, "usb.gguf", ModelKind::Chat));
         files.push(found(Origin::Data, "e.gguf", ModelKind::Embedding));
         files.push(Found { good: false, ..found(Origin::Data, "broken.gguf", ModelKind::Chat) });
-        assert_eq!(names(&wanted(&name(files))), ["usb", "a", "b", TINY]);
+        assert_eq!(names(&wanted(&name(files), &BTreeSet::new())), ["usb", "a", "b", TINY]);
     }
 
     #[test]

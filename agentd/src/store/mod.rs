@@ -12,9 +12,11 @@ mod agents;
 mod audit;
 mod egress;
 mod health;
+mod learned;
 mod messages;
 mod once;
 mod partitions;
+mod pinned;
 mod requests;
 mod tokens;
 
@@ -188,6 +190,8 @@ impl Store {
             tokens::create_tables(&txn)?;
             egress::create_tables(&txn)?;
             partitions::create_tables(&txn)?;
+            learned::create_tables(&txn)?;
+            pinned::create_tables(&txn)?;
             if let Some(owner) = known
                 && txn.list_tables()?.count() == tables
             {

@@ -4,4 +4,5 @@
 //! `scripts/test host` builds the programs as the image has them and tells the tests where they are.
 #![forbid(unsafe_code)]
 
+pub mod line;
 pub mod scene;

@@ -329,6 +329,11 @@ impl Scene {
         }
     }
 
+    /// How often these words were said.
+    pub fn said(&self, words: &str) -> usize {
+        self.said.lock().expect("unpoisoned").iter().filter(|line| line.contains(words)).count()
+    }
+
     /// The newest of what was said; of engine, models and launcher more than of all the others.
     pub fn tail(&self) -> String {
         let said = self.said.lock().expect("unpoisoned");

@@ -3,7 +3,7 @@
 //! Each handler checks its input, asks the [`Appliance`], and passes the answer on.
 
 use crate::answer::{Answer, Failure, LONG, SHORT, ndjson, within};
-use crate::appliance::{Appliance, AuditQuery, Follow, LogQuery};
+use crate::appliance::{Appliance, AuditQuery, Follow, LogQuery, Residence};
 use crate::auth::Auth;
 use crate::gate::SignedIn;
 use crate::input::{self, Json, Name, PACKAGE_LIMIT_BYTES, Text};
@@ -166,6 +166,14 @@ pub async fn pull_model(
 
 pub async fn remove_model(State(appliance): Machine, Name(name): Name) -> Answer<StatusCode> {
     within(LONG, appliance.remove_model(model_name(&name)?)).await.map(|()| StatusCode::NO_CONTENT)
+}
+
+pub async fn pin_model(State(appliance): Machine, Name(name): Name) -> Answer<Out<Model>> {
+    within(SHORT, appliance.pin_model(model_name(&name)?, Residence::Pinned)).await.map(Out)
+}
+
+pub async fn unpin_model(State(appliance): Machine, Name(name): Name) -> Answer<Out<Model>> {
+    within(SHORT, appliance.pin_model(model_name(&name)?, Residence::OnDemand)).await.map(Out)
 }
 
 #[derive(Deserialize)]

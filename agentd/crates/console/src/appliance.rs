@@ -59,6 +59,13 @@ pub enum Follow {
     Yes,
 }
 
+/// Whether a model is to be loaded always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Residence {
+    Pinned,
+    OnDemand,
+}
+
 /// Which records of the audit log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuditQuery {
@@ -109,6 +116,9 @@ pub trait Appliance: Send + Sync + 'static {
     fn pull_model(&self, name: ModelName, from: PullModel) -> Pending<'_, Flow<PullPart>>;
 
     fn remove_model(&self, name: ModelName) -> Pending<'_, ()>;
+
+    /// On disk when it answers; loading it goes on then.
+    fn pin_model(&self, name: ModelName, residence: Residence) -> Pending<'_, Model>;
 
     /// Plan and readings of each device, partitions with their holders, models.
     fn devices(&self) -> Pending<'_, Devices>;

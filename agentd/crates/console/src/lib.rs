@@ -36,7 +36,7 @@ mod state;
 mod testing;
 mod web;
 
-pub use appliance::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, Upload};
+pub use appliance::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, Residence, Upload};
 pub use auth::Auth;
 pub use authority::Authority;
 pub use clock::{BootClock, boot_clock};

@@ -161,6 +161,10 @@ pub enum Model {
     /// Remove its file, or what has come of a pull that broke off
     #[command(alias = "remove")]
     Rm { name: ModelName },
+    /// Have it always loaded; without a pin a model is loaded on demand and gives way to others
+    Pin { name: ModelName },
+    /// Take its pin away
+    Unpin { name: ModelName },
     /// What a model needs and how it fits each partition, before it is loaded
     Plan {
         /// The name of one that the appliance has, or a GGUF file here: then only its header is read

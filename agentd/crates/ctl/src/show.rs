@@ -407,22 +407,20 @@ fn cause(cause: &ExitCause) -> String {
 
 pub fn models(models: &[Model]) -> String {
     let rows = models.iter().map(|model| {
-        let state = match (&model.problem, model.loaded) {
-            (Some(problem), _) => problem.why.clone(),
-            (None, true) => "loaded".to_owned(),
-            (None, false) => "not loaded".to_owned(),
-        };
+        let state = model.problem.as_ref().map_or_else(|| model.state(), |problem| problem.why.clone());
         let name = if model.default { format!("{} (default)", model.name) } else { model.name.clone() };
         vec![
             name,
             kind(model.kind).to_owned(),
             model.architecture.clone(),
             human::bytes(model.bytes),
+            model.held_bytes.map(human::bytes).unwrap_or_default(),
             model.origin.clone(),
+            model.last_used_unix_ms.map(moment).unwrap_or_default(),
             state,
         ]
     });
-    table(&["NAME", "KIND", "ARCHITECTURE", "SIZE", "FROM", "STATE"], rows)
+    table(&["NAME", "KIND", "ARCHITECTURE", "SIZE", "MEMORY", "FROM", "LAST USED", "STATE"], rows)
 }
 
 pub fn secrets(secrets: &[SecretInfo]) -> String {

@@ -298,6 +298,14 @@ async fn what_the_api_says_is_shown_or_passed_on() {
     let models: Vec<Model> = scene.json(&["model", "ls"]).await;
     assert_eq!(models.len(), 3);
     assert!(scene.good(&["model", "ls"]).await.contains("tiny (default)"));
+    let listed = scene.good(&["model", "ls"]).await;
+    for words in ["loaded, pinned, idle 1 min 1 s", "loaded, 2 requests", "2026-11-20 12:04:03", "40 MiB"] {
+        assert!(listed.contains(words), "no {words:?} in\n{listed}");
+    }
+    let pinned: Vec<Model> = scene.json(&["model", "pin", "tiny"]).await;
+    assert!(pinned[0].pinned);
+    assert!(!scene.good(&["model", "unpin", "tiny"]).await.contains("pinned"));
+    assert_eq!(scene.bad(2, &["model", "pin", "nobody"], "").await.code, "not_found");
     scene.good(&["model", "rm", "half-model"]).await;
     let pulled: Vec<Model> = scene.json(&["model", "pull", "https://example.org/new.gguf?x=1"]).await;
     assert_eq!(pulled[0].name, "new");
@@ -314,6 +322,9 @@ async fn what_the_api_says_is_shown_or_passed_on() {
             "start echo",
             "remove indexer",
             "start indexer",
+            "pin tiny",
+            "unpin tiny",
+            "pin nobody",
             "pull new from https://example.org/new.gguf?x=1",
             "pull new from ftp://example.org/new.gguf",
             "reboot",

@@ -29,6 +29,7 @@
 //! | `GET /api/v1/models` | session | | `[`[`Model`]`]` |
 //! | `PUT /api/v1/models/{name}` | session | the GGUF file | [`Model`] |
 //! | `DELETE /api/v1/models/{name}` | session | | 204 |
+//! | `PUT`, `DELETE /api/v1/models/{name}/pin` | session | | [`Model`] |
 //! | `POST /api/v1/models/{name}/pull` | session | [`PullModel`] | NDJSON of [`PullPart`] |
 //! | devices, partitions, plans of models | session | | see [`crate::ledger`] |
 //! | `GET`, `POST /api/v1/secrets`, `DELETE /api/v1/secrets/{name}` | session | | see [`crate::secret`] |
@@ -42,6 +43,7 @@
 use crate::device::Region;
 use crate::engine::{Device, GpuReadings, LoadedModel};
 use crate::fault::Report;
+use crate::human;
 use crate::ids::{AgentId, AgentName, OwnerId, RunId};
 use crate::initctl::{Clock, Health};
 use crate::launcher::ExitRecord;
@@ -371,7 +373,49 @@ pub struct Model {
     pub architecture: String,
     pub kind: crate::engine::ModelKind,
     pub loaded: bool,
+    /// It is on its way.
+    #[serde(default)]
+    pub loading: bool,
     /// Whether `default` means this model.
     pub default: bool,
+    /// Always loaded, and never unloaded for others.
+    #[serde(default)]
+    pub pinned: bool,
+    /// Requests that use it now; it stays until they have ended.
+    #[serde(default)]
+    pub uses: u32,
+    /// Since the last of them ended, where it is loaded and nobody uses it.
+    #[serde(default)]
+    pub idle_ms: Option<u64>,
+    /// Since agentd was started.
+    #[serde(default)]
+    pub last_used_unix_ms: Option<i64>,
+    /// What its last load took.
+    #[serde(default)]
+    pub load_ms: Option<u64>,
+    /// Of all its devices together, while it is loaded.
+    #[serde(default)]
+    pub held_bytes: Option<u64>,
     pub problem: Option<Report>,
+}
+
+impl Model {
+    /// How it is, in a few words: whether it is there, and who keeps it there.
+    pub fn state(&self) -> String {
+        let mut words = vec![match (self.loaded, self.loading) {
+            (true, _) => "loaded".to_owned(),
+            (false, true) => "loading".to_owned(),
+            (false, false) => "not loaded".to_owned(),
+        }];
+        if self.pinned {
+            words.push("pinned".to_owned());
+        }
+        match (self.uses, self.idle_ms) {
+            (0, Some(idle_ms)) => words.push(format!("idle {}", human::span_ms(idle_ms))),
+            (0, None) => {}
+            (1, _) => words.push("1 request".to_owned()),
+            (uses, _) => words.push(format!("{uses} requests")),
+        }
+        words.join(", ")
+    }
 }

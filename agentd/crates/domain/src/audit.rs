@@ -11,7 +11,7 @@
 //! |---|---|---|---|
 //! | `api.use` | agent | the right that was looked up | |
 //! | `agent.install`, `.start`, `.stop`, `.remove` | owner | | the agent's name, or the code of the refusal |
-//! | `model.add`, `.remove`, `machine.reboot`, `.poweroff` | owner | | the model's name, or the code |
+//! | `model.add`, `.pull`, `.remove`, `.pin`, `.unpin`, `machine.reboot`, `.poweroff` | owner | | the model's name, or the code |
 //! | `claim`, `sign_in` | owner or stranger | | the peer's address, the code of the refusal |
 //! | `secret.set`, `secret.remove` | owner | | the secret's name and whom it is for |
 //! | `net.connect`, `.request`, `.resolve`, `.end` | agent | `net` and the rule | door and destination; why not |
@@ -25,6 +25,7 @@
 //! | `token.use` | agent | | a token that holds no more, or was brought and refused: `token_stolen` is another's |
 //! | `token.mint`, `.revoke`, `.verify` | owner | | the agent or the id, the code of the refusal |
 //! | `run.start`, `token.end`, `agent.remove` | appliance | | a run refused or killed for its token, an orphan removed |
+//! | `device.event`, `engine.end` | appliance | | what a device's driver said; an engine that was ended for a lost device |
 //! | `audit.begin`, `audit.key`, `audit.damaged` | appliance | | what happened to the log itself |
 //! | `audit.overflow` | whose they were | | `count` records of this verdict are not kept one by one |
 

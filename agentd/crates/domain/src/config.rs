@@ -7,6 +7,7 @@
 //!         version wrote them); when the owner saves, every problem is an error.
 //! Never:  reads or writes the file; init does (two copies, `init_sys::twofile`).
 
+mod models;
 mod partitions;
 
 use crate::fault::Report;
@@ -20,6 +21,8 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use toml::de::{DeTable, DeValue};
+
+pub use models::ModelSettings;
 
 /// The first port of the range in which agents' own web interfaces get theirs.
 pub const APP_PORTS_FIRST: u16 = 8500;
@@ -38,6 +41,9 @@ pub struct Config {
     /// Their `agents`.
     #[serde(skip)]
     pub agents_in_partitions: BTreeMap<AgentName, PartitionId>,
+    /// `[models]`. Never written from here.
+    #[serde(skip)]
+    pub models: ModelSettings,
 }
 
 /// `[egress]`: what only the owner can allow agents.
@@ -110,6 +116,7 @@ pub fn parse(text: &str) -> (Config, Vec<Problem>) {
     let (network, time, console, egress) =
         (found("network"), found("time"), found("console"), found("egress"));
     let gpu = found("gpu");
+    let models = found("models");
     if let Some(section) = network
         && let Some(settings) = read_network(section, &mut problems)
     {
@@ -127,7 +134,11 @@ pub fn parse(text: &str) -> (Config, Vec<Problem>) {
     if let Some(section) = gpu {
         (config.partitions, config.agents_in_partitions) = partitions::read(section, &mut problems);
     }
-    report_unknown("", table.get_ref(), &["network", "time", "console", "egress", "gpu"], &mut problems);
+    if let Some(section) = models {
+        config.models = models::read(section, &mut problems);
+    }
+    let sections = ["network", "time", "console", "egress", "gpu", "models"];
+    report_unknown("", table.get_ref(), &sections, &mut problems);
     (config, problems)
 }
 

@@ -471,6 +471,24 @@ impl Ledger {
         }
     }
 
+    /// What was learned of a device: what it takes besides its models.
+    pub fn overhead(&self, device: &str) -> u64 {
+        self.overhead.get(device).copied().unwrap_or(0)
+    }
+
+    /// What an earlier life has learned; what this one knows better stays.
+    pub fn restore_overhead(&mut self, learned: &BTreeMap<String, u64>) {
+        for (device, bytes) in learned {
+            let known = self.overhead.entry(device.clone()).or_default();
+            *known = (*known).max(*bytes);
+        }
+    }
+
+    /// The partition that a model was loaded for.
+    pub fn loaded_for(&self, model: &str) -> Option<PartitionId> {
+        self.models.get(model).map(|instance| instance.partition.clone())
+    }
+
     /// How many cells of a model an agent may hold, all it holds now included.
     pub fn cells_most(&self, model: &str, agent: AgentId) -> u64 {
         let Some(instance) = self.models.get(model) else { return 0 };

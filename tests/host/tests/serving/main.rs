@@ -8,13 +8,11 @@ use serde_json::{Value, json};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
+use tests_host::line::{Line, send};
 use tests_host::scene::{LIMIT, Package, Programs, Scene};
 use tests_models::words;
 
-/// Longer than any answer of the tiny model takes; a hang fails, it does not stay.
-const PATIENCE: Duration = Duration::from_secs(120);
 /// More connections than agentd takes of one agent at once.
 const CONNECTIONS: usize = 200;
 const REQUESTS: usize = 10_000;
@@ -25,9 +23,6 @@ struct Way {
     line: Line,
     scene: Scene,
 }
-
-/// The agent's own socket.
-struct Line(PathBuf);
 
 fn way() -> Option<Way> {
     let manifest = "schema = 1\n[agent]\nname = \"sleeper\"\nversion = \"1.0.0\"\n\
@@ -48,42 +43,13 @@ fn way() -> Option<Way> {
         panic!("the agent was not started:\n{}", scene.tail());
     };
     let pid = runs.values().next().expect("a run").pid;
-    let way = Way { line: Line(PathBuf::from(format!("/proc/{pid}/root/run/agentd.sock"))), scene };
+    let way = Way { line: Line::of_run(pid), scene };
     way.scene.until("the chat model is loaded", || {
         let (status, models) = way.line.get("/v1/models");
         assert_eq!(status, 200, "{models}");
         models["data"].as_array().is_some_and(|models| models.iter().any(|model| model["id"] == "tiny"))
     });
     Some(way)
-}
-
-impl Line {
-    fn connect(&self) -> UnixStream {
-        let stream = UnixStream::connect(&self.0).expect("the agent's socket");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
-        stream
-    }
-
-    fn get(&self, path: &str) -> (u16, Value) {
-        let mut stream = self.connect();
-        let head = format!("GET {path} HTTP/1.0\r\nhost: x\r\n\r\n");
-        stream.write_all(head.as_bytes()).expect("agentd reads");
-        answer(&mut stream)
-    }
-
-    fn post(&self, body: &Value) -> (u16, Value) {
-        let mut stream = self.connect();
-        send(&mut stream, body);
-        answer(&mut stream)
-    }
-
-    /// Status and code of a refusal that has OpenAI's form.
-    fn refusal(&self, body: &Value) -> (u16, String) {
-        let (status, answer) = self.post(body);
-        let error = &answer["error"];
-        assert!(error["message"].is_string() && error["type"].is_string(), "{status}: {answer}");
-        (status, error["code"].as_str().unwrap_or_default().to_owned())
-    }
 }
 
 impl Way {
@@ -96,30 +62,6 @@ impl Way {
 
 fn ask(prompt: &str, max_tokens: u32) -> Value {
     json!({ "model": "default", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0 })
-}
-
-/// By HTTP/1.0, so that an answer is its bytes up to the end and has no chunks.
-fn send(stream: &mut UnixStream, body: &Value) {
-    let body = body.to_string();
-    let head = format!(
-        "POST /v1/completions HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\n\
-         content-length: {}\r\n\r\n",
-        body.len()
-    );
-    // A server that refuses early closes early.
-    let _ = stream.write_all(&[head.as_bytes(), body.as_bytes()].concat());
-}
-
-fn answer(stream: &mut UnixStream) -> (u16, Value) {
-    let mut text = Vec::new();
-    let _ = stream.read_to_end(&mut text);
-    let text = String::from_utf8_lossy(&text);
-    let status = text.split(' ').nth(1).and_then(|status| status.parse().ok());
-    let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-    (
-        status.unwrap_or_else(|| panic!("no answer: {text:?}")),
-        serde_json::from_str(body).unwrap_or(Value::Null),
-    )
 }
 
 fn resident_kib(pid: i32) -> u64 {

@@ -18,7 +18,7 @@ mod units;
 
 use crate::answer::{Answer, Failure, LONG, SHORT, within};
 use crate::api::{Machine, address, check_message, key, model_name};
-use crate::appliance::{Appliance, AuditQuery, Flow, Follow, LogQuery};
+use crate::appliance::{Appliance, AuditQuery, Flow, Follow, LogQuery, Residence};
 use crate::auth::Auth;
 use crate::gate::{self, SignedIn};
 use crate::input::{Fields, Name};
@@ -138,6 +138,16 @@ pub async fn devices(State(appliance): Machine) -> Shown {
 
 pub async fn remove_model(State(appliance): Machine, Name(name): Name) -> Done {
     within(LONG, appliance.remove_model(model_name(&name)?)).await?;
+    Ok(Redirect::to("/models"))
+}
+
+pub async fn pin_model(State(appliance): Machine, Name(name): Name) -> Done {
+    within(LONG, appliance.pin_model(model_name(&name)?, Residence::Pinned)).await?;
+    Ok(Redirect::to("/models"))
+}
+
+pub async fn unpin_model(State(appliance): Machine, Name(name): Name) -> Done {
+    within(LONG, appliance.pin_model(model_name(&name)?, Residence::OnDemand)).await?;
     Ok(Redirect::to("/models"))
 }
 

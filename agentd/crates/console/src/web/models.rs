@@ -4,6 +4,7 @@ use super::layout::{Section, page, pill, problem};
 use super::overview::kind;
 use super::units;
 use agentd_domain::api::Model;
+use agentd_domain::engine::ModelKind;
 use agentd_domain::initctl::Health;
 use maud::{Markup, html};
 
@@ -21,6 +22,10 @@ pub fn list(models: &[Model], health: Health) -> Markup {
                         tbody { @for model in models { (row(model)) } }
                     } }
                 }
+            }
+            p.dim {
+                "A model is loaded when a request names it, and gives way to others when nobody uses it. A pinned one is \
+                 always loaded."
             }
             section.card {
                 h2 { "Add a model" }
@@ -49,12 +54,47 @@ fn row(model: &Model) -> Markup {
                 @if let Some(report) = &model.problem { (problem(report)) }
             }
             td { (kind(model.kind)) div.dim { (model.architecture) } }
-            td { @if model.loaded { (pill("good", "Loaded")) } @else { (pill("quiet", "Not loaded")) } }
-            td { (units::bytes(model.bytes)) }
+            td {
+                @match (model.loaded, model.loading) {
+                    (true, _) => (pill("good", "Loaded")),
+                    (false, true) => (pill("calm", "Loading")),
+                    (false, false) => (pill("quiet", "Not loaded")),
+                }
+                @if model.pinned { " " (pill("calm", "pinned")) }
+                div.dim { (used(model)) }
+            }
+            td {
+                (units::bytes(model.bytes))
+                @if let Some(held) = model.held_bytes { div.dim { (units::bytes(held)) " of memory" } }
+            }
             td { (origin(&model.origin)) }
-            td { @if model.origin == "data" {
-                (super::confirmed(&format!("/models/{}/remove", model.name), "Remove", "Remove this model's file?"))
-            } }
+            td {
+                @if model.kind == ModelKind::Chat && model.problem.is_none() { (pin(model)) }
+                @if model.origin == "data" {
+                    (super::confirmed(&format!("/models/{}/remove", model.name), "Remove", "Remove this model's file?"))
+                }
+            }
+        }
+    }
+}
+
+/// Who uses it, and when somebody did last.
+fn used(model: &Model) -> String {
+    match (model.uses, model.idle_ms, model.last_used_unix_ms) {
+        (0, Some(idle_ms), Some(_)) => format!("last used {} ago", units::span_ms(idle_ms)),
+        (0, Some(idle_ms), None) => format!("idle for {}", units::span_ms(idle_ms)),
+        (0, None, Some(last)) => format!("last used {}", units::moment(last)),
+        (0, None, None) => String::new(),
+        (1, ..) => "1 request".to_owned(),
+        (uses, ..) => format!("{uses} requests"),
+    }
+}
+
+fn pin(model: &Model) -> Markup {
+    let (action, word) = if model.pinned { ("unpin", "Unpin") } else { ("pin", "Pin") };
+    html! {
+        form method="post" action=(format!("/models/{}/{action}", model.name)) {
+            button type="submit" { (word) }
         }
     }
 }

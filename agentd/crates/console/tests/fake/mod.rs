@@ -7,7 +7,7 @@
 mod devices;
 mod models;
 
-use agentd_console::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, StateFiles, Upload};
+use agentd_console::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, Residence, StateFiles, Upload};
 use agentd_domain::agent_api::ReplyPart;
 use agentd_domain::api::*;
 use agentd_domain::audit::{Linked, SignedHead};
@@ -294,6 +294,24 @@ impl Appliance for Fake {
                 "not_found",
                 "no model was removed",
                 format!("there is no model `{name}`"),
+                "`agentctl model ls` shows the names",
+            )
+        }))
+    }
+
+    fn pin_model(&self, name: ModelName, residence: Residence) -> Pending<'_, Model> {
+        self.note(format!("{} {name}", if residence == Residence::Pinned { "pin" } else { "unpin" }));
+        let mut inner = self.inner.lock().expect("lock");
+        let model = inner.models.get_mut(name.as_str()).map(|model| {
+            model.pinned = residence == Residence::Pinned;
+            model.clone()
+        });
+        ready(model.ok_or_else(|| {
+            let why = format!("there is no model `{name}`");
+            Report::caller(
+                "not_found",
+                "the model was not pinned",
+                why,
                 "`agentctl model ls` shows the names",
             )
         }))

@@ -13,7 +13,14 @@ pub(super) fn embedder() -> Model {
         architecture: "bert".into(),
         kind: ModelKind::Embedding,
         loaded: true,
+        loading: false,
         default: false,
+        pinned: true,
+        uses: 0,
+        idle_ms: Some(61_000),
+        last_used_unix_ms: None,
+        load_ms: Some(120),
+        held_bytes: Some(40 << 20),
         problem: None,
     }
 }
@@ -27,7 +34,14 @@ pub(super) fn chat_model() -> Model {
         architecture: "llama".into(),
         kind: ModelKind::Chat,
         loaded: true,
+        loading: false,
         default: true,
+        pinned: false,
+        uses: 2,
+        idle_ms: None,
+        last_used_unix_ms: Some(1_795_176_243_000),
+        load_ms: Some(80),
+        held_bytes: Some(10 << 20),
         problem: None,
     }
 }
@@ -46,6 +60,10 @@ pub(super) fn cut_model() -> Model {
         origin: "data".into(),
         loaded: false,
         default: false,
+        uses: 0,
+        last_used_unix_ms: None,
+        load_ms: None,
+        held_bytes: None,
         problem: Some(problem),
         ..chat_model()
     }

@@ -29,6 +29,8 @@ pub async fn run(session: &Session, command: cli::Model) -> Result<(), Report> {
             session.show(models.as_slice(), show::models);
         }
         cli::Model::Rm { name } => client.order(Method::DELETE, &format!("/api/v1/models/{name}")).await?,
+        cli::Model::Pin { name } => pin(session, &client, Method::PUT, &name).await?,
+        cli::Model::Unpin { name } => pin(session, &client, Method::DELETE, &name).await?,
         cli::Model::Add { file, name } => {
             let name = name.map_or_else(|| name_of(&file), Ok)?;
             let body = body(&file).await?;
@@ -57,6 +59,13 @@ pub async fn run(session: &Session, command: cli::Model) -> Result<(), Report> {
             session.show(&plan, show::model_plan);
         }
     }
+    Ok(())
+}
+
+async fn pin(session: &Session, client: &Client, method: Method, name: &ModelName) -> Result<(), Report> {
+    let path = format!("/api/v1/models/{name}/pin");
+    let model: Model = client::parse(client.send(method, &path, None, client::empty()).await?).await?;
+    session.show(std::slice::from_ref(&model), show::models);
     Ok(())
 }
 

@@ -299,18 +299,54 @@ fn the_engines_own_numbers_take_the_plans_place() {
 
 #[derive(Debug, Clone)]
 enum Op {
-    Load { model: usize, of: usize, device: usize, weights_mib: u64, cells: u64 },
-    Adopt { model: usize, device: usize, weights_mib: u64 },
-    Exact { model: usize, device: usize, weights_mib: u64 },
+    Load {
+        model: usize,
+        of: usize,
+        device: usize,
+        weights_mib: u64,
+        cells: u64,
+    },
+    Adopt {
+        model: usize,
+        device: usize,
+        weights_mib: u64,
+    },
+    Exact {
+        model: usize,
+        device: usize,
+        weights_mib: u64,
+    },
     Unload(usize),
     Lost,
-    Lease { model: usize, agent: u128, cells: u64 },
-    Release { model: usize, agent: u128 },
-    Set { name: usize, device: usize, mebibytes: u64, guaranteed: bool },
+    Lease {
+        model: usize,
+        agent: u128,
+        cells: u64,
+    },
+    Release {
+        model: usize,
+        agent: u128,
+    },
+    Set {
+        name: usize,
+        device: usize,
+        mebibytes: u64,
+        guaranteed: bool,
+    },
     Remove(usize),
-    Assign { agent: u128, to: usize },
-    Learn { device: usize, mebibytes: u64 },
+    Assign {
+        agent: u128,
+        to: usize,
+    },
+    Learn {
+        device: usize,
+        mebibytes: u64,
+    },
     Gpu(bool),
+    /// agentd begins anew, with what it has on disk; the engine and its models live on, or are gone too.
+    Restart {
+        engine_lives: bool,
+    },
 }
 
 const DEVICES: [&str; 2] = ["CPU", "GPU0"];
@@ -332,6 +368,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (agent(), name()).prop_map(|(agent, to)| Op::Assign { agent, to }),
         2 => (device(), 0u64..12_000).prop_map(|(device, mebibytes)| Op::Learn { device, mebibytes }),
         1 => any::<bool>().prop_map(Op::Gpu),
+        2 => any::<bool>().prop_map(|engine_lives| Op::Restart { engine_lives }),
     ]
 }
 
@@ -368,7 +405,24 @@ fn apply(ledger: &mut Ledger, op: Op) {
             devices.extend(there.then(|| device("GPU0", 8192)));
             ledger.set_devices(devices);
         }
+        Op::Restart { engine_lives } => *ledger = restarted(ledger, engine_lives),
     }
+}
+
+/// What an agentd that begins has of the one before: partitions, who is in them, what was learned; and of the engine, if
+/// that lives, its devices and models.
+fn restarted(before: &Ledger, engine_lives: bool) -> Ledger {
+    let mut after = Ledger::default();
+    after.restore(before.partitions().to_vec(), before.assigned().clone());
+    after.set_devices(before.devices().to_vec());
+    let learned = DEVICES.iter().map(|device| ((*device).to_owned(), before.overhead(device))).collect();
+    after.restore_overhead(&learned);
+    if engine_lives {
+        for model in before.models() {
+            after.adopt(model, before.need(model).expect("held").clone());
+        }
+    }
+    after
 }
 
 /// Everything that the module's head promises.
@@ -417,6 +471,32 @@ fn holds(ledger: &Ledger) {
 }
 
 proptest! {
+    /// A crash forgets what was held and nothing that was learned; who comes after is admitted beside it.
+    #[test]
+    fn what_was_learned_survives_agentd_and_engine(
+        ops in prop::collection::vec(op(), 1..30), engine_lives: bool, weights_mib in 0u64..9000,
+    ) {
+        let mut ledger = machine();
+        ops.into_iter().for_each(|op| apply(&mut ledger, op));
+        let learned: Vec<u64> = DEVICES.iter().map(|device| ledger.overhead(device)).collect();
+        let mut after = restarted(&ledger, engine_lives);
+        holds(&after);
+        let kept: Vec<u64> = DEVICES.iter().map(|device| after.overhead(device)).collect();
+        prop_assert_eq!(&learned, &kept);
+        if engine_lives {
+            prop_assert!(ledger.models().eq(after.models()));
+        } else {
+            prop_assert_eq!(after.models().count(), 0);
+        }
+        if load(&mut after, "new", "default", need("CPU", weights_mib, 256)).is_ok() && !engine_lives {
+            let view = after.view(&|_| None);
+            let cpu = &view.devices[0];
+            prop_assert_eq!(cpu.planned.overhead_bytes, learned[0]);
+            prop_assert!(cpu.planned.total_bytes() + cpu.reserve_bytes <= cpu.total_bytes);
+        }
+        holds(&after);
+    }
+
     /// Whatever happens in whatever order.
     #[test]
     fn memory_is_never_promised_twice(ops in prop::collection::vec(op(), 1..60)) {

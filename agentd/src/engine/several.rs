@@ -1,0 +1,201 @@
+//! Several models of one engine: loaded on demand, sent away with care, back after a crash. The engine is a fake; who may
+//! be loaded says a gate of the test's own.
+
+use super::tests::{Scene, choice, generate, ready};
+use super::*;
+use agentd_domain::engine::ModelUsage;
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
+use std::sync::Mutex;
+
+/// Room for so many chat models; who goes is who was idle longest.
+struct RoomFor {
+    chats: usize,
+    asked: Mutex<Vec<Ask>>,
+    not_loaded: Mutex<Vec<String>>,
+}
+
+impl RoomFor {
+    fn new(chats: usize) -> Arc<Self> {
+        Arc::new(Self { chats, asked: Mutex::default(), not_loaded: Mutex::default() })
+    }
+}
+
+impl Gate for RoomFor {
+    fn admit(&self, ask: Ask) -> BoxFuture<'static, Verdict> {
+        let there = ask.loaded.iter().filter(|model| model.kind == ModelKind::Chat).count();
+        let verdict = if ask.choice.kind == ModelKind::Embedding || there < self.chats {
+            Verdict::Load
+        } else {
+            let may_go = ask.holders.iter().filter(|one| !one.busy && !one.pinned);
+            may_go.max_by_key(|one| one.idle).map_or_else(
+                || Verdict::Refused(full(&ask.choice.name)),
+                |one| Verdict::MakeRoom(vec![one.model.clone()]),
+            )
+        };
+        self.asked.lock().expect("unpoisoned").push(ask);
+        // As slow as a thought.
+        async move {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            verdict
+        }
+        .boxed()
+    }
+
+    fn not_loaded(&self, model: &str) {
+        self.not_loaded.lock().expect("unpoisoned").push(model.to_owned());
+    }
+}
+
+fn full(model: &str) -> Report {
+    Report::environment("vram_budget_exceeded", format!("{model} was not loaded"), "full", "later")
+}
+
+fn wanted(chat: &[&str], pinned: &[&str]) -> Wanted {
+    Wanted {
+        embedder: Some(choice("minilm", "/minilm", ModelKind::Embedding)),
+        chat: chat.iter().map(|name| choice(name, &format!("/{name}"), ModelKind::Chat)).collect(),
+        pinned: pinned.iter().map(|name| (*name).to_owned()).collect(),
+    }
+}
+
+fn of(model: &str, key: &str, stop: &str) -> Generate {
+    Generate { model: model.to_owned(), ..generate(key, stop) }
+}
+
+/// Asks, and reads the answer to its end.
+async fn asked(engine: &Engine, model: &str, key: &str) -> Result<usize, Report> {
+    let pieces = EngineHandle::generate(engine, of(model, key, ""), Leaving::Cancels);
+    let pieces = tokio::time::timeout(Duration::from_secs(20), pieces).await.expect("an end")?;
+    Ok(pieces.collect::<Vec<_>>().await.len())
+}
+
+fn unloads(scene: &Scene) -> Vec<String> {
+    scene.seen.lock().expect("unpoisoned").unloads.clone()
+}
+
+#[tokio::test]
+async fn a_model_is_loaded_when_it_is_named_once_for_all_who_wait() {
+    let scene = Scene::new();
+    let engine = scene.engine();
+    engine.want(wanted(&["tiny", "code"], &[]));
+    ready(&engine).await;
+    assert_eq!(scene.loads(), ["minilm", "tiny"], "what nobody asks for is not loaded");
+    let names: Vec<_> = engine.models().into_iter().map(|model| (model.name, model.default)).collect();
+    let listed =
+        [("tiny", true), ("code", false), ("minilm", true)].map(|(name, default)| (name.to_owned(), default));
+    assert_eq!(names, listed, "what can be loaded can be named");
+    let keys: Vec<String> = (0..20).map(|number| format!("k{number}")).collect();
+    let all = keys.iter().map(|key| asked(&engine, "code", key));
+    for answer in futures::future::join_all(all).await {
+        assert_eq!(answer.expect("answered"), 3);
+    }
+    assert_eq!(scene.loads(), ["minilm", "tiny", "code"]);
+    assert_eq!((engine.seen("code").inside, engine.seen("tiny").inside), (0, 0));
+    assert!(engine.seen("code").last_unix_ms.is_some());
+    let unknown = asked(&engine, "nobody", "k").await.expect_err("there is none");
+    assert_eq!((unknown.code.as_str(), unknown.http_status()), ("not_found", 404));
+}
+
+#[tokio::test]
+async fn who_is_idle_gives_way_and_who_works_or_is_pinned_does_not() {
+    let scene = Scene::new();
+    let gate = RoomFor::new(2);
+    let engine = scene.engine_behind(gate.clone());
+    engine.want(wanted(&["tiny", "code", "big"], &["big"]));
+    ready(&engine).await;
+    assert_eq!(scene.loads(), ["minilm", "big", "tiny"], "what is pinned, and the default");
+    asked(&engine, "tiny", "a").await.expect("it is there");
+    asked(&engine, "code", "b").await.expect("tiny goes");
+    assert_eq!(unloads(&scene), ["tiny"]);
+    // While it works it stays, and who wants its room is told so at once.
+    let busy =
+        EngineHandle::generate(&engine, of("code", "c", "hang"), Leaving::Cancels).await.expect("taken");
+    let refused = asked(&engine, "tiny", "d").await.expect_err("nobody may go");
+    assert_eq!((refused.code.as_str(), refused.http_status()), ("vram_budget_exceeded", 429));
+    assert!(engine.view().failed.is_empty(), "it may be another answer in a moment");
+    drop(busy);
+    engine.status().await.expect("answered after what was before it");
+    asked(&engine, "tiny", "e").await.expect("code goes");
+    assert_eq!(unloads(&scene), ["tiny", "code"]);
+    // Work that only the engine knows of, for a reader of an earlier agentd.
+    let usage = ModelUsage { model: "tiny".to_owned(), running: 1, ..ModelUsage::default() };
+    scene.seen.lock().expect("unpoisoned").usage = vec![usage];
+    asked(&engine, "code", "f").await.expect_err("tiny works");
+    assert_eq!(unloads(&scene), ["tiny", "code"]);
+    let asks = gate.asked.lock().expect("unpoisoned");
+    let last = asks.last().expect("asked");
+    let holder = |name: &str| last.holders.iter().find(|one| one.model == name).expect("loaded").clone();
+    assert!(holder("big").pinned && holder("minilm").pinned && !holder("tiny").pinned);
+    assert!(holder("tiny").busy && !holder("big").busy);
+}
+
+#[tokio::test]
+async fn a_file_that_is_refused_is_refused_to_all_who_wait_and_not_tried_again() {
+    let scene = Scene::new();
+    let gate = RoomFor::new(9);
+    let engine = scene.engine_behind(gate.clone());
+    let mut models = wanted(&["tiny"], &[]);
+    models.chat.push(choice("bad", "/bad", ModelKind::Chat));
+    engine.want(models);
+    ready(&engine).await;
+    let both = futures::future::join(asked(&engine, "bad", "a"), asked(&engine, "bad", "b")).await;
+    for answer in [both.0, both.1, asked(&engine, "bad", "c").await] {
+        assert_eq!(answer.expect_err("refused").code, "model_corrupt");
+    }
+    assert_eq!(scene.loads().iter().filter(|name| *name == "bad").count(), 1);
+    assert_eq!(*gate.not_loaded.lock().expect("unpoisoned"), ["bad"]);
+    assert!(engine.models().iter().all(|model| model.name != "bad"), "it cannot be named any more");
+    asked(&engine, "tiny", "d").await.expect("others go on");
+}
+
+#[tokio::test]
+async fn a_crash_fails_what_was_in_flight_and_who_comes_later_waits_for_the_next_engine() {
+    let mut scene = Scene::new();
+    let engine = scene.engine();
+    engine.want(wanted(&["tiny", "code"], &[]));
+    ready(&engine).await;
+    asked(&engine, "code", "a").await.expect("answered");
+    let mut flight =
+        EngineHandle::generate(&engine, of("code", "b", "hang"), Leaving::Cancels).await.expect("taken");
+    flight.next().await.expect("a piece").expect("a word");
+    scene.kill_engine();
+    let lost = flight.next().await.expect("an end").expect_err("it is lost");
+    assert_eq!((lost.code.as_str(), lost.http_status()), ("engine_lost", 503));
+    let mut view = engine.watch();
+    view.wait_for(|view| matches!(view.stage, Stage::Down(_))).await.expect("alive");
+    assert_eq!(engine.models().len(), 3, "they can be named while they are on their way back");
+    let later = tokio::spawn({
+        let engine = engine.clone();
+        async move { asked(&engine, "code", "c").await }
+    });
+    scene.restart_engine();
+    assert_eq!(later.await.expect("no panic").expect("answered"), 3);
+    let view = ready(&engine).await;
+    let mut back: Vec<_> = view.models.iter().map(|model| model.model.as_str()).collect();
+    back.sort_unstable();
+    assert_eq!(back, ["code", "minilm", "tiny"], "what was there is there again");
+    let order = scene.loads().split_off(3);
+    assert_eq!(order, ["minilm", "code", "tiny"], "and first what somebody waits for");
+}
+
+#[tokio::test]
+async fn another_default_is_loaded_and_the_old_one_stays_until_its_room_is_wanted() {
+    let scene = Scene::new();
+    let engine = scene.engine_behind(RoomFor::new(2));
+    engine.want(wanted(&["tiny"], &[]));
+    ready(&engine).await;
+    engine.want(wanted(&["mine", "tiny"], &[]));
+    engine.watch().wait_for(|view| view.models.len() == 3).await.expect("alive");
+    assert_eq!(engine.view().default_chat.as_deref(), Some("mine"));
+    // A pin takes room like anything else, and what is removed goes.
+    engine.want(wanted(&["mine", "tiny", "code"], &["code"]));
+    engine
+        .watch()
+        .wait_for(|view| view.models.iter().any(|model| model.model == "code"))
+        .await
+        .expect("alive");
+    assert_eq!(unloads(&scene).len(), 1);
+    engine.want(wanted(&["code"], &["code"]));
+    engine.watch().wait_for(|view| view.models.len() == 2).await.expect("alive");
+}
