@@ -183,11 +183,14 @@ fn busy(way: &Way) {
 fn together(way: &Way) {
     let loads = |way: &Way| way.scene.said("a model is being loaded");
     let before = loads(way);
-    std::thread::scope(|scope| {
-        for _ in 0..12 {
-            scope.spawn(|| way.answers("alpha"));
-        }
+    let line = &way.line;
+    let answers = std::thread::scope(|scope| {
+        let asking: Vec<_> = (0..12).map(|_| scope.spawn(|| line.post(&asks("alpha", 4)))).collect();
+        asking.into_iter().map(|one| one.join().expect("an answer")).collect::<Vec<_>>()
     });
+    for (status, answer) in answers {
+        assert_eq!(status, 200, "{answer}\n{}", way.scene.tail());
+    }
     assert_eq!(loads(way), before + 1, "{}", way.scene.tail());
 }
 
@@ -203,13 +206,18 @@ fn crash(way: &mut Way) {
     assert!(
         Command::new("kill").args(["-9", &pid.to_string()]).status().is_ok_and(|status| status.success())
     );
-    // Who comes after it waits for the next one and knows nothing of it.
-    let back = way.answers("alpha");
     let mut rest = String::new();
     stream.read_to_string(&mut rest).expect("an end");
+    let told = killed.elapsed();
+    // Who comes after it waits for the next one and knows nothing of it.
+    let back = way.answers("alpha");
     assert!(rest.contains("engine_lost") && rest.contains("again"), "{rest}");
     assert!(!rest.contains("[DONE]"), "{rest}");
-    println!("RESULT: engine killed: answered again {} ms after it", killed.elapsed().as_millis());
+    println!(
+        "RESULT: engine killed: the answer in flight was told {} ms after it, the next one came {} ms after it",
+        told.as_millis(),
+        killed.elapsed().as_millis()
+    );
     assert!(back < BACK_WITHIN, "it took {back:?}");
     assert!(way.scene.agentd_lives());
     way.answers("default");
