@@ -125,7 +125,7 @@ async fn live(
     // People first: the sign-in page does not wait for models.
     let open = CancellationToken::new();
     let gpu = Gpu::new(engine_memory_bytes());
-    let engine = start_engine(&places, &data, &gpu, open.clone());
+    let engine = start_engine(&places, &data, &gpu, Arc::clone(&board), open.clone());
     data.spawn(gpu.clone().follow(engine.clone()));
     tokio::spawn(watch_engine(engine.clone(), Arc::clone(&board)));
     let models = Models::new(&places, engine.clone());
@@ -193,11 +193,18 @@ fn engine_memory_bytes() -> u64 {
     memory.saturating_sub(SYSTEM_BYTES).max(memory / 2)
 }
 
-fn start_engine(places: &Places, data: &Handle, gpu: &Gpu, open: CancellationToken) -> Engine {
+fn start_engine(
+    places: &Places,
+    data: &Handle,
+    gpu: &Gpu,
+    board: Arc<Board>,
+    open: CancellationToken,
+) -> Engine {
     let (launcher, sockets) = (Launcher::at(&places.launcher_socket), places.engine_sockets.clone());
     let memory_max_bytes = engine_memory_bytes();
     let planner = engine::Planner::new(launcher.clone(), sockets.clone(), memory_max_bytes);
-    let gate = Arc::new(gpu::AtTheDoor { gpu: gpu.clone(), planner });
+    let cgroup_root = places.cgroup_root.clone();
+    let gate = Arc::new(gpu::AtTheDoor { gpu: gpu.clone(), planner, board, cgroup_root });
     let links = engine::Links { launcher, sockets, memory_max_bytes, load_patience: LOAD_PATIENCE, gate };
     let _on_data = data.enter();
     engine::start(links, open.cancelled_owned())

@@ -5,7 +5,8 @@
 
 use super::plan::Choice;
 use super::waiting::Asker;
-use agentd_domain::engine::{EngineStatus, LoadedModel};
+use agentd_domain::enforcement::DeviceLimit;
+use agentd_domain::engine::{Device, EngineStatus, LoadedModel};
 use agentd_domain::fault::Report;
 use futures::future::BoxFuture;
 use std::time::Duration;
@@ -48,4 +49,12 @@ pub trait Gate: Send + Sync {
 
     /// A model that was let through did not come: what is held for it is free.
     fn not_loaded(&self, model: &str);
+
+    /// What an engine that says these devices are its own is to be held to, from its start on.
+    fn limits(&self, _devices: &[Device]) -> Vec<DeviceLimit> {
+        Vec::new()
+    }
+
+    /// Which limits are in force, or why those that were asked for are not.
+    fn limited(&self, _by: Result<&[DeviceLimit], &Report>) {}
 }

@@ -11,6 +11,7 @@ use super::uses::Uses;
 use super::waiting::Waiting;
 use super::wire::{self, Reader, WireError};
 use super::{Command, Engine, QUEUE, Stage, View, Wanted, out_of_order};
+use agentd_domain::enforcement::DeviceLimit;
 use agentd_domain::engine::{ClientFrame, Event, PROTOCOL_VERSION, Request, ServerFrame};
 use agentd_domain::fault::Report;
 use agentd_domain::launcher::{EngineSpec, Listing};
@@ -41,6 +42,10 @@ pub(super) const ROUNDS_MOST: u32 = 5;
 
 /// An engine that was lost is back after a second or two. Who waits for a model longer than this without one is told.
 const AWAY_MOST: Duration = Duration::from_secs(20);
+
+/// The launcher's words for an engine that runs with other limits, and for a launcher that is not there.
+const CONFLICT: &str = "engine_conflict";
+const UNREACHABLE: &str = "launcher_unreachable";
 
 /// What the task needs of the world.
 pub struct Links {
@@ -88,6 +93,8 @@ pub fn start(links: Links, begin: impl Future<Output = ()> + Send + 'static) -> 
         told,
         verdicts,
         lives: 0,
+        limits: Vec::new(),
+        limits_refused: false,
     };
     let launcher = task.links.launcher.clone();
     tokio::spawn(async move {
@@ -133,6 +140,10 @@ pub(super) struct Task {
     pub(super) told: mpsc::Sender<Told>,
     verdicts: mpsc::Receiver<Told>,
     lives: u64,
+    /// Of devices' memory: what the next engine is started with.
+    limits: Vec<DeviceLimit>,
+    /// It was not started with them: not asked again in this life of agentd.
+    limits_refused: bool,
 }
 
 /// What the gate answered, to which life of the connection.
@@ -150,6 +161,7 @@ impl Task {
         let mut pause = RETRY_FIRST;
         loop {
             match self.connect().await {
+                Ok((_, session)) if self.needs_limits(&session).await => continue,
                 Ok((reader, session)) => {
                     pause = RETRY_FIRST;
                     tracing::info!(models = session.loaded.len(), "engine connected");
@@ -234,20 +246,18 @@ impl Task {
     async fn connect(&mut self) -> Result<(Reader, Session), Report> {
         self.lives += 1;
         let life = self.lives;
-        let launcher = self.links.launcher.clone();
-        let spec = EngineSpec {
-            set: SET.to_owned(),
-            memory_max_bytes: self.links.memory_max_bytes,
-            device_limits: Vec::new(),
-        };
         let path = self.links.sockets.join(format!("{SET}.sock"));
-        let started = tokio::task::spawn_blocking(move || launcher.start_engine(spec)).await;
         // An engine that runs although the launcher cannot be asked is as good as any.
-        let launcher_says = match started {
-            Ok(Ok(_)) => None,
-            Ok(Err(error)) => Some(Report::from(error)),
-            Err(_) => Some(lost_report(&WireError::Closed)),
-        };
+        let launcher_says = self.ask_for_engine(self.limits.clone()).await.err();
+        if let Some(report) = launcher_says.as_ref().filter(|_| !self.limits.is_empty())
+            && report.code != CONFLICT
+            && report.code != UNREACHABLE
+        {
+            // Whatever keeps it from starting with them: it is to start.
+            self.limits.clear();
+            self.limits_refused = true;
+            self.links.gate.limited(Err(report));
+        }
         let attempt = async {
             let (mut reader, mut writer) = wire::connect(&path).await?;
             let hello = ClientFrame { id: 0, body: Request::Hello { version: PROTOCOL_VERSION } };
@@ -269,6 +279,45 @@ impl Task {
             Ok(Err(error)) => Err(launcher_says.unwrap_or_else(|| lost_report(&error))),
             Err(_) => Err(lost_report(&WireError::Silent(GREETING_LIMIT.as_secs()))),
         }
+    }
+
+    async fn ask_for_engine(&self, device_limits: Vec<DeviceLimit>) -> Result<(), Report> {
+        let launcher = self.links.launcher.clone();
+        let memory_max_bytes = self.links.memory_max_bytes;
+        let spec = EngineSpec { set: SET.to_owned(), memory_max_bytes, device_limits };
+        match tokio::task::spawn_blocking(move || launcher.start_engine(spec)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(lost_report(&WireError::Closed)),
+        }
+    }
+
+    /// Now that it is known which devices there are: whether another engine is needed, one that is held to its share. One
+    /// that holds models goes on as it is, and the next one is held.
+    async fn needs_limits(&mut self, session: &Session) -> bool {
+        let wanted = self.links.gate.limits(&session.devices);
+        if wanted.is_empty() && self.limits.is_empty() {
+            self.links.gate.limited(Ok(&[]));
+            return false;
+        }
+        if self.limits_refused {
+            return false;
+        }
+        let asked = self.ask_for_engine(wanted.clone()).await;
+        self.limits = wanted;
+        match asked {
+            Ok(()) => self.links.gate.limited(Ok(&self.limits)),
+            Err(report) if report.code == CONFLICT && session.loaded.is_empty() => {
+                tracing::info!(
+                    limits = self.limits.len(),
+                    "the engine begins anew, held to its share of devices"
+                );
+                self.end_engine().await;
+                return true;
+            }
+            Err(report) => self.links.gate.limited(Err(&report)),
+        }
+        false
     }
 
     async fn end_engine(&self) {

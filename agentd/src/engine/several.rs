@@ -2,11 +2,16 @@
 //! be loaded says a gate of the test's own.
 
 use super::tests::{Scene, choice, generate, ready};
-use super::*;
+use super::{
+    Ask, Device, Engine, EngineHandle, Gate, Generate, Leaving, ModelKind, Report, Stage, Verdict, Wanted,
+};
+use agentd_domain::enforcement::{DeviceLimit, LimitBy};
 use agentd_domain::engine::ModelUsage;
+use agentd_domain::launcher::Request;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// Room for so many chat models; who goes is who was idle longest.
 struct RoomFor {
@@ -198,4 +203,57 @@ async fn another_default_is_loaded_and_the_old_one_stays_until_its_room_is_wante
     assert_eq!(unloads(&scene).len(), 1);
     engine.want(wanted(&["code"], &["code"]));
     engine.watch().wait_for(|view| view.models.len() == 2).await.expect("alive");
+}
+
+/// Wants one limit of a device, and hears whether it is in force.
+#[derive(Default)]
+struct Limiting(Mutex<Vec<Result<usize, String>>>);
+
+impl Gate for Limiting {
+    fn admit(&self, _: Ask) -> BoxFuture<'static, Verdict> {
+        async { Verdict::Load }.boxed()
+    }
+
+    fn not_loaded(&self, _: &str) {}
+
+    fn limits(&self, _: &[Device]) -> Vec<DeviceLimit> {
+        vec![DeviceLimit { by: LimitBy::Nvml { uuid: "GPU-1".to_owned() }, bytes: 7 << 30 }]
+    }
+
+    fn limited(&self, by: Result<&[DeviceLimit], &Report>) {
+        let heard = by.map(<[_]>::len).map_err(|report| report.code.clone());
+        self.0.lock().expect("unpoisoned").push(heard);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_begins_anew_held_to_its_share_before_it_holds_a_model() {
+    let scene = Scene::new();
+    let asked = super::testing::fake_launcher(&scene.launcher_socket());
+    let gate = Arc::new(Limiting::default());
+    let engine = scene.engine_behind(gate.clone());
+    engine.want(wanted(&["tiny"], &[]));
+    ready(&engine).await;
+    let orders: Vec<String> = asked
+        .lock()
+        .expect("unpoisoned")
+        .iter()
+        .filter_map(|ask| match ask {
+            Request::StartEngine(spec) => Some(format!("start with {}", spec.device_limits.len())),
+            Request::StopEngine { set } => Some(format!("stop {set}")),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(orders, ["start with 0", "start with 1", "stop host", "start with 1", "start with 1"]);
+    assert_eq!(*gate.0.lock().expect("unpoisoned"), [Ok(1)]);
+    // An agentd that comes later finds it so, and leaves it alone.
+    drop(engine);
+    let gate = Arc::new(Limiting::default());
+    let engine = scene.engine_behind(gate.clone());
+    engine.want(wanted(&["tiny"], &[]));
+    ready(&engine).await;
+    assert_eq!(*gate.0.lock().expect("unpoisoned"), [Ok(1)]);
+    let stops = |ask: &&Request| matches!(ask, Request::StopEngine { .. });
+    assert_eq!(asked.lock().expect("unpoisoned").iter().filter(stops).count(), 1);
+    assert_eq!(scene.loads(), ["minilm", "tiny"]);
 }

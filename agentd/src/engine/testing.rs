@@ -2,10 +2,12 @@
 
 use super::gate::{Ask, Gate, Verdict};
 use agentd_domain::engine::{
-    ClientFrame, Done, EngineStatus, Event, FinishReason, LoadModel, LoadedModel, ModelKind, ModelUsage,
-    PROTOCOL_VERSION, Request, ServerFrame,
+    ClientFrame, Device, Done, EngineStatus, Event, FinishReason, LoadModel, LoadedModel, ModelKind,
+    ModelUsage, PROTOCOL_VERSION, Request, ServerFrame,
 };
 use agentd_domain::fault::Report;
+use agentd_domain::launcher;
+use agentd_sandbox::wire;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use std::path::Path;
@@ -13,6 +15,47 @@ use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
+
+/// A launcher that starts and ends engines as it is told, by the word, and keeps what it was told.
+pub fn fake_launcher(path: &Path) -> Arc<Mutex<Vec<launcher::Request>>> {
+    use rustix::net::{
+        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, socket_with,
+    };
+    use std::os::fd::AsFd;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+    let socket = socket.expect("a socket");
+    bind(&socket, &SocketAddrUnix::new(path).expect("a path")).expect("bound");
+    listen(&socket, 8).expect("listening");
+    let asked: Arc<Mutex<Vec<launcher::Request>>> = Arc::default();
+    let keep = Arc::clone(&asked);
+    std::thread::spawn(move || {
+        let mut runs_with = None;
+        while let Ok(peer) = accept(&socket) {
+            let Ok((request, _)) = wire::receive::<launcher::Request>(peer.as_fd()) else { continue };
+            let response = match &request {
+                launcher::Request::List { .. } => launcher::Response::Listing(Default::default()),
+                launcher::Request::StartEngine(spec) => {
+                    let limits = runs_with.get_or_insert_with(|| spec.device_limits.clone());
+                    if *limits == spec.device_limits {
+                        launcher::Response::EngineStarted { pid: 1 }
+                    } else {
+                        let what = "the launcher did not do it";
+                        let report = Report::caller("engine_conflict", what, "other limits", "stop it first");
+                        launcher::Response::Refused(report)
+                    }
+                }
+                launcher::Request::StopEngine { .. } => {
+                    runs_with = None;
+                    launcher::Response::Done
+                }
+                _ => launcher::Response::Done,
+            };
+            keep.lock().expect("unpoisoned").push(request);
+            let _ = wire::send(peer.as_fd(), &response, &[]);
+        }
+    });
+    asked
+}
 
 /// Lets every model through.
 pub fn open_gate() -> Arc<dyn Gate> {
@@ -35,6 +78,7 @@ pub struct Seen {
     pub unloads: Vec<String>,
     /// What the engine says of itself.
     pub usage: Vec<ModelUsage>,
+    pub devices: Vec<Device>,
     pub cancelled: Vec<String>,
     pub generated: Vec<String>,
     /// Texts that got a vector, each as often as it was asked for.
@@ -88,9 +132,11 @@ async fn serve(mut stream: UnixStream, seen: &Mutex<Seen>) -> std::io::Result<()
 fn answer(request: Request, seen: &mut Seen) -> std::io::Result<Vec<Event>> {
     let died = || Err(std::io::ErrorKind::ConnectionAborted.into());
     Ok(match request {
-        Request::Hello { .. } => vec![Event::Hello { version: PROTOCOL_VERSION, devices: Vec::new() }],
+        Request::Hello { .. } => {
+            vec![Event::Hello { version: PROTOCOL_VERSION, devices: seen.devices.clone() }]
+        }
         Request::Status => vec![Event::Status(EngineStatus {
-            devices: Vec::new(),
+            devices: seen.devices.clone(),
             gpus: Vec::new(),
             models: seen.loaded.clone(),
             backend: "fake".to_owned(),

@@ -38,6 +38,10 @@ impl Scene {
         )
     }
 
+    pub(super) fn launcher_socket(&self) -> std::path::PathBuf {
+        self.folder.path().join("none")
+    }
+
     pub(super) fn loads(&self) -> Vec<String> {
         self.seen.lock().expect("unpoisoned").loads.clone()
     }

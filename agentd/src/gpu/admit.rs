@@ -15,15 +15,21 @@
 
 use super::plan::Planned;
 use super::room::{Room, room};
-use super::{Gpu, header};
+use super::{Gpu, header, limits};
 use crate::engine::{Ask, Gate, Planner, Unplanned, Verdict};
+use crate::health::{Board, Weight};
+use crate::readings;
 use agentd_domain::device::MemoryPlan;
+use agentd_domain::enforcement::DeviceLimit;
+use agentd_domain::engine::Device;
 use agentd_domain::fault::Report;
 use agentd_domain::ledger::Need;
 use agentd_gpu::ledger::Ledger;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 /// What is known of a load beyond its header.
 #[derive(Debug, Clone)]
@@ -46,6 +52,9 @@ pub(super) enum Judged {
 pub struct AtTheDoor {
     pub gpu: Gpu,
     pub planner: Planner,
+    pub board: Arc<Board>,
+    /// Where the kernel accounts for devices' memory.
+    pub cgroup_root: PathBuf,
 }
 
 impl Gate for AtTheDoor {
@@ -56,7 +65,28 @@ impl Gate for AtTheDoor {
     fn not_loaded(&self, model: &str) {
         self.gpu.not_loaded(model);
     }
+
+    fn limits(&self, devices: &[Device]) -> Vec<DeviceLimit> {
+        let regions = readings::device_regions(&self.cgroup_root).into_iter().map(|region| region.name);
+        self.gpu.limits(devices, &regions.collect())
+    }
+
+    fn limited(&self, by: Result<&[DeviceLimit], &Report>) {
+        match by {
+            Ok(by) => {
+                self.gpu.limited(by);
+                self.board.clear(LIMITS);
+            }
+            Err(why) => {
+                self.gpu.limited(&[]);
+                self.board.set(LIMITS, Weight::Degraded, limits::refused(why));
+            }
+        }
+    }
 }
+
+/// Its place on the board.
+const LIMITS: &str = "device limits";
 
 impl Gpu {
     async fn admit(self, ask: Ask, planner: Planner) -> Verdict {

@@ -227,4 +227,89 @@ mod tests {
         other.gpus[0].health.step(DeviceEvent::EccUncorrected);
         assert_eq!(words(&ill.step(&other, &|_| Vec::new())), ["tell", "show"]);
     }
+
+    /// From the driver's word to the end of the engine: a fake engine and launcher, everything between is real.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_engine_on_a_lost_device_is_ended_and_its_leases_are_free() {
+        use crate::engine::testing::{FakeEngine, Seen, fake_launcher, open_gate};
+        use crate::engine::{Choice, Links, Wanted, start};
+        use agentd_domain::engine::ModelKind;
+        use agentd_domain::launcher::Request;
+        use agentd_domain::ledger::{Basis, DeviceNeed, Need};
+        use std::sync::Mutex;
+
+        let folder = tempfile::tempdir().expect("a folder");
+        let seen: Arc<Mutex<Seen>> = Arc::default();
+        seen.lock().expect("unpoisoned").devices = vec![card(&[])];
+        let fake = FakeEngine::start(folder.path(), Arc::clone(&seen));
+        let path = folder.path().join("launcher.sock");
+        let (asked, launcher) = (fake_launcher(&path), Launcher::at(&path));
+        let links = Links {
+            launcher: launcher.clone(),
+            sockets: folder.path().to_owned(),
+            memory_max_bytes: 1 << 30,
+            load_patience: Duration::from_secs(2),
+            gate: open_gate(),
+        };
+        let engine = start(links, std::future::ready(()));
+        let choice = Choice { name: "m".to_owned(), path: "/m".to_owned(), kind: ModelKind::Chat };
+        engine.want(Wanted { chat: vec![choice], ..Wanted::default() });
+        engine.watch().wait_for(|view| view.stage == Stage::Ready).await.expect("ready");
+        let (gpu, board, audit) = (Gpu::new(1 << 30), Arc::new(Board::default()), Audit::default());
+        // Where the fake's file cannot be read, the test says where its model lies.
+        {
+            let mut state = gpu.state();
+            gpu.take_over(&mut state, &[card(&[])], &engine.view().models);
+            let part =
+                DeviceNeed { device: "CUDA0".to_owned(), weights_bytes: 1 << 20, ..DeviceNeed::default() };
+            let need = Need {
+                devices: vec![part],
+                basis: Basis::Engine,
+                kv_bytes_per_cell: 1024,
+                cells: 512,
+                sequences: 1,
+                assumed: Vec::new(),
+            };
+            state.ledger.adopt("m", need);
+            state
+                .ledger
+                .lease("m", agentd_domain::ids::AgentId(uuid::Uuid::from_u128(1)), 256)
+                .expect("cells");
+        }
+        // A lost card, as a driver tells it.
+        seen.lock().expect("unpoisoned").devices = vec![card(&[DeviceEvent::Lost])];
+        let tending =
+            tokio::spawn(gpu.clone().tend(engine.clone(), launcher, Arc::clone(&board), audit.clone()));
+        let stopped = || {
+            let asked = asked.lock().expect("unpoisoned");
+            asked.iter().filter(|ask| matches!(ask, Request::StopEngine { set } if set == "host")).count()
+        };
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while stopped() == 0 {
+            assert!(std::time::Instant::now() < deadline, "{:?}", asked.lock().expect("unpoisoned"));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // The launcher has killed it.
+        drop(fake);
+        tokio::spawn(gpu.clone().follow(engine.clone()));
+        let mut view = engine.watch();
+        view.wait_for(|view| matches!(view.stage, Stage::Down(_))).await.expect("alive");
+        while gpu.holds("m").is_some() {
+            assert!(std::time::Instant::now() < deadline, "its leases are held");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(stopped(), 1);
+        assert!(
+            board.problems().iter().any(|report| report.code == "gpu_unhealthy"),
+            "{:?}",
+            board.problems()
+        );
+        let told: Vec<String> = audit.reported().into_iter().map(|(entry, _)| entry.action).collect();
+        assert_eq!(told, ["device.event", "engine.end"]);
+        // The next engine's readings say nothing of it, and it takes nothing all the same.
+        let mut state = gpu.state();
+        gpu.take_over(&mut state, &[card(&[])], &[]);
+        assert!(state.ledger.devices()[0].problem.is_some());
+        tending.abort();
+    }
 }

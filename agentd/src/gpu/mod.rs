@@ -11,12 +11,13 @@
 mod admit;
 mod health;
 mod learned;
+mod limits;
 mod orders;
 mod plan;
 mod room;
 mod served;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use admit::AtTheDoor;
 pub use learned::{Counted, Overhead};
@@ -27,6 +28,7 @@ use crate::engine::{Choice, Engine, Stage};
 use crate::places::Places;
 use crate::store::{Db, StoreError};
 use agentd_domain::config;
+use agentd_domain::enforcement::{DeviceLimit, Enforcement};
 use agentd_domain::engine::{Device, LoadedModel, ModelKind};
 use agentd_domain::gguf;
 use agentd_domain::ids::{AgentId, AgentName};
@@ -65,6 +67,9 @@ struct State {
     by_configuration: BTreeSet<AgentId>,
     /// What their drivers have said of devices since agentd began.
     ill: health::Ill,
+    /// What the engine is to be held to, by device, and the devices where it is.
+    limits: Vec<(String, DeviceLimit)>,
+    limited: BTreeSet<String>,
     db: Option<Db>,
     places: served::Places,
 }
@@ -132,6 +137,9 @@ impl Gpu {
         for device in &mut devices {
             let known = device.gpu.as_ref().and_then(|gpu| state.ill.problem(gpu));
             device.problem = known.or_else(|| device.problem.take());
+            if state.limited.contains(&device.name) {
+                device.enforcement = Enforcement::Kernel;
+            }
         }
         let fresh = state.ledger.devices().is_empty() && !devices.is_empty();
         state.ledger.set_devices(devices);

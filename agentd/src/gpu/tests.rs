@@ -94,7 +94,8 @@ fn status(on: &[Device], rss_bytes: u64) -> EngineStatus {
     }
 }
 
-fn header_of(mebibytes: u64) -> Vec<u8> {
+/// The header of a small decoder.
+pub(crate) fn header_of(mebibytes: u64) -> Vec<u8> {
     let text = |into: &mut Vec<u8>, text: &str| {
         into.extend((text.len() as u64).to_le_bytes());
         into.extend(text.as_bytes());

@@ -4,7 +4,7 @@
 //! Always: a pin is on disk before it holds. It is a name's: a model that comes later under it is pinned too.
 
 use super::Models;
-use crate::appliance::{Machine, thread_lost};
+use crate::appliance::Machine;
 use crate::audit::Order;
 use crate::health::{Board, Weight};
 use crate::places::Places;
@@ -22,6 +22,14 @@ pub(super) struct Pins {
     own: BTreeSet<String>,
     configured: BTreeSet<String>,
     db: Option<Db>,
+}
+
+impl Pins {
+    /// As in an agentd that has just begun.
+    #[cfg(test)]
+    pub(super) fn forget(&mut self) {
+        *self = Self::default();
+    }
 }
 
 /// `pinned` of `[models]` in `agentd.toml`. What is wrong with the file init has said.
@@ -112,7 +120,10 @@ impl Models {
         };
         self.refresh().await;
         let shown = self.list().await.into_iter().find(|model| model.name == name.as_str()).or(known);
-        shown.ok_or_else(|| thread_lost("the model is gone"))
+        shown.ok_or_else(|| {
+            let why = format!("the pin was taken away, and there is no model `{name}`");
+            Report::caller("not_found", "nothing is shown", why, "`agentctl model ls` shows the models")
+        })
     }
 }
 

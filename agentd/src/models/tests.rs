@@ -92,3 +92,41 @@ async fn the_images_models_stay() {
         scene.models.add("tiny".parse().expect("a name"), upload(None, vec![])).await.expect_err("refused");
     assert_eq!(error.code, "conflict");
 }
+
+#[tokio::test]
+async fn a_pin_is_on_disk_before_it_holds_and_outlives_agentd() {
+    use crate::store::{Db, Store};
+    use agentd_console::Residence;
+    use std::os::unix::fs::FileExt;
+
+    let scene = Scene::new();
+    let file = fs::File::create(scene.folder.path().join("data/models/mine.gguf")).expect("a file");
+    file.write_all_at(&crate::gpu::tests::header_of(1), 0).expect("written");
+    file.set_len(4096 + (1 << 20)).expect("as long as it says");
+    fs::write(scene.folder.path().join("data/models/other.gguf"), "x").expect("written");
+    let (mine, nobody) = ("mine".parse().expect("a name"), "nobody".parse().expect("a name"));
+    let error = scene.models.pin(&mine, Residence::Pinned).await.expect_err("no store yet");
+    assert_eq!(error.code, "store_unusable");
+    let db = || Db::new(Store::open(&scene.folder.path().join("system.redb")).expect("opens"));
+    let board = crate::health::Board::default();
+    scene.models.open(db(), BTreeSet::from(["boss".to_owned()]), &board).await;
+    let error = scene.models.pin(&nobody, Residence::Pinned).await.expect_err("there is none");
+    assert_eq!(error.code, "not_found");
+    assert!(scene.models.pin(&mine, Residence::Pinned).await.expect("pinned").pinned);
+    let wanted = |models: &Models| {
+        let named: Vec<Named> = models.scan().into_iter().map(|(named, _)| named).collect();
+        plan::wanted(&named, &models.pinned()).pinned
+    };
+    assert_eq!(wanted(&scene.models), BTreeSet::from(["mine".to_owned()]), "what is configured is not there");
+    assert_eq!(scene.models.pinned(), ["boss", "mine"].map(str::to_owned).into());
+    // What an agentd that was started again has.
+    scene.models.0.pins.lock().expect("unpoisoned").forget();
+    assert!(scene.models.pinned().is_empty());
+    scene.models.open(db(), BTreeSet::new(), &board).await;
+    assert_eq!(wanted(&scene.models), BTreeSet::from(["mine".to_owned()]));
+    // It is the name's: the file may go and come back.
+    scene.models.remove(mine.clone()).await.expect("removed");
+    assert!(wanted(&scene.models).is_empty() && scene.models.pinned().contains("mine"));
+    let error = scene.models.pin(&mine, Residence::OnDemand).await.expect_err("there is nothing to show");
+    assert!(error.why.contains("taken away") && !scene.models.pinned().contains("mine"), "{error}");
+}
