@@ -51,6 +51,7 @@ impl Task {
         let wish = self.wish.borrow().clone();
         if let (None, Some(wish)) = (&session.busy, &wish) {
             self.settle_residents(session, wish);
+            self.let_stay(session, wish);
             let waited_for: Vec<String> = self.waiting.models().into_iter().map(|(model, _)| model).collect();
             let stay = Stay { resident: &self.resident, waited_for: &waited_for };
             match plan::next(wish, &session.loaded, &self.failed, stay) {
@@ -71,6 +72,18 @@ impl Task {
         let settled = session.busy.is_none() && wish.is_some();
         self.show(if settled { Stage::Ready } else { Stage::Loading }, Some(session));
         Ok(())
+    }
+
+    /// One that was to give way, and is wanted again before it went, stays.
+    fn let_stay(&mut self, session: &Session, wish: &Wanted) {
+        for (model, _) in self.waiting.models() {
+            let choice = wish.chat.iter().find(|choice| choice.name == model);
+            if choice.is_some_and(|choice| session.loaded.iter().any(|one| plan::is(choice, one))) {
+                self.resident.insert(model.clone());
+                self.uses.came(&model, None);
+                self.waiting.came(&model, &self.uses);
+            }
+        }
     }
 
     /// What an engine that lived on holds stays; so does a new default, and one chat model in any case.
