@@ -380,6 +380,11 @@ pub struct ModelUsage {
     pub last_swap_out_us: u64,
     pub last_swap_in_us: u64,
     pub last_swap_tokens: u32,
+    /// Tokens of answers that were guessed from what was said before, and those of them that were then chosen.
+    #[serde(default)]
+    pub guessed_tokens: u64,
+    #[serde(default)]
+    pub guessed_right: u64,
     /// Who has requests here now, by name. What nobody of them holds of the used cells is `cells_cached`.
     #[serde(default)]
     pub holders: Vec<HolderUsage>,

@@ -2,18 +2,23 @@
 //!
 //! What a request carries besides its place in the plan: how its tokens are chosen, the text that is not shown yet, who listens.
 
+use crate::draft::Drafter;
 use crate::generations::{Generation, Listener};
-use crate::shape::Chooser;
+use crate::shape::{Candidates, Choice, Chooser};
 use crate::text::{Characters, Scan, Stops};
 use agentd_domain::engine::{Done, Event, FinishReason, Sampling};
 use agentd_domain::fault::Report;
 use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Tokens that the repetition penalty looks back on, llama.cpp's own default.
 const PENALTY_TOKENS: usize = 64;
+/// A choice within a form that takes longer is felt by those beside it. A vocabulary of 150,000 words is walked in a few.
+const LONG_CHOICE: Duration = Duration::from_millis(20);
+/// So many times as long the others then go on without it.
+const REST_AFTER: u32 = 9;
 
 pub(crate) enum Task {
     Logits(Listener),
@@ -22,7 +27,7 @@ pub(crate) enum Task {
 
 pub(crate) struct Answer {
     pub(crate) generation: Arc<Generation>,
-    pub(crate) chooser: Chooser,
+    chooser: Chooser,
     prompt_tokens: u32,
     completion_tokens: u32,
     max_tokens: u32,
@@ -30,6 +35,11 @@ pub(crate) struct Answer {
     stops: Stops,
     /// Tokens whose text has not been sent yet.
     unsent_tokens: u32,
+    pub(crate) drafter: Drafter,
+    /// Logits of a token that could not be chosen in its turn.
+    pub(crate) kept: Option<Vec<f32>>,
+    /// After a choice that took long, others go first.
+    resting: Option<Instant>,
 }
 
 impl Task {
@@ -68,7 +78,31 @@ impl Answer {
             characters: Characters::default(),
             stops: Stops::new(stop),
             unsent_tokens: 0,
+            drafter: Drafter::default(),
+            kept: None,
+            resting: None,
         }
+    }
+
+    /// The next token. A form that takes long has a tenth of the time, as long as there is anybody beside it.
+    pub(crate) fn choose(
+        &mut self,
+        logits: &[f32],
+        candidates: &mut Candidates,
+        alone: bool,
+        is_end: impl Fn(LlamaToken) -> bool,
+    ) -> Choice {
+        if !self.chooser.has_form() {
+            return self.chooser.choose(logits, candidates, is_end);
+        }
+        let begun = Instant::now();
+        if !alone && self.resting.is_some_and(|until| begun < until) {
+            return Choice::Later;
+        }
+        let choice = self.chooser.choose(logits, candidates, is_end);
+        let took = begun.elapsed();
+        self.resting = (took > LONG_CHOICE).then(|| Instant::now() + REST_AFTER * took);
+        choice
     }
 
     /// Takes a token's bytes; says how the answer ends, if it does.
@@ -119,8 +153,9 @@ impl Answer {
     }
 }
 
-/// In llama.cpp's own order: penalties, then the cuts, then temperature, then the draw.
-pub(crate) fn sampler(sampling: &Sampling, prompt: &[LlamaToken], vocabulary: i32) -> LlamaSampler {
+/// In llama.cpp's own order: penalties, then the cuts, then temperature, then the draw. `None` where nothing is drawn and
+/// nothing penalised: the most likely token is found without them.
+pub(crate) fn sampler(sampling: &Sampling, prompt: &[LlamaToken], vocabulary: i32) -> Option<LlamaSampler> {
     let mut chain = Vec::new();
     let penalises = sampling.repeat_penalty > 0.0 && (sampling.repeat_penalty - 1.0).abs() > f32::EPSILON;
     if penalises {
@@ -131,8 +166,11 @@ pub(crate) fn sampler(sampling: &Sampling, prompt: &[LlamaToken], vocabulary: i3
     }
     // A temperature of 0, or one that is no number, is greedy.
     if !(sampling.temperature > 0.0 && sampling.temperature.is_finite()) {
+        if chain.is_empty() {
+            return None;
+        }
         chain.push(LlamaSampler::greedy());
-        return LlamaSampler::chain(chain, true);
+        return Some(LlamaSampler::chain(chain, true));
     }
     if sampling.top_k > 0 {
         chain.push(LlamaSampler::top_k(i32::try_from(sampling.top_k).unwrap_or(i32::MAX)));
@@ -146,5 +184,5 @@ pub(crate) fn sampler(sampling: &Sampling, prompt: &[LlamaToken], vocabulary: i3
     chain.push(LlamaSampler::temp(sampling.temperature));
     // llama.cpp's LLAMA_DEFAULT_SEED asks its own random device.
     chain.push(LlamaSampler::dist(sampling.seed.unwrap_or(u32::MAX)));
-    LlamaSampler::chain(chain, true)
+    Some(LlamaSampler::chain(chain, true))
 }

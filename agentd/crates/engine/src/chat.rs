@@ -9,12 +9,14 @@
 //! Never: a decision about who goes first, which cells go, or who steps aside: that is the plan's, and tested there.
 
 use crate::answer::{Answer, Task, sampler};
+use crate::draft::{ANSWERING_MOST, Economy, GUESS_MOST};
 use crate::generations::{Generation, Listener};
-use crate::ggml;
+use crate::ggml::{self, with_outputs};
+use crate::grammar::Matcher;
 use crate::model::{Gauge, Settings};
 use crate::plan::{Ask, Effect, Holders, Part, Planner, RequestId, Room};
 use crate::radix::{Domain, SeqId};
-use crate::shape::{Chooser, dead_end};
+use crate::shape::{Candidates, Chooser};
 use crate::shelf::{BlobId, Shelves};
 use crate::swap::Swap;
 use agentd_domain::engine::{Event, FinishReason, ModelUsage, Sampling, Share};
@@ -24,7 +26,6 @@ use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::model::LlamaModel;
-use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_sys_2::{LLAMA_FLASH_ATTN_TYPE_AUTO, LLAMA_FLASH_ATTN_TYPE_DISABLED};
 use std::collections::BTreeMap;
@@ -36,8 +37,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-/// Tokens of one decode. Larger batches read prompts a little faster and cost memory: llama.cpp reserves logits for
-/// all of them. Nobody waits for a whole one while answering, chunks are sized in time. Must be at least the number
+/// Tokens of one decode. Larger batches read prompts a little faster and cost memory. Nobody waits for a whole one while answering, chunks are sized in time. Must be at least the number
 /// of sequence ids, for llama.cpp's own reservation of outputs.
 pub(crate) const BATCH_TOKENS: u32 = agentd_gpu::plan::engine::BATCH_TOKENS as u32;
 /// Requests that may wait for a place; more are refused at once, so that their clients can do something else.
@@ -65,7 +65,7 @@ pub(crate) struct GenerateJob {
     pub(crate) stop: Vec<String>,
     pub(crate) share: Share,
     /// Keeps the answer to a form.
-    pub(crate) grammar: Option<LlamaSampler>,
+    pub(crate) grammar: Option<Matcher>,
     pub(crate) generation: Arc<Generation>,
 }
 
@@ -81,7 +81,8 @@ pub(crate) fn spawn(
 ) -> std::io::Result<JoinHandle<()>> {
     let (backend, model, gauge) = (Arc::clone(backend), Arc::clone(model), Arc::clone(gauge));
     std::thread::Builder::new().name("chat".to_owned()).spawn(move || {
-        let context = match model.new_context(&backend, parameters(settings)) {
+        let made = with_outputs(outputs(settings), || model.new_context(&backend, parameters(settings)));
+        let context = match made {
             Ok(context) => context,
             Err(error) => {
                 // The loader gave up if nobody listens.
@@ -115,12 +116,23 @@ pub(crate) fn spawn(
             holders: Holders::default(),
             failures: 0,
             empty_steps: 0,
+            candidates: Candidates::default(),
+            guesses: settings.guesses,
+            economy: Economy::default(),
             started: Instant::now(),
             gauge,
         };
         decoder.run(&inbox);
     })
 }
+
+/// Rows of logits of one batch at most: one for each who answers, and those of guesses, which are made for few only. As
+/// many as llama.cpp keeps anyway, one for each sequence id; it would reserve a row for every token of a batch.
+pub(crate) fn outputs(settings: Settings) -> u32 {
+    u32::from(settings.ids)
+}
+
+const _: () = assert!(ANSWERING_MOST * (1 + GUESS_MOST) <= agentd_gpu::plan::engine::IDS_LEAST as u32);
 
 pub(crate) fn parameters(settings: Settings) -> LlamaContextParams {
     let cache = if settings.exact_cache { KvCacheType::F32 } else { KvCacheType::F16 };
@@ -142,6 +154,8 @@ pub(crate) fn parameters(settings: Settings) -> LlamaContextParams {
         .with_no_perf(true)
 }
 
+mod choices;
+
 struct Decoder<'model> {
     model: &'model LlamaModel,
     context: LlamaContext<'model>,
@@ -159,6 +173,10 @@ struct Decoder<'model> {
     failures: u32,
     /// Steps in which nobody went on, since the last in which somebody did.
     empty_steps: u32,
+    candidates: Candidates,
+    guesses: bool,
+    /// What guesses cost.
+    economy: Economy,
     started: Instant,
     gauge: Arc<Gauge>,
 }
@@ -239,8 +257,13 @@ impl Decoder<'_> {
     fn step(&mut self) {
         self.planner.arrange(self.now_ms());
         self.carry_out();
+        self.guess();
         let parts = self.planner.parts();
+        let undecided = self.choose_again(parts.is_empty());
         if parts.is_empty() {
+            if undecided {
+                return;
+            }
             self.empty_steps += 1;
             // A blob that did not come back has emptied everything: the next step begins anew.
             if self.empty_steps > MAX_EMPTY_STEPS {
@@ -278,61 +301,41 @@ impl Decoder<'_> {
         }
         // A device computes on by itself; what is measured is when it is done.
         self.context.synchronize();
+        let took = begun.elapsed();
         self.failures = 0;
-        self.planner.computed(parts, begun.elapsed());
+        self.planner.computed(parts, took);
         self.learn_cell_bytes(parts);
-        for (id, output) in outputs {
-            self.advance(id, output);
+        if parts.iter().all(Part::is_answer) {
+            let guessed = parts.iter().map(|part| part.guessed).sum();
+            self.economy.measured(parts.len() as u32, guessed, took);
+        }
+        let answering = outputs.len() as u32;
+        for (part, output) in outputs {
+            self.advance(&part, output, answering);
         }
         true
     }
 
-    /// Puts the parts into the batch; gives the place of each output.
-    fn fill(&mut self, parts: &[Part]) -> Vec<(RequestId, i32)> {
+    /// Puts the parts into the batch; gives the place of each part's first output, its guess's follow.
+    fn fill(&mut self, parts: &[Part]) -> Vec<(Part, i32)> {
         self.batch.clear();
         let mut outputs = Vec::new();
         for part in parts {
-            let tokens = self.planner.tokens_of(part);
-            for (place, token) in tokens.iter().enumerate() {
-                let output = part.last && place + 1 == tokens.len();
+            let (tokens, guess) = (self.planner.tokens_of(part), self.planner.guess_of(part));
+            for (place, token) in tokens.iter().chain(guess).enumerate() {
+                let output = part.last && place + 1 >= tokens.len();
                 let position = part.from as i32 + place as i32;
                 // One sequence id for a batch made for one, and the plan keeps to the batch's size.
                 let seq = [i32::from(part.seq.0)];
                 if self.batch.add(LlamaToken(*token), position, &seq, output).is_err() {
                     unreachable!("the plan keeps to the batch's size");
                 }
-                if output {
-                    outputs.push((part.request, self.batch.n_tokens() - 1));
+                if output && place + 1 == tokens.len() {
+                    outputs.push((*part, self.batch.n_tokens() - 1));
                 }
             }
         }
         outputs
-    }
-
-    /// The logits for a request's next token are at `output`.
-    fn advance(&mut self, id: RequestId, output: i32) {
-        let (context, vocabulary) = (&self.context, self.model.vocab());
-        let answer = match self.tasks.get_mut(&id) {
-            Some(Task::Generate(answer)) => answer,
-            Some(Task::Logits(listener)) => {
-                let (listener, logits) = (listener.clone(), context.get_logits_ith(output).to_vec());
-                self.leave(id);
-                listener.send(Event::Logits { logits });
-                return;
-            }
-            None => return,
-        };
-        let Some(token) = answer.chooser.choose(context, output, |token| vocabulary.is_eog(token)) else {
-            return self.fail(id, &dead_end());
-        };
-        if vocabulary.is_eog(token) {
-            return self.finish(id, FinishReason::Stop);
-        }
-        let ended = answer.take(&vocabulary.token_to_piece(token, false, None));
-        let full = self.planner.chosen(id, token.0);
-        if let Some(reason) = ended.or(full.then_some(FinishReason::Length)) {
-            self.finish(id, reason);
-        }
     }
 
     fn finish(&mut self, id: RequestId, reason: FinishReason) {
@@ -475,6 +478,8 @@ impl Decoder<'_> {
             recomputed_tokens: counters.recomputed_tokens,
             prompt_tokens_per_s: planner.pace().prompt_tokens_per_s(),
             preemptions: counters.preemptions,
+            guessed_tokens: counters.guessed_tokens,
+            guessed_right: counters.guessed_right,
             swapped_out: counters.stored,
             swapped_in: counters.restored,
             swap_memory_bytes: memory,

@@ -30,7 +30,7 @@ const CELL_BYTES: u64 = 2 * 48;
 pub(crate) fn plan(request: &LoadModel) -> Result<MemoryPlan, Report> {
     let (summary, settings, parameters) = examine(request)?;
     let before = devices::anonymous_bytes();
-    let memory = open(request, &parameters, Allocation::Counted)?;
+    let memory = open(request, settings, &parameters, Allocation::Counted)?;
     let grown_bytes = devices::anonymous_bytes().saturating_sub(before);
     let row_bytes = u64::from(memory.vocabulary()) * LOGIT_BYTES;
     // llama.cpp makes these at once, also where nothing else is taken.
@@ -54,11 +54,11 @@ pub(crate) fn plan(request: &LoadModel) -> Result<MemoryPlan, Report> {
 /// Loads it without mapping its file, fills its context and says what that took: what plans are compared with. Only in
 /// a process that has loaded nothing before, whose memory grows by this alone.
 pub(crate) fn measure(request: &LoadModel, threads: u32) -> Result<MemoryMeasured, Report> {
-    let (_, _, parameters) = examine(request)?;
+    let (_, settings, parameters) = examine(request)?;
     let threads = i32::try_from(threads).unwrap_or(1);
     let parameters = parameters.with_n_threads(threads).with_n_threads_batch(threads);
     let before = devices::anonymous_bytes();
-    let mut memory = open(request, &parameters, Allocation::Taken)?;
+    let mut memory = open(request, settings, &parameters, Allocation::Taken)?;
     let rows = memory.fill(tokens(request, &parameters)).map_err(|why| refused(request, &why))?;
     let grown_bytes = devices::anonymous_bytes().saturating_sub(before);
     Ok(MemoryMeasured { devices: named(memory.buffers()), rows, grown_bytes })
@@ -90,11 +90,16 @@ fn tokens(request: &LoadModel, parameters: &LlamaContextParams) -> u32 {
 
 fn open(
     request: &LoadModel,
+    settings: Settings,
     parameters: &LlamaContextParams,
     allocation: Allocation,
 ) -> Result<Memory, Report> {
     let _older = crate::logging::take_error();
-    Memory::open(Path::new(&request.path), parameters, allocation).map_err(|why| {
+    let outputs = match request.kind {
+        ModelKind::Chat => chat::outputs(settings),
+        ModelKind::Embedding => 0,
+    };
+    Memory::open(Path::new(&request.path), parameters, outputs, allocation).map_err(|why| {
         let why = crate::logging::take_error().map_or_else(|| why.clone(), |error| format!("{why}: {error}"));
         refused(request, &why)
     })

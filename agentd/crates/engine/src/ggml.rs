@@ -1,7 +1,8 @@
 //! What does ggml know that `llama-cpp-2` does not pass on?
 //!
-//! The PCI addresses of devices, and the memory of a model with its context by device ([`Memory`], through
-//! ffi/memory.cpp). The contexts made here are nobody else's: the two ways to llama.cpp never share one.
+//! The PCI addresses of devices, the memory of a model with its context by device ([`Memory`], through
+//! ffi/memory.cpp), and how many rows of logits a context has room for ([`with_outputs`]). The contexts made by [`Memory`]
+//! are nobody else's: the two ways to llama.cpp never share one.
 //!
 //! Call only after the back ends are loaded (`LlamaBackend::init`).
 #![expect(unsafe_code, reason = "llama.cpp's functions that have no safe wrapper")]
@@ -44,6 +45,7 @@ unsafe extern "C" {
     fn agentd_memory_buffers(memory: *const Raw, into: *mut Buffer, room: usize) -> i64;
     fn agentd_memory_vocabulary(memory: *const Raw) -> u32;
     fn agentd_memory_fill(memory: *mut Raw, tokens: u32) -> i64;
+    fn agentd_outputs_of_next(rows: u32);
 }
 
 /// Room for a reason, which C++ cuts to it.
@@ -57,14 +59,28 @@ pub(crate) enum Allocation {
     Taken,
 }
 
+/// The context that `make` makes has room for so many rows of logits in one batch, 0 for one for every token.
+///
+/// `llama-cpp-2` 0.1.160 has no setter for `n_outputs_max`; the linker leads its call past ffi/memory.cpp, which sets it.
+pub(crate) fn with_outputs<T>(rows: u32, make: impl FnOnce() -> T) -> T {
+    // SAFETY: takes a number and writes a variable of this thread.
+    unsafe { agentd_outputs_of_next(rows) };
+    let made = make();
+    // SAFETY: as above. Nothing is left for a context that somebody else makes.
+    unsafe { agentd_outputs_of_next(0) };
+    made
+}
+
 /// A model and a context that exist to be measured.
 pub(crate) struct Memory(*mut Raw);
 
 impl Memory {
-    /// Blocks as long as a load does. llama.cpp may end the process over a file whose content lies.
+    /// Blocks as long as a load does. llama.cpp may end the process over a file whose content lies. `outputs` as for
+    /// [`with_outputs`].
     pub(crate) fn open(
         path: &Path,
         context: &LlamaContextParams,
+        outputs: u32,
         allocation: Allocation,
     ) -> Result<Self, String> {
         let path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|error| error.to_string())?;
@@ -72,7 +88,8 @@ impl Memory {
         let mut model = unsafe { llama_model_default_params() };
         model.no_alloc = allocation == Allocation::Counted;
         model.load_mode = LLAMA_LOAD_MODE_NONE;
-        let context = raw(context);
+        let mut context = raw(context);
+        context.n_outputs_max = outputs;
         let mut error: [c_char; ERROR_BYTES] = [0; ERROR_BYTES];
         // SAFETY: the path ends with a zero byte; both structures are the ones of llama.cpp's header, made by its own
         // defaults, and hold no pointer of ours; `error` has the room that is said. All outlive the call, and C++

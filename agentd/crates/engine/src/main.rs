@@ -12,11 +12,13 @@
 mod answer;
 mod chat;
 mod devices;
+mod draft;
 mod embed;
 mod engine;
 mod forecast;
 mod generations;
 mod ggml;
+mod grammar;
 mod limits;
 mod logging;
 mod model;
@@ -70,6 +72,9 @@ struct Arguments {
     /// Threads of one model; without it, one for each core.
     #[arg(long, value_name = "N")]
     threads: Option<u32>,
+    /// Guess no tokens of answers from what was said before.
+    #[arg(long)]
+    no_guesses: bool,
     /// Memory of each chat model for parts of its KV cache that had to give way.
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     swap_memory_mib: u32,
@@ -111,14 +116,20 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         println!("{probed:#}");
         return Ok(());
     };
-    if let Some(folder) = &arguments.swap_dir {
-        swap::clean(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    }
+    // A folder that cannot be used costs time when somebody steps aside, and no engine.
+    let folder = arguments.swap_dir.clone().filter(|folder| match swap::clean(folder) {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::warn!(folder = %folder.display(), %error, "nothing is put aside on the disk");
+            false
+        }
+    });
     let bytes = |mebibytes: u32| u64::from(mebibytes) * 1024 * 1024;
     let swapping = Swapping {
         memory_bytes: bytes(arguments.swap_memory_mib),
         disk_bytes: bytes(arguments.swap_disk_mib),
-        folder: arguments.swap_dir.clone(),
+        folder,
+        guesses: !arguments.no_guesses,
     };
     let threads = arguments.threads.unwrap_or(devices::physical_cores() as u32).max(1);
     tracing::info!(

@@ -9,6 +9,7 @@ use crate::chat::{self, ChatJob};
 use crate::devices;
 use crate::embed::{self, EmbedJob};
 use crate::ggml;
+use crate::grammar::Matcher;
 use crate::logging;
 use crate::shape::Grammars;
 use crate::shelf::Shelves;
@@ -20,7 +21,6 @@ use agentd_gpu::plan::engine as defaults;
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
-use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use sha2::{Digest, Sha256};
 use std::fs::File;
@@ -72,6 +72,8 @@ pub(crate) struct Swapping {
     pub(crate) disk_bytes: u64,
     /// Without one nothing goes to disk.
     pub(crate) folder: Option<PathBuf>,
+    /// Tokens of answers are guessed where it pays.
+    pub(crate) guesses: bool,
 }
 
 pub(crate) enum Worker {
@@ -84,7 +86,6 @@ pub(crate) struct Model {
     pub(crate) worker: Worker,
     pub(crate) gauge: Arc<Gauge>,
     pub(crate) thread: JoinHandle<()>,
-    /// Before the model: a grammar points into its vocabulary.
     grammars: Grammars,
     llama: Arc<LlamaModel>,
     template: Template,
@@ -124,6 +125,7 @@ pub(crate) fn load(
     let refused = sharing_refused(&llama, &summary);
     let sharing = refused.is_none();
     let settings = Settings {
+        guesses: swapping.guesses,
         threads: useful_threads(&summary, threads),
         ids: if sharing { sizes.ids } else { sizes.sequences as u16 },
         sharing,
@@ -178,6 +180,7 @@ pub(crate) struct Settings {
     pub(crate) ids: u16,
     pub(crate) sharing: bool,
     pub(crate) shelves: Shelves,
+    pub(crate) guesses: bool,
 }
 
 /// Why a cache cannot be cut and shared at any token, if so.
@@ -231,6 +234,7 @@ pub(crate) fn sizes(request: &LoadModel, summary: &Summary) -> Settings {
         ids,
         sharing: true,
         shelves: Shelves::default(),
+        guesses: true,
     }
 }
 
@@ -363,7 +367,7 @@ fn describe(request: &LoadModel, summary: &Summary, llama: Arc<LlamaModel>, load
 
 impl Model {
     /// What keeps an answer to a form, compiled once for all who want it.
-    pub(crate) fn grammar(&self, shape: &Shape) -> Result<Option<LlamaSampler>, Report> {
+    pub(crate) fn grammar(&self, shape: &Shape) -> Result<Option<Matcher>, Report> {
         self.grammars.get(&self.llama, shape)
     }
 

@@ -113,6 +113,8 @@ pub(crate) struct Part {
     pub(crate) tokens: u32,
     /// Its logits choose the next token.
     pub(crate) last: bool,
+    /// Guessed tokens that are computed after it ([`Planner::guess_of`]).
+    pub(crate) guessed: u32,
 }
 
 impl Part {
@@ -132,6 +134,9 @@ pub(crate) struct Counters {
     pub(crate) restored: u64,
     /// Tokens of answers and prompts that had to be computed again.
     pub(crate) recomputed_tokens: u64,
+    /// Tokens of answers that were guessed, and of these those that were then chosen.
+    pub(crate) guessed_tokens: u64,
+    pub(crate) guessed_right: u64,
 }
 
 pub(crate) struct Planner {
@@ -187,6 +192,8 @@ struct Request {
     reached: u32,
     /// The class of whoever waits for its prompt.
     boost: u8,
+    /// Tokens that may come next, for one batch.
+    guess: Vec<i32>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -314,6 +321,7 @@ impl Planner {
             cached: None,
             reached: 0,
             boost: 0,
+            guess: Vec::new(),
         };
         self.requests.insert(self.next_id, request);
         self.next_id
@@ -370,7 +378,10 @@ impl Planner {
                 prompts.add(part.from, part.tokens);
             }
         }
-        self.pace.measured(prompts, answers, took);
+        // With a guess it took longer than an answer's step takes.
+        if parts.iter().all(|part| part.guessed == 0) {
+            self.pace.measured(prompts, answers, took);
+        }
     }
 
     /// The cache is empty now, whatever was in it: everybody computes again. `undone` are effects that were taken and
@@ -450,15 +461,23 @@ impl Planner {
             let last = goal == all;
             match left {
                 0 => {}
-                1 if last => parts.push(Part { request: *id, seq, from: held, tokens: 1, last }),
+                1 if last => {
+                    let guessed = self.guessed(request, held);
+                    parts.push(Part { request: *id, seq, from: held, tokens: 1, last, guessed });
+                }
                 _ => {
-                    let part = Part { request: *id, seq, from: held, tokens: left, last };
+                    let part = Part { request: *id, seq, from: held, tokens: left, last, guessed: 0 };
                     prompts.push((self.turn(*id, request, left), part));
                 }
             }
         }
         let answering = parts.len() as u32;
         let room = self.room.batch_tokens.saturating_sub(answering);
+        // Guesses are for machines with nothing better to do.
+        let guesses: u32 = parts.iter().map(|part| part.guessed).sum();
+        if !prompts.is_empty() || guesses > room {
+            parts.iter_mut().for_each(|part| part.guessed = 0);
+        }
         prompts.sort_by_key(|(turn, _)| *turn);
         let urgency = self.urgency(&parts, prompts.first().map(|(_, part)| part));
         let from = prompts.first().map_or(0, |(_, part)| part.from);
@@ -534,6 +553,7 @@ impl Request {
 }
 
 mod cells;
+mod draft;
 mod holders;
 mod queue;
 

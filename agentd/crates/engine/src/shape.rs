@@ -1,32 +1,35 @@
 //! How is an answer kept to a form?
 //!
-//! A JSON schema becomes a grammar (llama.cpp's converter), a grammar a sampler that knows which tokens may come next.
-//! Compiled grammars are kept for each model; a request takes a copy.
+//! A JSON schema becomes a grammar (llama.cpp's converter), a grammar a matcher that knows which tokens may come next
+//! ([`crate::grammar`]). Compiled grammars are kept for each model; a request takes a copy, which shares what others find.
 //!
-//! In:    schemas and grammars from strangers. Out: a sampler, or what is wrong and where.
+//! In:    schemas and grammars from strangers. Out: a matcher, or what is wrong and where.
 //! True:  a keyword that the converter would silently leave out is refused: what is accepted here is enforced. A token
-//!        that the grammar does not allow is never accepted by it: llama.cpp ends the process then.
-//! Never: a text deep or long enough that llama.cpp's parsers, which call themselves, run out of stack.
-//! Source: `common/json-schema-to-grammar.cpp` and `src/llama-grammar.cpp` of llama.cpp; JSON Schema 2020-12.
+//!        is chosen freely first; only one that the form refuses is chosen again among those that it allows.
+//! Slow:  a grammar with very many readings is looked through in turns ([`Choice::Later`]) and ends with a reason
+//!        when it needs too many ([`Choice::TooMuch`]).
+//! Never: a text deep or long enough that llama.cpp's converter, which calls itself, runs out of stack.
+//! Source: `common/json-schema-to-grammar.cpp` of llama.cpp; JSON Schema 2020-12.
 
+use crate::grammar::{Mask, Matcher, Stop, Words};
 use agentd_domain::engine::Shape;
 use agentd_domain::fault::Report;
-use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::json_schema_to_grammar;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
+use llama_cpp_2::token::data::LlamaTokenData;
 use llama_cpp_2::token::data_array::LlamaTokenDataArray;
 use serde_json::{Map, Value};
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// The largest schemas of tool collections have some tens of kilobytes.
 const MAX_TEXT_BYTES: usize = 64 * 1024;
 /// Brackets within brackets. A thread here has two megabytes of stack, each level of the parser some hundred bytes.
 const MAX_DEPTH: usize = 64;
-/// Compiled grammars of one model: agents have a few each.
-const MAX_KEPT: usize = 64;
+/// Compiled grammars of one model: agents have a few each. Each keeps some megabytes at most.
+const MAX_KEPT: usize = 32;
 
 /// What the converter turns into rules.
 const ENFORCED: [&str; 23] = [
@@ -88,11 +91,12 @@ const ALONE: [&str; 5] = ["$ref", "anyOf", "oneOf", "const", "enum"];
 /// The compiled grammars of one model.
 #[derive(Default)]
 pub(crate) struct Grammars {
-    kept: Mutex<HashMap<String, LlamaSampler>>,
+    words: OnceLock<Arc<Words>>,
+    kept: Mutex<HashMap<String, Matcher>>,
 }
 
 impl Grammars {
-    pub(crate) fn get(&self, model: &LlamaModel, shape: &Shape) -> Result<Option<LlamaSampler>, Report> {
+    pub(crate) fn get(&self, model: &LlamaModel, shape: &Shape) -> Result<Option<Matcher>, Report> {
         let (key, text) = match shape {
             Shape::Free => return Ok(None),
             Shape::JsonObject => ("j".to_owned(), r#"{"type":"object"}"#),
@@ -110,9 +114,10 @@ impl Grammars {
                 json_schema_to_grammar(text).map_err(|error| schema_wrong(error.to_string()))?
             }
         };
-        let compiled = LlamaSampler::grammar(model, &grammar, "root").map_err(|error| match shape {
-            Shape::Grammar(_) => grammar_wrong(error.to_string()),
-            _ => schema_wrong(error.to_string()),
+        let words = self.words.get_or_init(|| Arc::new(Words::of_model(model)));
+        let compiled = Matcher::new(&grammar, words).map_err(|error| match shape {
+            Shape::Grammar(_) => grammar_wrong(error),
+            _ => schema_wrong(error),
         })?;
         let mut kept = self.lock();
         if kept.len() >= MAX_KEPT {
@@ -124,61 +129,179 @@ impl Grammars {
         Ok(Some(compiled))
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, LlamaSampler>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Matcher>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What came of choosing a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Choice {
+    Token(LlamaToken),
+    /// The form is complete and nothing may follow.
+    Complete,
+    /// The form allows none of the vocabulary.
+    DeadEnd,
+    /// This turn's work is used up: ask again, with the same logits.
+    Later,
+    /// The form takes too much work.
+    TooMuch,
+}
+
+impl From<Stop> for Choice {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::Later => Self::Later,
+            Stop::TooMuch => Self::TooMuch,
+        }
+    }
+}
+
+/// Room for all tokens of the vocabulary, used again for every choice.
+#[derive(Debug)]
+pub(crate) struct Candidates(LlamaTokenDataArray);
+
+impl Default for Candidates {
+    fn default() -> Self {
+        Self(LlamaTokenDataArray::new(Vec::new(), false))
+    }
+}
+
+impl Candidates {
+    fn choose(
+        &mut self,
+        sampler: &mut LlamaSampler,
+        from: impl Iterator<Item = (u32, f32)>,
+    ) -> Option<LlamaToken> {
+        let Self(array) = self;
+        array.data.clear();
+        array
+            .data
+            .extend(from.map(|(token, logit)| LlamaTokenData::new(LlamaToken(token as i32), logit, 0.0)));
+        (array.selected, array.sorted) = (None, false);
+        if array.data.is_empty() {
+            return None;
+        }
+        array.apply_sampler(sampler);
+        array.selected_token()
     }
 }
 
 /// Chooses tokens, within a form if there is one.
 pub(crate) struct Chooser {
-    sampler: LlamaSampler,
-    grammar: Option<LlamaSampler>,
+    /// Without one the most likely token is taken.
+    sampler: Option<LlamaSampler>,
+    form: Option<Matcher>,
+    /// What was drawn for the token that is looked for: drawn once, however many turns it takes.
+    drawn: Option<Drawn>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Drawn {
+    Freely(LlamaToken),
+    Within(LlamaToken),
 }
 
 impl Chooser {
-    pub(crate) fn new(sampler: LlamaSampler, grammar: Option<LlamaSampler>) -> Self {
-        Self { sampler, grammar }
+    pub(crate) fn new(sampler: Option<LlamaSampler>, form: Option<Matcher>) -> Self {
+        Self { sampler, form, drawn: None }
     }
 
-    /// The next token, from the logits at `output`. `None` when the form allows none of the vocabulary.
+    /// Choosing may take long.
+    pub(crate) fn has_form(&self) -> bool {
+        self.form.is_some()
+    }
+
+    /// The next token, from these logits of the whole vocabulary.
     pub(crate) fn choose(
         &mut self,
-        context: &LlamaContext<'_>,
-        output: i32,
+        logits: &[f32],
+        candidates: &mut Candidates,
         is_end: impl Fn(LlamaToken) -> bool,
-    ) -> Option<LlamaToken> {
-        let Some(grammar) = &mut self.grammar else { return Some(self.sampler.sample(context, output)) };
-        // Most choices are right by themselves, and one token is checked faster than a whole vocabulary.
-        let mut all = context.token_data_array_ith(output);
-        all.apply_sampler(&mut self.sampler);
-        let free = all.selected_token().filter(|token| {
-            let mut one = LlamaTokenDataArray::new(
-                vec![llama_cpp_2::token::data::LlamaTokenData::new(*token, 1.0, 0.0)],
-                false,
-            );
-            one.apply_sampler(grammar);
-            one.data.iter().all(|data| data.logit().is_finite())
-        });
-        let token = match free {
-            Some(token) => token,
+    ) -> Choice {
+        let token = match self.within(logits, candidates) {
+            Choice::Token(token) => token,
+            other => return other,
+        };
+        // The end is not part of the form.
+        if let Some(form) = self.form.as_mut().filter(|_| !is_end(token)) {
+            match form.accept(token.0 as u32) {
+                Ok(true) => {}
+                Ok(false) => return Choice::DeadEnd,
+                Err(stop) => return stop.into(),
+            }
+        }
+        self.drawn = None;
+        if let Some(sampler) = &mut self.sampler {
+            sampler.accept(token);
+        }
+        Choice::Token(token)
+    }
+
+    /// Most free choices are right by themselves, and one token is checked faster than a whole vocabulary.
+    fn within(&mut self, logits: &[f32], candidates: &mut Candidates) -> Choice {
+        let all = logits.iter().enumerate().map(|(token, logit)| (token as u32, *logit));
+        let Some(form) = &mut self.form else {
+            let token = draw(self.sampler.as_mut(), candidates, all);
+            return token.map_or(Choice::DeadEnd, Choice::Token);
+        };
+        let free = match self.drawn {
+            Some(Drawn::Within(token)) => return Choice::Token(token),
+            Some(Drawn::Freely(token)) => token,
             None => {
-                let mut allowed = context.token_data_array_ith(output);
-                allowed.apply_sampler(grammar);
-                allowed.data.retain(|data| data.logit().is_finite());
-                if allowed.data.is_empty() {
-                    return None;
+                match form.is_finished() {
+                    Ok(false) => {}
+                    Ok(true) => return Choice::Complete,
+                    Err(stop) => return stop.into(),
                 }
-                allowed.apply_sampler(&mut self.sampler);
-                allowed.selected_token()?
+                let Some(token) = draw(self.sampler.as_mut(), candidates, all) else {
+                    return Choice::DeadEnd;
+                };
+                self.drawn = Some(Drawn::Freely(token));
+                token
             }
         };
-        self.sampler.accept(token);
-        // The end is not part of the form.
-        if !is_end(token) && grammar.try_accept(token).is_err() {
-            return None;
+        let mask = match form.allows(free.0 as u32) {
+            Ok(true) => return Choice::Token(free),
+            Ok(false) => form.mask(),
+            Err(stop) => return stop.into(),
+        };
+        let mask: Arc<Mask> = match mask {
+            Ok(mask) => mask,
+            Err(stop) => return stop.into(),
+        };
+        let allowed = mask.tokens().filter_map(|token| Some((token, *logits.get(token as usize)?)));
+        match draw(self.sampler.as_mut(), candidates, allowed) {
+            Some(token) => {
+                self.drawn = Some(Drawn::Within(token));
+                Choice::Token(token)
+            }
+            None => Choice::DeadEnd,
         }
-        Some(token)
     }
+}
+
+/// One of these tokens; the first of the most likely where there is no sampler, as llama.cpp's greedy one.
+fn draw(
+    sampler: Option<&mut LlamaSampler>,
+    candidates: &mut Candidates,
+    from: impl Iterator<Item = (u32, f32)>,
+) -> Option<LlamaToken> {
+    if let Some(sampler) = sampler {
+        return candidates.choose(sampler, from);
+    }
+    let best = from.reduce(|best, next| if next.1 > best.1 { next } else { best });
+    best.map(|(token, _)| LlamaToken(token as i32))
+}
+
+/// Of an answer whose form takes too long to be kept.
+pub(crate) fn too_slow() -> Report {
+    Report::caller(
+        "shape_too_slow",
+        "the answer ended early",
+        "there are so many ways to read what was said by its form that the next token could not be found in time",
+        "write the grammar so that a text can be read in few ways: no two alternatives that begin alike again and again",
+    )
 }
 
 /// Of an answer whose form no token goes on with.

@@ -9,6 +9,9 @@
 //!        goes, and, if the engine was killed, when the folder is next used.
 //! Disk:  llama.cpp's own sequence files (`llama_state_seq_save_file`), named `<process>-<model>-<blob>.kv`. They mean
 //!        nothing to another process. What a file says of its shape is checked by llama.cpp when it is read.
+//! Full:  a file is only taken for written when all of its bytes are there. After one that was not, no other is tried for
+//!        [`PAUSE`]: what would have gone to it is computed again.
+//! Secret: they hold what prompts say. The folder is this engine's alone, and encrypted if its partition is.
 //! Thread: the model's own; writing a file blocks it.
 
 use crate::radix::SeqId;
@@ -22,6 +25,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const SUFFIX: &str = ".kv";
+/// A disk that was full, or that failed, is not asked again for so long.
+const PAUSE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SwapError {
@@ -33,6 +38,10 @@ pub(crate) enum SwapError {
     Copy(#[from] llama_cpp_2::StateSeqError),
     #[error("the file was not written: {0}")]
     Save(#[from] llama_cpp_2::context::session::SaveSeqStateError),
+    #[error("of {wanted} bytes {there} were written: the disk is full, or this engine's part of it")]
+    Short { wanted: u64, there: u64 },
+    #[error("a file could not be written some seconds ago")]
+    Pause,
     #[error("the file was not read: {0}")]
     Load(#[from] llama_cpp_2::context::session::LoadSeqStateError),
     #[error("blob {0} is not here")]
@@ -46,6 +55,7 @@ pub(crate) struct Swap {
     files: HashSet<BlobId>,
     folder: Option<PathBuf>,
     name: String,
+    failed: Option<Instant>,
 }
 
 impl Swap {
@@ -53,7 +63,7 @@ impl Swap {
     pub(crate) fn new(scratch: SeqId, folder: Option<PathBuf>) -> Self {
         static MODELS: AtomicU64 = AtomicU64::new(0);
         let name = format!("{}-{}", std::process::id(), MODELS.fetch_add(1, Ordering::Relaxed));
-        Self { scratch, memory: HashMap::new(), files: HashSet::new(), folder, name }
+        Self { scratch, memory: HashMap::new(), files: HashSet::new(), folder, name, failed: None }
     }
 
     /// Copies positions of a sequence out of the cache; they stay in it.
@@ -65,6 +75,9 @@ impl Swap {
         (blob, tier): (BlobId, Tier),
     ) -> Result<Duration, SwapError> {
         let begun = Instant::now();
+        if tier == Tier::Disk && self.failed.is_some_and(|at| at.elapsed() < PAUSE) {
+            return Err(SwapError::Pause);
+        }
         let scratch = i32::from(self.scratch.0);
         context.copy_kv_cache_seq(i32::from(seq.0), scratch, Some(from), Some(upto))?;
         let stored = match tier {
@@ -74,13 +87,14 @@ impl Swap {
             }
             Tier::Disk => self.path(blob).ok_or(SwapError::NoFolder).and_then(|path| {
                 self.files.insert(blob);
-                context.state_seq_save_file(path, scratch, &[])?;
-                Ok(())
+                let written = context.state_seq_save_file(&path, scratch, &[])?;
+                whole(&path, written as u64)
             }),
         };
         self.empty_scratch(context)?;
         if stored.is_err() {
             self.forget(blob);
+            self.failed = (tier == Tier::Disk).then(Instant::now).or(self.failed);
         }
         stored.map(|()| begun.elapsed())
     }
@@ -135,6 +149,12 @@ impl Drop for Swap {
             }
         }
     }
+}
+
+/// llama.cpp writes through a buffer and does not look at what closing the file says.
+fn whole(path: &Path, wanted: u64) -> Result<(), SwapError> {
+    let there = fs::metadata(path).map_or(0, |file| file.len());
+    if there < wanted { Err(SwapError::Short { wanted, there }) } else { Ok(()) }
 }
 
 /// Removes what an engine left that was killed. Only one engine may use a folder.

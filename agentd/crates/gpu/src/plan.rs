@@ -77,6 +77,8 @@ pub mod engine {
     /// llama.cpp reserves logits for every sequence id: ids beyond what running requests need may cost so much.
     pub const OUTPUT_BYTES: u64 = 32 * 1024 * 1024;
     pub const IDS_MOST: u64 = 128;
+    /// Of a model whose cache is shared: one sequence has so many.
+    pub const IDS_LEAST: u64 = 32;
     pub const EMBED_BATCH_TOKENS: u64 = 512;
     pub const EMBED_SEQUENCES: u64 = 16;
     /// A cache in 32-bit numbers up to this size. 16-bit numbers would halve it, but a small model's cache is small, and
@@ -143,7 +145,7 @@ impl Sizes {
             sequences,
             ids,
             batch_tokens: engine::BATCH_TOKENS,
-            outputs: engine::BATCH_TOKENS,
+            outputs: ids,
             outputs_kept: ids,
             key: cache,
             value: cache,

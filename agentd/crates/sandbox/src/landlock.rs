@@ -84,6 +84,8 @@ pub enum OwnAccess {
     ReadExecute,
     /// Read, write and `ioctl` on device nodes.
     Device,
+    /// Plain files that it makes, reads, writes and removes.
+    Scratch,
 }
 
 fn everything_denied(scopes: BitFlags<Scope>) -> Result<RulesetCreated, RulesetError> {
@@ -136,5 +138,6 @@ fn own_rights(access: OwnAccess) -> BitFlags<AccessFs> {
         OwnAccess::Read => read,
         OwnAccess::ReadExecute => read | AccessFs::Execute,
         OwnAccess::Device => read | AccessFs::WriteFile | AccessFs::IoctlDev,
+        OwnAccess::Scratch => read | make_bitflags!(AccessFs::{WriteFile | Truncate | MakeReg | RemoveFile}),
     }
 }

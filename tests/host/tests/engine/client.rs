@@ -54,7 +54,13 @@ impl Engine {
 
     /// With whatever is done to its command; the path is an empty folder.
     pub fn start_from(more: impl FnOnce(&mut Command, &Path)) -> Option<Self> {
-        let (program, backends, models) = programs()?;
+        let (_, backends, _) = programs()?;
+        Self::start_on(&backends, more)
+    }
+
+    /// With other back ends than those that lie beside it.
+    pub fn start_on(backends: &Path, more: impl FnOnce(&mut Command, &Path)) -> Option<Self> {
+        let (program, _, models) = programs()?;
         let folder = tempfile::tempdir().expect("a temporary folder");
         let empty = folder.path().join("swap");
         std::fs::create_dir(&empty).expect("an empty folder");

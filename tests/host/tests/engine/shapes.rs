@@ -1,12 +1,12 @@
 //! Does an answer have the form that was asked for, whatever the model would rather say?
 //!
-//! The tiny model's words are noise, so a form it keeps to is not its own idea. Its text is kept to ASCII: llama.cpp's
-//! grammars take a byte that begins a character for a whole one whatever follows, and noise says such things.
+//! The tiny model's words are noise, so a form it keeps to is not its own idea.
 
-use crate::client::greedy;
+use crate::client::{Client, greedy};
 use crate::sharing::with_tiny;
-use agentd_domain::engine::{FinishReason, Generate, Prompt, Sampling, Shape};
+use agentd_domain::engine::{Event, FinishReason, Generate, Prompt, Request, Sampling, Shape};
 use serde_json::{Value, json};
+use std::time::{Duration, Instant};
 
 fn shaped(key: &str, seed: Option<u32>, shape: Shape) -> Generate {
     let prompt = Prompt::Text("Say something.".to_owned());
@@ -85,4 +85,65 @@ fn forms_that_cannot_be_kept_say_so() {
         }
     }
     assert_eq!(client.generate(shaped("after", None, Shape::JsonObject)).text.chars().next(), Some('{'));
+}
+
+/// Noise begins characters that it does not end: within a form each is whole.
+#[test]
+fn text_within_a_form_is_text() {
+    let Some((_engine, mut client)) = with_tiny(&[], (4096, 4)) else { return };
+    let schema = json!({ "type": "object", "properties": { "said": { "type": "string", "maxLength": 20 } },
+        "required": ["said"], "additionalProperties": false });
+    for seed in 0..12 {
+        let answer =
+            client.generate(shaped(&format!("k{seed}"), Some(seed), Shape::JsonSchema(schema.to_string())));
+        assert!(answer.end.is_ok_and(|done| done.reason == FinishReason::Stop), "{}", answer.text);
+        assert!(!answer.text.contains('\u{fffd}'), "{}", answer.text);
+        let value: Value =
+            serde_json::from_str(&answer.text).unwrap_or_else(|e| panic!("{e}: {}", answer.text));
+        assert!(value["said"].as_str().expect("a text").chars().count() <= 20, "{value}");
+    }
+}
+
+/// A grammar that can be read in ever more ways ends with a reason, and nobody beside it waits for that.
+#[test]
+fn a_slow_grammar_is_slow_for_itself_alone() {
+    let Some((engine, mut client)) = with_tiny(&[], (4096, 4)) else { return };
+    let rules: String = (0..24)
+        .map(|n| format!("r{n} ::= \"a\" r{n}x | \"a\" r{n}y\nr{n}x ::= \"a\" s\nr{n}y ::= \"a\" s\n"))
+        .collect();
+    let any = (0..24).map(|n| format!("r{n} | r{n} s")).collect::<Vec<_>>().join(" | ");
+    let ambiguous = format!("root ::= s\ns ::= {any}\n{rules}");
+    let gap = |client: &mut Client, key: &str| {
+        let prompt = Prompt::Text("Say something.".to_owned());
+        let id = client.send(Request::Generate(greedy(key, prompt, 200)));
+        let (mut last, mut longest) = (Instant::now(), Duration::ZERO);
+        loop {
+            let frame = client.receive();
+            assert_eq!(frame.id, id);
+            match frame.body {
+                Event::Piece { .. } => {
+                    longest = longest.max(last.elapsed());
+                    last = Instant::now();
+                }
+                Event::Done(_) => return longest,
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    let alone = gap(&mut client, "alone");
+    let mut slow = engine.connect();
+    let ids: Vec<u64> = (0..3)
+        .map(|n| {
+            let request = shaped(&format!("slow{n}"), None, Shape::Grammar(ambiguous.clone()));
+            slow.send(Request::Generate(request))
+        })
+        .collect();
+    let beside = gap(&mut client, "beside");
+    println!("longest gap {alone:?} alone, {beside:?} beside three slow grammars");
+    assert!(beside < Duration::from_millis(500), "{beside:?}");
+    for answer in slow.read_answers(&ids) {
+        let report = answer.end.expect_err("it cannot be kept to");
+        assert_eq!(report.code, "shape_too_slow");
+        assert!(answer.text.chars().all(|character| character == 'a'), "{}", answer.text);
+    }
 }

@@ -167,6 +167,52 @@ fn files_that_are_lost_or_broken_cost_time_and_nothing_else() {
     whole(&client.usage());
 }
 
+/// A disk without room for what has to step aside: it is computed again, everybody gets an answer.
+#[test]
+fn a_full_disk_costs_time_and_no_answer() {
+    let Some(full) = SmallDisk::mount() else { return };
+    let folder = full.0.path().to_str().expect("a plain path").to_owned();
+    let arguments = ["--swap-memory-mib", "0", "--swap-dir", folder.as_str()];
+    let Some((_engine, mut client)) = with_tiny(&arguments, (2048, 2)) else { return };
+    let prompts: Vec<Vec<i32>> = (0..5).map(|seed| tokens(seed, 800)).collect();
+    let mut texts = Vec::new();
+    for round in 0..2 {
+        for (n, prompt) in prompts.iter().enumerate() {
+            let answer = client.generate(asked(&format!("{round}-{n}"), prompt, 10, of("a")));
+            assert!(answer.end.is_ok(), "{:?}", answer.end);
+            texts.push(answer.text);
+        }
+    }
+    let (first, second) = texts.split_at(5);
+    assert_eq!(first, second);
+    let usage = client.usage();
+    assert_eq!((usage.swap_disk_bytes, usage.swapped_in), (0, 0), "nothing fits: {usage:?}");
+    assert_eq!(std::fs::read_dir(full.0.path()).expect("the folder").count(), 0, "half files stay behind");
+    whole(&usage);
+}
+
+/// A file system of 64 KiB, in memory; unmounted when dropped.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount() -> Option<Self> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut command = std::process::Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", "size=64k", "none"]).arg(folder.path());
+        if command.status().is_ok_and(|status| status.success()) {
+            return Some(Self(folder));
+        }
+        println!("SKIP: a full disk: this user mounts no file system");
+        None
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(self.0.path()).status();
+    }
+}
+
 /// Hundreds of different prompts: memory ends where it was said to.
 #[test]
 fn what_is_kept_is_bounded() {

@@ -1,7 +1,8 @@
-// What memory does a model with its context take, buffer by buffer?
+// What memory does a model with its context take, buffer by buffer, and how much of it is for logits?
 //
-// llama.cpp says it in C++ only (a std::map in its staging header), so this is C++ as well: nothing else is. The
-// caller is src/ggml.rs. Exceptions end here; an assertion of llama.cpp ends the process, whose caller knows that.
+// llama.cpp says the first in C++ only (a std::map in its staging header), so this is C++ as well: nothing else is. The
+// second is a parameter that llama-cpp-2 does not pass on. The caller is src/ggml.rs. Exceptions end here; an assertion
+// of llama.cpp ends the process, whose caller knows that.
 
 #include "llama-ext.h"
 #include "ggml-backend.h"
@@ -19,6 +20,7 @@ struct agentd_memory {
     llama_model * model;
     llama_context * context;
     uint32_t tokens_of_batch;
+    uint32_t rows_of_batch;
 };
 
 // As `Buffer` in src/ggml.rs. `device` is 0 for host memory, else one more than its index in ggml's list.
@@ -46,7 +48,8 @@ agentd_memory * agentd_memory_open(const char * path, const llama_model_params *
             say(error, room, "llama.cpp made no context for it");
             return nullptr;
         }
-        return new agentd_memory{model, context, context_params->n_batch};
+        const uint32_t rows = context_params->n_outputs_max;
+        return new agentd_memory{model, context, context_params->n_batch, rows == 0 ? context_params->n_batch : rows};
     } catch (const std::exception & thrown) {
         say(error, room, thrown.what());
     } catch (...) {
@@ -95,7 +98,7 @@ uint32_t agentd_memory_vocabulary(const agentd_memory * memory) {
 }
 
 // Fills the context to its end, so that every buffer is used as far as it can be. The last batch asks for the logits of
-// all its tokens. Returns how many rows of logits that were, or llama.cpp's negative error.
+// as many of its tokens as there is room for. Returns how many rows of logits that were, or llama.cpp's negative error.
 int64_t agentd_memory_fill(agentd_memory * memory, uint32_t tokens) {
     try {
         const uint32_t vocabulary = agentd_memory_vocabulary(memory);
@@ -105,17 +108,17 @@ int64_t agentd_memory_fill(agentd_memory * memory, uint32_t tokens) {
         int32_t failed = 0;
         for (uint32_t done = 0; done < tokens && failed == 0;) {
             const uint32_t now = std::min(most, tokens - done);
-            const bool last = done + now == tokens;
+            const uint32_t wanted = done + now == tokens ? std::min(now, memory->rows_of_batch) : 1;
             batch.n_tokens = static_cast<int32_t>(now);
             for (uint32_t i = 0; i < now; i++) {
                 batch.token[i] = static_cast<llama_token>((done + i) * 7919u % vocabulary);
                 batch.pos[i] = static_cast<llama_pos>(done + i);
                 batch.n_seq_id[i] = 1;
                 batch.seq_id[i][0] = 0;
-                batch.logits[i] = last || i + 1 == now;
+                batch.logits[i] = i + wanted >= now;
             }
             failed = llama_decode(memory->context, batch);
-            rows = last ? now : 1;
+            rows = wanted;
             done += now;
         }
         llama_synchronize(memory->context);
@@ -124,6 +127,20 @@ int64_t agentd_memory_fill(agentd_memory * memory, uint32_t tokens) {
     } catch (...) {
         return -1000;
     }
+}
+
+static thread_local uint32_t outputs_of_next = 0;
+
+// The next context that this thread makes through llama_new_context_with_model has room for so many rows of logits.
+void agentd_outputs_of_next(uint32_t rows) { outputs_of_next = rows; }
+
+// The linker calls llama.cpp's function this and ours the other name (build.rs, --wrap).
+llama_context * __real_llama_new_context_with_model(llama_model * model, llama_context_params params);
+
+llama_context * __wrap_llama_new_context_with_model(llama_model * model, llama_context_params params) {
+    params.n_outputs_max = outputs_of_next;
+    outputs_of_next = 0;
+    return __real_llama_new_context_with_model(model, params);
 }
 
 }

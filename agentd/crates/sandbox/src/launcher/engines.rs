@@ -3,10 +3,11 @@
 //! Owns:  the listening socket of each set, which lives as long as the set is wanted: connections queue while the
 //!        engine is started again. The process, its cgroup, and when it is due again.
 //! Always: an engine has a uid of its own, no capability, an empty network, a Landlock domain that reads models and
-//!         libraries and nothing else, and a default-deny system call filter. It dies with the launcher.
+//!         libraries, writes to a folder of its own ([`super::swap_room`]) and nothing else, and a default-deny system call filter. It dies with the launcher.
 //! Never:  an engine without one of these: its start fails and is tried again.
 
 use super::cgroups::{self, Hierarchy};
+use super::swap_room::{self, SwapRoom};
 use super::{Options, boot_ms, broken, device_limits, refused};
 use crate::jail::Failure;
 use crate::landlock::{self, OwnAccess};
@@ -196,6 +197,7 @@ const CALLS: &[&str] = &[
     "timerfd_settime",
     "umask",
     "uname",
+    "unlinkat",
     "write",
     "writev",
     #[cfg(target_arch = "x86_64")]
@@ -224,6 +226,8 @@ const CALLS: &[&str] = &[
     "stat",
     #[cfg(target_arch = "x86_64")]
     "time",
+    #[cfg(target_arch = "x86_64")]
+    "unlink",
 ];
 
 #[derive(Debug)]
@@ -372,8 +376,12 @@ impl Engine {
             namespaces: libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS,
             cgroup: Some(group_fd.as_fd()),
         };
+        let room = swap_room::prepare(options, &self.spec.set)
+            .inspect_err(|why| eprintln!("agent-launcher: engine {}: {why}", self.spec.set))
+            .ok();
         let (pid, pidfd) = sys::spawn(request, || {
-            become_engine(options, &self.spec.device_limits, self.listener.as_fd(), theirs.as_fd())
+            let limits = &self.spec.device_limits;
+            become_engine(options, limits, room.as_ref(), self.listener.as_fd(), theirs.as_fd())
         })
         .map_err(failed)?;
         drop(theirs);
@@ -441,12 +449,13 @@ const ABOUT_TO_EXEC: &[u8] = b"E";
 fn become_engine(
     options: &Options,
     limits: &[DeviceLimit],
+    room: Option<&SwapRoom>,
     listener: BorrowedFd<'_>,
     report: BorrowedFd<'_>,
 ) -> i32 {
     let failure = match place_descriptors(listener, report) {
         Ok(()) => {
-            let Err(failure) = confine_and_exec(options, limits);
+            let Err(failure) = confine_and_exec(options, limits, room);
             failure
         }
         Err(error) => Failure { step: "engine: descriptors".to_owned(), why: error.to_string() },
@@ -469,17 +478,27 @@ fn place_descriptors(listener: BorrowedFd<'_>, report: BorrowedFd<'_>) -> Result
     sys::close_on_exec(REPORT_FD)
 }
 
-fn confine_and_exec(options: &Options, limits: &[DeviceLimit]) -> Result<std::convert::Infallible, Failure> {
+fn confine_and_exec(
+    options: &Options,
+    limits: &[DeviceLimit],
+    room: Option<&SwapRoom>,
+) -> Result<std::convert::Infallible, Failure> {
     use crate::jail::{change_user, drop_capabilities, step};
     leave_the_launcher()?;
     step("engine: capability bounding set", sys::drop_bounding_set(0))?;
     change_user(paths::UID_ENGINE)?;
     drop_capabilities()?;
     let models = Options::text(&options.data_dir.join("models"));
-    wall_in(options, &[(models.as_str(), OwnAccess::Read)])?;
+    let mut files = vec![(models.as_str(), OwnAccess::Read)];
+    files.extend(room.map(|room| (room.path.as_str(), OwnAccess::Scratch)));
+    wall_in(options, &files)?;
     sys::write_all(REPORT_FD, ABOUT_TO_EXEC);
+    let swap = room.map(|room| {
+        ["--swap-dir".to_owned(), room.path.clone(), "--swap-disk-mib".to_owned(), room.mebibytes.to_string()]
+    });
     let error = Command::new(&options.engine)
         .args(["--listen-fd", "3", "--backends", paths::BACKENDS])
+        .args(swap.iter().flatten())
         .env_clear()
         .env("LC_ALL", "C.UTF-8")
         .envs(limits.iter().flat_map(|limit| limit.by.variables(limit.bytes)))

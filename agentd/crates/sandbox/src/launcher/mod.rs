@@ -18,6 +18,7 @@ mod records;
 mod requests;
 mod runs;
 mod server;
+mod swap_room;
 mod volumes;
 
 pub use options::{Options, Without};

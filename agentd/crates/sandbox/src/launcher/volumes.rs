@@ -250,7 +250,7 @@ fn names(folder: &OwnedFd, most: usize) -> Result<Vec<std::ffi::CString>, Errno>
     Ok(found)
 }
 
-fn data_folder(options: &Options) -> Result<OwnedFd, Errno> {
+pub(super) fn data_folder(options: &Options) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     openat(CWD, options.data_dir.as_path(), flags, Mode::empty())
 }
@@ -278,7 +278,7 @@ fn owner_of_uid(agents: &OwnedFd, uid: u32, but: AgentId) -> Result<Option<Strin
     Ok(None)
 }
 
-fn beneath(folder: &OwnedFd, path: &str) -> Result<OwnedFd, Errno> {
+pub(super) fn beneath(folder: &OwnedFd, path: &str) -> Result<OwnedFd, Errno> {
     let resolve = ResolveFlags::BENEATH
         | ResolveFlags::NO_SYMLINKS
         | ResolveFlags::NO_MAGICLINKS
@@ -287,14 +287,14 @@ fn beneath(folder: &OwnedFd, path: &str) -> Result<OwnedFd, Errno> {
 }
 
 /// One that is there already is left as it is.
-fn make_folder(parent: &OwnedFd, name: &str, mode: u32) -> Result<(), Errno> {
+pub(super) fn make_folder(parent: &OwnedFd, name: &str, mode: u32) -> Result<(), Errno> {
     match mkdirat(parent, name, Mode::from_raw_mode(mode)) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(error) => Err(error),
     }
 }
 
-fn give(folder: &OwnedFd, uid: u32, gid: u32, mode: u32) -> Result<(), Errno> {
+pub(super) fn give(folder: &OwnedFd, uid: u32, gid: u32, mode: u32) -> Result<(), Errno> {
     fchown(folder, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
     // After the owner: a change of owner may clear bits.
     fchmod(folder, Mode::from_raw_mode(mode))

@@ -279,11 +279,36 @@ pub(crate) fn engine() -> std::process::ExitCode {
         }
         writeln!(client, "write: {}", std::fs::write("/dev/shm/engine", "x").is_ok()).unwrap();
         writeln!(client, "tcp: {}", TcpStream::connect("127.0.0.1:7070").is_ok()).unwrap();
+        for (name, allowed) in swap_folder() {
+            writeln!(client, "{name}: {allowed}").unwrap();
+        }
         writeln!(client, "end:").unwrap();
         if read_line(&mut client) == "crash" {
             std::process::exit(9);
         }
     }
+}
+
+/// What may be done in the folder that the launcher has named, and beside it.
+fn swap_folder() -> Vec<(&'static str, bool)> {
+    let words: Vec<String> = std::env::args().collect();
+    let after = |name: &str| words.iter().skip_while(|word| *word != name).nth(1);
+    let Some(folder) = after("--swap-dir").map(std::path::PathBuf::from) else {
+        return vec![("swap", false)];
+    };
+    let file = folder.join("1-1-1.kv");
+    let written = std::fs::write(&file, "keys and values").is_ok();
+    let read = std::fs::read(&file).is_ok_and(|bytes| bytes == b"keys and values");
+    vec![
+        ("swap", written && read && std::fs::remove_file(&file).is_ok() && !file.exists()),
+        ("swap-folder", std::fs::create_dir(folder.join("inner")).is_ok()),
+        ("swap-beside", std::fs::write(folder.with_file_name("other"), "x").is_ok()),
+        ("swap-link", std::os::unix::fs::symlink("/etc/passwd", folder.join("link")).is_ok()),
+        (
+            "swap-bounded",
+            after("--swap-disk-mib").is_some_and(|mib| mib.parse::<u64>().is_ok_and(|mib| mib > 0)),
+        ),
+    ]
 }
 
 /// Stands in for `agentd-engine limit`: does what the device's name says, and tells what it finds around itself.

@@ -32,9 +32,12 @@ pub(crate) fn engine() -> Outcome {
     assert_eq!(found["Uid"], "202 202 202 202");
     assert_eq!((found["CapEff"].as_str(), found["NoNewPrivs"].as_str()), ("0000000000000000", "1"));
     assert_eq!((found["Seccomp"].as_str(), found["SigBlk"].as_str()), ("2", "0000000000000000"));
-    for closed in ["/etc/passwd", "/proc/1/status", "/dev/kmsg", "write", "tcp"] {
+    let swap = ["swap-folder", "swap-beside", "swap-link"];
+    for closed in ["/etc/passwd", "/proc/1/status", "/dev/kmsg", "write", "tcp"].into_iter().chain(swap) {
         assert_eq!(found[closed], "false", "{closed}");
     }
+    // Its own folder on the data partition, and that one only.
+    assert_eq!((found["swap"].as_str(), found["swap-bounded"].as_str()), ("true", "true"));
     // It crashes; a connection made meanwhile waits and is answered by the next process.
     ask_engine(&socket, "crash");
     assert_eq!(ask_engine(&socket, "go on")["Uid"], "202 202 202 202");
