@@ -91,6 +91,8 @@ fn compile(source: &Path, build: &Path, card: &Card) -> Result<bool> {
             "-DLLAMA_BUILD_TOOLS=OFF",
             "-DLLAMA_BUILD_EXAMPLES=OFF",
             "-DLLAMA_BUILD_SERVER=OFF",
+            // The crate leaves its folder out.
+            "-DLLAMA_BUILD_APP=OFF",
         ])
         .arg(format!("-DCMAKE_CUDA_ARCHITECTURES={}", card.compute.replace('.', "")))
         .status()

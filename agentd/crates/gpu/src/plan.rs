@@ -382,6 +382,10 @@ fn compute_bytes(shape: &Shape, sizes: &Sizes, attention: &Attention, cells: u64
     // 16 bits for flash attention (`build_kq_mask` in `llama-graph.cpp`).
     let mask = product(&[seen, tokens, if sizes.flash_attention { 2 } else { 4 }]);
     let arriving = sum(&[product(&[tokens, width, 4]), product(&[tokens, 64])]);
+    // Without flash attention values lie across: each number of them has a place of its own, in 64 bits
+    // (`build_input_v_idxs` in `llama-kv-cache.cpp`).
+    let widest_value = product(&[kv_heads, shape.value_length]);
+    let places = if sizes.flash_attention || !attention.keeps { 0 } else { product(&[tokens, widest_value, 8]) };
     let mut total: u64 = 0;
     if work.host {
         total = sum(&[total, arriving]);
@@ -429,7 +433,7 @@ fn compute_bytes(shape: &Shape, sizes: &Sizes, attention: &Attention, cells: u64
         };
         let peak = [attending, sum(&[dense, routed]), recurring, outgoing].into_iter().max().unwrap_or(0);
         // Four vectors per token live on beside it: the residual, its norm, what was added last, what comes next.
-        total = sum(&[total, mask, product(&[tokens, width, 4, 4]), peak]);
+        total = sum(&[total, mask, places, product(&[tokens, width, 4, 4]), peak]);
     }
     total
 }

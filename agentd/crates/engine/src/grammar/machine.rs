@@ -39,16 +39,12 @@ pub(crate) enum Stop {
 #[derive(Debug)]
 pub(crate) struct Mask {
     bits: Box<[u64]>,
-    count: usize,
 }
 
 impl Mask {
+    #[cfg(test)]
     pub(crate) fn has(&self, token: u32) -> bool {
         self.bits.get(token as usize / 64).is_some_and(|word| word >> (token % 64) & 1 == 1)
-    }
-
-    pub(crate) fn count(&self) -> usize {
-        self.count
     }
 
     pub(crate) fn tokens(&self) -> impl Iterator<Item = u32> + '_ {
@@ -65,7 +61,6 @@ impl Mask {
     fn set(&mut self, token: u32) {
         if let Some(word) = self.bits.get_mut(token as usize / 64) {
             *word |= 1 << (token % 64);
-            self.count += 1;
         }
     }
 }
@@ -205,7 +200,7 @@ impl Machine {
         if let Some(known) = self.masks.get(&at) {
             return Ok(Arc::clone(known));
         }
-        let mut mask = Mask { bits: vec![0; words.tokens().div_ceil(64)].into(), count: 0 };
+        let mut mask = Mask { bits: vec![0; words.tokens().div_ceil(64)].into() };
         // Where the word before stood after each of its bytes, and how many of these were possible.
         let mut stood = vec![at];
         let mut possible = usize::MAX;

@@ -117,7 +117,6 @@ fn a_mask_is_what_is_allowed_one_by_one() {
         let one_by_one: Vec<u32> =
             (0..words.tokens() as u32).filter(|token| matcher.allows(*token).unwrap()).collect();
         assert_eq!(mask.tokens().collect::<Vec<_>>(), one_by_one);
-        assert_eq!(mask.count(), one_by_one.len());
         assert!(one_by_one.iter().all(|token| mask.has(*token)));
         assert!(matcher.accept(token).unwrap(), "{token}");
     }
