@@ -15,13 +15,14 @@
 
 mod machine;
 mod parse;
+mod program;
 #[cfg(test)]
 mod tests;
 mod vocabulary;
 
 use machine::{Machine, Position};
 pub(crate) use machine::{Mask, Stop};
-use parse::Program;
+use program::Program;
 pub(crate) use vocabulary::Words;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -9,7 +9,7 @@
 //! Cost:  counted in stacks looked at, so that a limit is the same on every machine. Ambiguous grammars have very many
 //!        stacks in one state; that is where the limit strikes.
 
-use super::parse::{Element, Program};
+use super::program::{Element, Program};
 use super::vocabulary::Words;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
