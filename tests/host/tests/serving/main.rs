@@ -174,3 +174,34 @@ fn queued(way: &Way) {
     assert_eq!(answered + refused, REQUESTS);
     assert!(answered > 0);
 }
+
+/// E7: what does not fit into memory goes to a folder on the data partition that is this engine's alone; an engine that
+/// was killed leaves nothing there for long.
+#[test]
+fn an_engine_has_a_folder_of_its_own_to_swap_to() {
+    use std::os::unix::fs::MetadataExt;
+    let Some(way) = way() else { return };
+    let engine = engine_of(&way.scene).expect("an engine");
+    let words = fs::read(format!("/proc/{engine}/cmdline")).expect("the engine's words");
+    let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
+    let folder = way.scene.at("data/swap/host");
+    let at = words.iter().position(|word| *word == b"--swap-dir").expect("a folder is named");
+    assert_eq!(words[at + 1], folder.as_os_str().as_encoded_bytes());
+    assert!(words.contains(&b"--swap-disk-mib".as_slice()), "and how much may be in it");
+    let seen = fs::metadata(&folder).expect("it is there");
+    assert_eq!((seen.uid(), seen.mode() & 0o7777), (agentd_domain::paths::UID_ENGINE, 0o700));
+    // As if it had been killed with something put aside.
+    let left = folder.join("1-0-1.kv");
+    fs::write(&left, "keys and values").expect("written");
+    assert!(std::process::Command::new("kill").args(["-9", &engine.to_string()]).status().expect("kill").success());
+    way.scene.until("another engine has removed what was left", || !left.exists());
+    assert_ne!(engine_of(&way.scene), Some(engine));
+}
+
+fn engine_of(scene: &Scene) -> Option<i32> {
+    let launcher = scene.launcher_pid();
+    let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).ok()?;
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).find(|pid: &i32| {
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "agentd-engine")
+    })
+}
