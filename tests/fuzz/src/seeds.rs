@@ -1,4 +1,6 @@
-//! Writes the inputs that `gguf` begins with: `gguf-seeds FOLDER [MODEL.gguf]...`
+//! Writes the inputs that `gguf` begins with: `seeds FOLDER [MODEL.gguf]...`
+//!
+//! Compiled by `rustc` alone, without the coverage hooks: what they call is in libFuzzer only.
 //!
 //! Small heads of several kinds of models, as converters write them, and the heads of real files.
 

@@ -9,9 +9,12 @@ use agentd_domain::engine::{ModelKind, Prompt, Request, Share};
 use std::path::PathBuf;
 use tests_models::{Layout, SMALL};
 
-/// Of a logit, where those of the models here have a standard deviation of 2.5: Vulkan's shaders multiply in 16-bit
+/// Of a logit of the tiny model, whose logits have a standard deviation of 2.5: Vulkan's shaders multiply in 16-bit
 /// numbers and add up in another order.
-const TOLERANCE: f32 = 0.1;
+const TOLERANCE: f32 = 0.05;
+/// The root of the mean square of all differences, as a part of the logits' standard deviation, where weights are in 8 bits:
+/// the processor rounds what it multiplies with them to 8 bits too, Vulkan does not.
+const ROUNDED_TOLERANCE: f32 = 0.1;
 
 fn with_vulkan(arguments: &[&str]) -> Option<(Engine, Client)> {
     let Some(folder) = std::env::var_os("AGENTD_VULKAN_BACKENDS").map(PathBuf::from) else {
@@ -26,6 +29,11 @@ fn with_vulkan(arguments: &[&str]) -> Option<(Engine, Client)> {
     })?;
     let client = engine.connect();
     Some((engine, client))
+}
+
+/// Logits have a mean near zero, so of them this is the standard deviation.
+fn root_mean_square(values: &[f32]) -> f32 {
+    (values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32).sqrt()
 }
 
 fn largest_difference(left: &[f32], right: &[f32]) -> f32 {
@@ -48,15 +56,21 @@ fn on_vulkan_the_device_is_listed_and_answers_are_the_processors() {
         for client in [&mut on_vulkan, &mut on_processor] {
             client.load_sized(name, &file, ModelKind::Chat, (2048, 4)).expect("it loads");
         }
-        let mut worst: f32 = 0.0;
+        let (mut worst, mut part): (f32, f32) = (0.0, 0.0);
         for length in [1, 5, 64, 300] {
             let prompt = tokens(length, length);
             let (theirs, ours) = (on_processor.logits(name, &prompt), on_vulkan.logits(name, &prompt));
             assert!(ours.iter().any(|logit| logit.abs() > 0.5), "logits are not all zero");
             worst = worst.max(largest_difference(&ours, &theirs));
+            let differences: Vec<f32> = ours.iter().zip(&theirs).map(|(ours, theirs)| ours - theirs).collect();
+            part = part.max(root_mean_square(&differences) / root_mean_square(&theirs));
         }
-        println!("RESULT: {name}: largest difference of a logit to the processor's {worst:e}");
-        assert!(worst <= TOLERANCE, "{name}: {worst}");
+        println!(
+            "RESULT: {name}: a logit differs from the processor's by {worst:.4} at most, all of them by {:.2} % of their \
+             standard deviation",
+            part * 100.0
+        );
+        assert!(if name == "tiny" { worst <= TOLERANCE } else { part <= ROUNDED_TOLERANCE }, "{name}: {worst}, {part}");
     }
     let answer = |client: &mut Client, n: i32| {
         client.generate(greedy(&format!("k{n}"), Prompt::Tokens(tokens(n, 40)), 24))
