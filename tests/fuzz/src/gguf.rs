@@ -9,6 +9,9 @@ use agentd_domain::gguf;
 use agentd_gpu::plan::{Layout, Sizes, need};
 use libfuzzer_sys::fuzz_target;
 
+/// Of a head, as `agentd-domain` bounds it.
+const HEAD_BYTES: u64 = 64 << 20;
+
 fuzz_target!(|input: &[u8]| {
     let Some((length, head)) = input.split_first_chunk::<8>() else { return };
     let file_bytes = u64::from_le_bytes(*length);
@@ -22,8 +25,8 @@ fuzz_target!(|input: &[u8]| {
         }
         Ok(())
     });
-    // The head is read once, in blocks: a claim of a terabyte makes nobody read it.
-    assert!(read_bytes <= head.len() as u64 * 2 + (8 << 20), "{read_bytes} bytes of {} were read", head.len());
+    // Passed over once, in blocks, up to its bound: a claim of a terabyte makes nobody read it.
+    assert!(read_bytes <= 2 * HEAD_BYTES, "{read_bytes} bytes were read");
     let summary = match checked {
         Ok(summary) => summary,
         Err(error) => {

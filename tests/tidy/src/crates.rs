@@ -177,6 +177,10 @@ pub fn manifests(repo: &crate::Repo) -> Result<Vec<String>> {
     let mut complaints = Vec::new();
     for (name, text) in repo.files.iter().filter(|(name, _)| name.ends_with("/Cargo.toml")) {
         let manifest: toml::Table = text.parse().with_context(|| name.clone())?;
+        // A workspace of its own has nothing to inherit: what is compiled with other flags than all the rest.
+        if manifest.contains_key("workspace") {
+            continue;
+        }
         let workspace_lints =
             manifest.get("lints").and_then(|l| l.get("workspace")).and_then(|w| w.as_bool());
         if workspace_lints != Some(true) {

@@ -385,7 +385,8 @@ fn compute_bytes(shape: &Shape, sizes: &Sizes, attention: &Attention, cells: u64
     // Without flash attention values lie across: each number of them has a place of its own, in 64 bits
     // (`build_input_v_idxs` in `llama-kv-cache.cpp`).
     let widest_value = product(&[kv_heads, shape.value_length]);
-    let places = if sizes.flash_attention || !attention.keeps { 0 } else { product(&[tokens, widest_value, 8]) };
+    let places =
+        if sizes.flash_attention || !attention.keeps { 0 } else { product(&[tokens, widest_value, 8]) };
     let mut total: u64 = 0;
     if work.host {
         total = sum(&[total, arriving]);

@@ -62,7 +62,8 @@ fn on_vulkan_the_device_is_listed_and_answers_are_the_processors() {
             let (theirs, ours) = (on_processor.logits(name, &prompt), on_vulkan.logits(name, &prompt));
             assert!(ours.iter().any(|logit| logit.abs() > 0.5), "logits are not all zero");
             worst = worst.max(largest_difference(&ours, &theirs));
-            let differences: Vec<f32> = ours.iter().zip(&theirs).map(|(ours, theirs)| ours - theirs).collect();
+            let differences: Vec<f32> =
+                ours.iter().zip(&theirs).map(|(ours, theirs)| ours - theirs).collect();
             part = part.max(root_mean_square(&differences) / root_mean_square(&theirs));
         }
         println!(
@@ -70,7 +71,10 @@ fn on_vulkan_the_device_is_listed_and_answers_are_the_processors() {
              standard deviation",
             part * 100.0
         );
-        assert!(if name == "tiny" { worst <= TOLERANCE } else { part <= ROUNDED_TOLERANCE }, "{name}: {worst}, {part}");
+        assert!(
+            if name == "tiny" { worst <= TOLERANCE } else { part <= ROUNDED_TOLERANCE },
+            "{name}: {worst}, {part}"
+        );
     }
     let answer = |client: &mut Client, n: i32| {
         client.generate(greedy(&format!("k{n}"), Prompt::Tokens(tokens(n, 40)), 24))

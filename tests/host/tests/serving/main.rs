@@ -193,7 +193,13 @@ fn an_engine_has_a_folder_of_its_own_to_swap_to() {
     // As if it had been killed with something put aside.
     let left = folder.join("1-0-1.kv");
     fs::write(&left, "keys and values").expect("written");
-    assert!(std::process::Command::new("kill").args(["-9", &engine.to_string()]).status().expect("kill").success());
+    assert!(
+        std::process::Command::new("kill")
+            .args(["-9", &engine.to_string()])
+            .status()
+            .expect("kill")
+            .success()
+    );
     way.scene.until("another engine has removed what was left", || !left.exists());
     assert_ne!(engine_of(&way.scene), Some(engine));
 }

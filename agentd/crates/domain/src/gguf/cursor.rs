@@ -7,6 +7,9 @@ use super::{GgufError, ReadAt};
 
 /// One window of the file. The header of a large vocabulary is about 5 MB: some hundred reads.
 const WINDOW_BYTES: u64 = 64 * 1024;
+/// The largest heads of today are below 20 MB: texts and merges of a quarter of a million tokens. Without a bound a file of
+/// a terabyte could claim to be head all over, and who checks it would read it all.
+pub(super) const MAX_HEAD_BYTES: u64 = 64 * 1024 * 1024;
 
 pub(super) struct Cursor<'a> {
     file_bytes: u64,
@@ -99,6 +102,10 @@ impl<'a> Cursor<'a> {
                 needs_bytes,
                 has_bytes: self.file_bytes,
             });
+        }
+        if needs_bytes > MAX_HEAD_BYTES {
+            let what = format!("{what} ends at byte {needs_bytes}, a head has at most {MAX_HEAD_BYTES}");
+            return Err(GgufError::Corrupt { at: self.position, what });
         }
         Ok(())
     }

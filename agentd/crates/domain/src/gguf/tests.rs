@@ -140,6 +140,46 @@ fn counts_and_lengths_that_no_file_could_hold_are_refused_without_allocating() {
     assert!(corrupt(&file).contains("at most 256"));
 }
 
+/// Found by the fuzzer (`scripts/test long fuzz`): texts without a length cost a file eight zeros each, and a file of a
+/// terabyte could be head all over. Who checked it would have read it all.
+#[test]
+fn a_head_without_an_end_is_not_read_to_the_end() {
+    let elements: u64 = 4 * 1024 * 1024;
+    let texts = |name: &str| {
+        let mut bytes = Vec::new();
+        text(&mut bytes, name);
+        bytes.extend([9u32, 8].map(u32::to_le_bytes).concat());
+        bytes.extend(elements.to_le_bytes());
+        bytes
+    };
+    let mut first =
+        [b"GGUF".as_slice(), &3u32.to_le_bytes(), &1u64.to_le_bytes(), &100u64.to_le_bytes()].concat();
+    let mut places: Vec<(u64, Vec<u8>)> = Vec::new();
+    let mut at = 0;
+    for number in 0..100 {
+        first.extend(texts(&format!("key.{number}")));
+        let bytes = std::mem::take(&mut first);
+        let end = at + bytes.len() as u64 + 8 * elements;
+        places.push((at, bytes));
+        at = end;
+    }
+    let mut read_bytes = 0;
+    let error = check(1 << 40, &mut |at, into: &mut [u8]| {
+        read_bytes += into.len() as u64;
+        into.fill(0);
+        for (begin, bytes) in &places {
+            for (offset, byte) in (*begin..).zip(bytes) {
+                if let Some(place) = offset.checked_sub(at).and_then(|place| into.get_mut(place as usize)) {
+                    *place = *byte;
+                }
+            }
+        }
+        Ok(())
+    });
+    assert!(error.unwrap_err().to_string().contains("a head has at most"));
+    assert!(read_bytes <= 2 * cursor::MAX_HEAD_BYTES, "{read_bytes} bytes were read");
+}
+
 #[test]
 fn tensors_may_not_overlap_or_leave_the_file() {
     let mut tensors = honest_tensors();

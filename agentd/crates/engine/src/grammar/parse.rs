@@ -383,4 +383,3 @@ impl Parser<'_> {
         Ok(Program::new(written, &self.sets, root_rule))
     }
 }
-
