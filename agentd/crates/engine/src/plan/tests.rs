@@ -291,7 +291,7 @@ impl Machine {
                 all.push((state_of(&all) % 1000) as i32 + 1000);
             }
             let mut guess = all.split_off(said.len());
-            if let Some(last) = guess.last_mut().filter(|_| (self.now_ms + id) % 3 == 0) {
+            if let Some(last) = guess.last_mut().filter(|_| (self.now_ms + id).is_multiple_of(3)) {
                 *last += 1;
             }
             self.planner.guess(id, guess);
