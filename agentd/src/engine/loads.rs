@@ -24,6 +24,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
+/// The engine's word for a load that host memory is too small for at this moment.
+const MEMORY_SHORT: &str = "memory_short";
+
 impl Task {
     /// Somebody wants a model: it is there, it will be, or it cannot be.
     pub(super) fn wait(&mut self, model: String, asker: Asker, answer: Answer) {
@@ -115,6 +118,7 @@ impl Task {
             }
         };
         session.devices = status.devices.clone();
+        session.usage = status.usage.clone();
         let asker = self.waiting.models().into_iter().find(|(model, _)| *model == choice.name);
         let ask = Ask {
             choice: choice.clone(),
@@ -186,6 +190,23 @@ impl Task {
         Ok(())
     }
 
+    /// Sends the model away that was idle longest; false when none may go. Then the load is tried again.
+    fn one_gives_way(&mut self, session: &Session, wanted: &str) -> bool {
+        let wish = self.wish.borrow().clone().unwrap_or_default();
+        let works =
+            |name: &str| session.usage.iter().any(|one| one.model == name && one.running + one.waiting > 0);
+        let may_go = |name: &str| name != wanted && !wish.stays(name) && !works(name);
+        let names = session.loaded.iter().map(|model| &model.model).filter(|name| may_go(name));
+        let mut names: Vec<&String> = names.collect();
+        names.sort_by_key(|name| std::cmp::Reverse(self.uses.seen(name).idle));
+        let gone = names.into_iter().find(|name| self.uses.leave(name));
+        if let Some(name) = gone {
+            tracing::info!(model = wanted, unloads = name.as_str(), "room is made for a model");
+            self.resident.remove(name);
+        }
+        gone.is_some()
+    }
+
     fn refused(&mut self, session: &mut Session, name: &str, report: Report) {
         session.rounds = 0;
         self.resident.remove(name);
@@ -215,7 +236,10 @@ impl Task {
             (Event::Error(report), Some(Busy::Loading(choice, _))) => {
                 tracing::warn!(model = %choice.name, problem = %report, "a model was refused");
                 self.links.gate.not_loaded(&choice.name);
-                self.refused(session, &choice.name, report);
+                // The machine has less than the ledger knows of: what others hold of it is no model's.
+                if report.code != MEMORY_SHORT || !self.one_gives_way(session, &choice.name) {
+                    self.refused(session, &choice.name, report);
+                }
             }
             // It was not there: then it is gone as well.
             (Event::Error(_), Some(Busy::Unloading(name))) => {

@@ -7,7 +7,7 @@ use super::Command;
 use super::plan::Choice;
 use super::uses::InUse;
 use super::wire::{WireError, Writer};
-use agentd_domain::engine::{ClientFrame, Device, Event, LoadedModel, Request};
+use agentd_domain::engine::{ClientFrame, Device, Event, LoadedModel, ModelUsage, Request};
 use agentd_domain::fault::Report;
 use agentd_serving::{Leaving, Piece};
 use std::collections::HashMap;
@@ -25,6 +25,8 @@ pub(super) struct Session {
     pub(super) life: u64,
     pub(super) devices: Vec<Device>,
     pub(super) loaded: Vec<LoadedModel>,
+    /// Of each model, as the engine said before the last load.
+    pub(super) usage: Vec<ModelUsage>,
     pub(super) busy: Option<Busy>,
     /// When what the engine is busy with will not be waited for any longer.
     pub(super) busy_until: Option<Instant>,
@@ -96,6 +98,7 @@ impl Session {
             life,
             devices,
             loaded,
+            usage: Vec::new(),
             busy: None,
             busy_until: None,
             adopted: false,

@@ -205,6 +205,23 @@ async fn another_default_is_loaded_and_the_old_one_stays_until_its_room_is_wante
     engine.watch().wait_for(|view| view.models.len() == 2).await.expect("alive");
 }
 
+#[tokio::test]
+async fn a_machine_with_less_memory_than_the_ledger_knows_sends_the_idle_away_too() {
+    let scene = Scene::new();
+    let engine = scene.engine();
+    engine.want(wanted(&["tiny", "code", "large"], &[]));
+    ready(&engine).await;
+    let busy =
+        EngineHandle::generate(&engine, of("tiny", "a", "hang"), Leaving::Cancels).await.expect("taken");
+    let refused = asked(&engine, "large", "b").await.expect_err("the only one that could go works");
+    assert_eq!((refused.code.as_str(), refused.http_status()), ("memory_short", 503));
+    drop(busy);
+    engine.status().await.expect("answered after what was before it");
+    asked(&engine, "code", "c").await.expect("answered");
+    asked(&engine, "large", "d").await.expect("both go, one after the other");
+    assert_eq!(unloads(&scene), ["tiny", "code"]);
+}
+
 /// Wants one limit of a device, and hears whether it is in force.
 #[derive(Default)]
 struct Limiting(Mutex<Vec<Result<usize, String>>>);

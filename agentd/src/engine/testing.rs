@@ -150,6 +150,10 @@ fn answer(request: Request, seen: &mut Seen) -> std::io::Result<Vec<Event>> {
             seen.loads.push(model.model.clone());
             match model.path.as_str() {
                 "/kills" => return died(),
+                // Memory for one chat model, whatever the ledger knows.
+                "/large" if seen.loaded.iter().any(|other| other.kind == ModelKind::Chat) => {
+                    vec![Event::Error(Report::environment("memory_short", "not loaded", "short", "later"))]
+                }
                 "/hangs" => Vec::new(),
                 "/bad" => vec![Event::Error(Report::caller("model_corrupt", "not loaded", "bad", "another"))],
                 _ => {
