@@ -497,7 +497,8 @@ impl Planner {
     }
 
     fn urgency(&self, answers: &[Part], first: Option<&Part>) -> Urgency {
-        let class_of = |part: &Part| self.requests.get(&part.request).map(|r| r.class().max(r.boost));
+        // By priority alone: what has waited for long goes first, and makes nobody stall for it.
+        let class_of = |part: &Part| self.requests.get(&part.request).map(|r| class(r.priority, 0));
         match (first.and_then(class_of), answers.iter().filter_map(class_of).max()) {
             (Some(prompt), Some(answer)) if prompt > answer => Urgency::AboveAllAnswers,
             _ => Urgency::Usual,
