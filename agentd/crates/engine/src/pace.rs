@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 /// Longest step beside somebody who answers, below the half second that a reader takes for a stall.
-const STALL: Duration = Duration::from_millis(400);
+const STALL: Duration = Duration::from_millis(440);
 /// The same while a prompt is read that is more important than all who answer: they wait longer, it hardly at all.
 const URGENT_STALL: Duration = Duration::from_millis(1000);
 /// Where answering alone takes so long that no such time can be kept, a prompt has as much of a step as the answers
@@ -221,8 +221,8 @@ mod tests {
         }
         assert_eq!(
             pace.chunk(3, Urgency::Usual, 0, 512),
-            160,
-            "350 ms at 512 tokens a second, in pieces of 32"
+            192,
+            "390 ms at 512 tokens a second, in pieces of 32"
         );
         assert_eq!(pace.chunk(3, Urgency::AboveAllAnswers, 0, 512), 480, "950 ms");
         assert_eq!(pace.prompt_ms(512), 999);

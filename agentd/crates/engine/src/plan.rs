@@ -18,7 +18,7 @@
 
 use crate::pace::{Pace, Read, Urgency};
 use crate::radix::{Counts, Domain, Prefixes, SeqId, common};
-use crate::schedule::{Accounts, Sacrifice, Turn, class, worth_waiting_for};
+use crate::schedule::{Accounts, Sacrifice, TOP_CLASS, Turn, class, worth_waiting_for};
 use crate::shelf::{BlobId, Found, Shelf, Shelves, Tier};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -155,6 +155,9 @@ pub(crate) struct Planner {
     clock: u64,
     /// Of the last step.
     now_ms: u64,
+    /// What waiting has made of each class: as urgent as the one of it that has waited longest. Within a class it
+    /// counts for nothing, else who waits for long would be equal to who has more weight.
+    aged: [u8; TOP_CLASS as usize + 1],
 }
 
 #[derive(Debug)]
@@ -237,6 +240,7 @@ impl Planner {
             next_id: 0,
             clock: 0,
             now_ms: 0,
+            aged: [0; TOP_CLASS as usize + 1],
         }
     }
 
@@ -445,6 +449,11 @@ impl Planner {
                 request.waited_ms += now_ms.saturating_sub(before.max(request.arrived_ms));
             }
         }
+        self.aged = [0; TOP_CLASS as usize + 1];
+        for request in self.requests.values() {
+            let aged = &mut self.aged[usize::from(class(request.priority, 0))];
+            *aged = request.class().max(*aged);
+        }
     }
 
     /// The next batch: one token for each who answers, then prompts in the order of their turns.
@@ -507,7 +516,7 @@ impl Planner {
 
     fn turn(&self, id: RequestId, request: &Request, left: u32) -> Turn {
         Turn::new(
-            request.class().max(request.boost),
+            self.aged[usize::from(class(request.priority, 0))].max(request.boost),
             self.accounts.has_share_left(&request.account),
             request.arrived_ms,
             self.pace.prompt_ms(left),

@@ -2,9 +2,10 @@
 //!
 //! Pure rules, without the state they are applied to (that is [`crate::plan`]'s).
 //!
-//! Order: by class of priority, to which waiting adds; within a class accounts that have something left of their
-//! share before those that have had it; within these whoever is done soonest (what is in the cache already need not
-//! be computed, so a long resident prefix goes first), counted from when it came, so that nobody is passed for ever.
+//! Order: by class of priority, to which the longest waiting in it adds; within a class accounts that have something
+//! left of their share before those that have had it; within these whoever is done soonest (what is in the cache
+//! already need not be computed, so a long resident prefix goes first), counted from when it came, so that nobody is
+//! passed for ever.
 //! Cost:  a computed prompt token counts 1, a token of an answer 2, a token from the cache nothing.
 //! Source: deficit with longest-prefix match (DLPM), arXiv 2501.14312; virtual token counter, arXiv 2401.00588.
 
