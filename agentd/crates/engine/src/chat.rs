@@ -9,7 +9,7 @@
 //! Never: a decision about who goes first, which cells go, or who steps aside: that is the plan's, and tested there.
 
 use crate::answer::{Answer, Task, sampler};
-use crate::draft::{ANSWERING_MOST, Economy, GUESS_MOST};
+use crate::draft::{Economy, STEP_MOST};
 use crate::generations::{Generation, Listener};
 use crate::ggml::{self, with_outputs};
 use crate::grammar::Matcher;
@@ -132,7 +132,7 @@ pub(crate) fn outputs(settings: Settings) -> u32 {
     u32::from(settings.ids)
 }
 
-const _: () = assert!(ANSWERING_MOST * (1 + GUESS_MOST) <= agentd_gpu::plan::engine::IDS_LEAST as u32);
+const _: () = assert!(STEP_MOST <= agentd_gpu::plan::engine::IDS_LEAST as u32);
 
 pub(crate) fn parameters(settings: Settings) -> LlamaContextParams {
     let cache = if settings.exact_cache { KvCacheType::F32 } else { KvCacheType::F16 };

@@ -5,8 +5,8 @@
 //! never changes what is chosen: each token is chosen from logits as always, a guess only has them ready.
 //!
 //! In:     tokens of a prompt and its answer, how many guesses were right, how long steps took. Out: tokens to guess.
-//! True:   guessed is only as far as it pays ([`Economy`]): the chance that one more is right, times a step that it spares,
-//!         is more than what one more costs. Where it does not pay nothing is guessed but a try now and then.
+//! True:   guessed is only as far as it pays ([`Economy`]): as many as give the most tokens in a time, by how often guesses
+//!         were right and what steps of so many tokens took. Where none pay nothing is guessed but a try now and then.
 //! Source: prompt lookup, `docs/speculative.md` (n-gram) of llama.cpp; the length is our own rule.
 
 use std::collections::HashMap;
@@ -14,53 +14,80 @@ use std::time::Duration;
 
 /// Tokens that must be the same as before: two are often the same by chance, four are seldom found.
 const SAME: usize = 3;
-/// Tokens of one guess at most. llama.cpp reserves rows of logits for so many ([`crate::chat::parameters`]).
-pub(crate) const GUESS_MOST: u32 = 8;
+/// Tokens of a step with guesses at most. llama.cpp reserves as many rows of logits anyway ([`crate::chat::outputs`]).
+pub(crate) const STEP_MOST: u32 = 32;
 /// Sequences that may be guessed for at once: with more of them a step has enough to do.
 pub(crate) const ANSWERING_MOST: u32 = 2;
 /// How much a new observation counts.
 const LEARNING: f64 = 0.15;
 /// How likely a guess is taken to be right before any was made.
 const FIRST_CHANCE: f64 = 0.6;
-/// Part of a step that one more token is taken to cost before it was measured. More than it is on most machines.
+/// Part of a step that one more token is taken to cost before it was measured.
 const FIRST_COST: f64 = 0.4;
 /// Tokens without a guess after one that does not pay any more; doubled each time that a try fails.
 const REST_LEAST: u32 = 16;
 const REST_MOST: u32 = 512;
 
-/// What steps take on this machine, with and without guesses.
+/// What steps take on this machine, by the tokens in them. It need not grow evenly: the processor's kernels take tokens
+/// in fours, so that four may take hardly longer than two.
 #[derive(Debug, Default)]
 pub(crate) struct Economy {
-    /// A step in which so many (one more than the index) answer.
-    plain_ms: [Option<f64>; ANSWERING_MOST as usize],
-    /// Of one token of a guess.
-    more_ms: [Option<f64>; ANSWERING_MOST as usize],
+    /// Of one token, of two, and so on.
+    step_ms: [Option<f64>; STEP_MOST as usize],
 }
 
 impl Economy {
     /// Of a step without prompts: who answered, and tokens of guesses beside them.
     pub(crate) fn measured(&mut self, answering: u32, guessed: u32, took: Duration) {
-        let Some(index) = (answering as usize).checked_sub(1).filter(|index| *index < self.plain_ms.len())
-        else {
+        if answering > ANSWERING_MOST {
             return;
-        };
-        let took_ms = took.as_secs_f64() * 1000.0;
-        match (guessed, self.plain_ms[index]) {
-            (0, _) => learn(&mut self.plain_ms[index], took_ms),
-            (_, Some(plain_ms)) => {
-                learn(&mut self.more_ms[index], ((took_ms - plain_ms) / f64::from(guessed)).max(0.0));
-            }
-            // It cannot be told apart.
-            (_, None) => {}
+        }
+        let index = (answering + guessed).checked_sub(1).map(|index| index as usize);
+        if let Some(known) = index.and_then(|index| self.step_ms.get_mut(index)) {
+            learn(known, took.as_secs_f64() * 1000.0);
         }
     }
 
-    /// What one token of a guess costs, as a part of a step; `None` before a step was measured.
-    fn cost(&self, answering: u32) -> Option<f64> {
-        let index = (answering as usize).checked_sub(1)?;
-        let plain_ms = (*self.plain_ms.get(index)?)?;
-        let more_ms = self.more_ms.get(index).copied().flatten();
-        Some(more_ms.map_or(FIRST_COST, |more_ms| more_ms / plain_ms.max(0.001)))
+    /// What a step of so many tokens takes. What was not measured is taken to be cheap, so that it is tried: between two
+    /// that were, it takes what the smaller one takes; beyond them, little more. `None` if no step as small was measured.
+    fn step_ms(&self, tokens: u32) -> Option<f64> {
+        let known = |(index, ms): (usize, &Option<f64>)| Some((index as f64 + 1.0, (*ms)?));
+        let mut points = self.step_ms.iter().enumerate().filter_map(known).peekable();
+        let first = points.next().filter(|(at, _)| *at <= f64::from(tokens))?;
+        let (mut each_ms, mut last) = (FIRST_COST * first.1, first);
+        while let Some(point) = points.next_if(|(at, _)| *at <= f64::from(tokens)) {
+            each_ms = each_ms.min(((point.1 - last.1) / (point.0 - last.0)).max(0.0));
+            last = point;
+        }
+        let beyond = if points.peek().is_some() { 0.0 } else { f64::from(tokens) - last.0 };
+        Some(last.1 + each_ms * beyond)
+    }
+
+    /// Whether a step with a guess gave more tokens than steps without one would have given in that time.
+    fn paid(&self, guessed: u32, right: u32, answering: u32) -> bool {
+        let (plain, with) = (self.step_ms(answering), self.step_ms(answering + guessed));
+        let each = f64::from(answering);
+        plain.zip(with).is_some_and(|(plain, with)| (each + f64::from(right)) * plain > each * with)
+    }
+
+    /// Tokens to guess for one of those who answer: the number with which most tokens are chosen in a time, where each
+    /// is right with this chance if those before it were.
+    fn worth(&self, chance: f64, answering: u32) -> u32 {
+        let speed = |guess: u32, chosen: f64| {
+            let step_ms = self.step_ms(answering + guess)?;
+            Some((f64::from(answering) - 1.0 + chosen) / step_ms.max(0.001))
+        };
+        let Some(plain) = speed(0, 1.0) else { return 0 };
+        let (mut best, mut most) = (plain, 0);
+        let (mut chosen, mut right) = (1.0, 1.0);
+        for guess in 1..STEP_MOST / answering.max(1) {
+            right *= chance;
+            chosen += right;
+            if let Some(speed) = speed(guess, chosen).filter(|speed| *speed > best) {
+                (best, most) = (speed, guess);
+            }
+        }
+        most
     }
 }
 
@@ -80,25 +107,33 @@ pub(crate) struct Drafter {
     /// Tokens until the next try, and how long the next rest is.
     resting: u32,
     rest: u32,
+    /// Tokens of a try. After one that was right comes a longer one: it is long guesses that pay, if any.
+    trying: u32,
 }
 
 impl Default for Drafter {
     fn default() -> Self {
-        Self { after: HashMap::new(), seen: 0, chance: FIRST_CHANCE, resting: 0, rest: REST_LEAST }
+        Self { after: HashMap::new(), seen: 0, chance: FIRST_CHANCE, resting: 0, rest: REST_LEAST, trying: 1 }
     }
 }
 
 impl Drafter {
     /// A guess of what follows; empty where nothing is known or it would not pay.
     pub(crate) fn guess(&mut self, text: &[i32], answering: u32, economy: &Economy) -> Vec<i32> {
-        let Some(cost) = economy.cost(answering) else { return Vec::new() };
+        if answering > ANSWERING_MOST || economy.step_ms(answering).is_none() {
+            return Vec::new();
+        }
         if self.resting > 0 {
             self.resting -= 1;
             return Vec::new();
         }
         let Some(from) = self.find(text) else { return Vec::new() };
         let mut guess: Vec<i32> = Vec::new();
-        for at in from..from + self.worth(cost) as usize {
+        let length = match economy.worth(self.chance, answering) {
+            0 => self.trying.min(STEP_MOST / answering.max(1) - 1),
+            worth => worth,
+        };
+        for at in from..from + length as usize {
             // What goes round in a circle is guessed on from the guess.
             let token = text.get(at).or_else(|| guess.get(at - text.len())).copied();
             guess.extend(token);
@@ -113,32 +148,22 @@ impl Drafter {
         }
         if right < guessed {
             self.chance -= LEARNING * self.chance;
+            self.trying = 1;
         }
         if guessed == 0 {
             return;
         }
-        let cost = economy.cost(answering).unwrap_or(FIRST_COST);
-        if self.chance > cost {
+        if economy.paid(guessed, right, answering) {
             self.rest = REST_LEAST;
-        } else if right == guessed && cost < 1.0 {
-            // A try that was right is followed by another one soon.
-            self.resting = REST_LEAST / 4;
+        } else if economy.worth(self.chance, answering) > 0 {
+            // One that was wrong among many that were right.
+        } else if right == guessed && economy.worth(1.0, answering) > 0 {
+            // More of them could pay.
+            self.trying = 2 * guessed + 1;
         } else {
             self.resting = self.rest;
             self.rest = (2 * self.rest).min(REST_MOST);
         }
-    }
-
-    /// Tokens to guess: as long as the chance that all are right is more than what the last one costs; one, to try,
-    /// where not even the first is worth it.
-    fn worth(&self, cost: f64) -> u32 {
-        let mut right = self.chance;
-        let mut most = 0;
-        while most < GUESS_MOST && right > cost {
-            right *= self.chance;
-            most += 1;
-        }
-        most.max(1)
     }
 
     /// Where what followed the last tokens the last time begins.
@@ -180,11 +205,11 @@ mod tests {
     fn what_was_said_before_is_guessed() {
         let (mut drafter, economy) = (Drafter::default(), economy(1.0));
         assert_eq!(drafter.guess(&[1, 2, 3, 4, 5], 1, &economy).len(), 0, "nothing repeats itself");
-        assert_eq!(drafter.guess(&[1, 2, 3, 4, 5, 1, 2, 3], 1, &economy), [4, 5, 1, 2, 3]);
+        assert_eq!(drafter.guess(&[1, 2, 3, 4, 5, 1, 2, 3], 1, &economy), [4, 5, 1]);
         // The last time counts, and what was said since is known too.
-        assert_eq!(drafter.guess(&[1, 2, 3, 4, 5, 1, 2, 3, 9, 1, 2, 3], 1, &economy), [9, 1, 2, 3, 9]);
+        assert_eq!(drafter.guess(&[1, 2, 3, 4, 5, 1, 2, 3, 9, 1, 2, 3], 1, &economy), [9, 1, 2]);
         assert_eq!(drafter.guess(&[1, 2], 1, &economy).len(), 0);
-        assert_eq!(Drafter::default().guess(&[7; 6], 1, &economy), [7; 5], "what goes round");
+        assert_eq!(Drafter::default().guess(&[7; 6], 1, &economy), [7; 3], "what goes round");
     }
 
     #[test]
@@ -197,7 +222,7 @@ mod tests {
         assert_eq!(
             Drafter::default().guess(&again, 1, &unmeasured),
             [4],
-            "0.6 is more than 0.4, 0.36 is not"
+            "1.6 tokens in 28 ms are more than one in 20, and than 1.96 in 36"
         );
     }
 
@@ -211,15 +236,36 @@ mod tests {
         for _ in 0..20 {
             drafter.settled(4, 4, 1, &cheap);
         }
-        assert_eq!(drafter.guess(&text, 1, &cheap).len(), GUESS_MOST as usize);
+        let longest = STEP_MOST as usize - 1;
+        assert_eq!(drafter.guess(&text, 1, &cheap).len(), longest);
+        assert_eq!(drafter.guess(&text, 2, &cheap).len(), longest / 2, "two share a step");
         for _ in 0..3 {
             drafter.settled(4, 0, 1, &cheap);
         }
         let shorter = drafter.guess(&text, 1, &cheap).len();
-        assert!(
-            (1..GUESS_MOST as usize).contains(&shorter) && first < GUESS_MOST as usize,
-            "{first}, {shorter}"
-        );
+        assert!((1..longest).contains(&shorter) && first < longest, "{first}, {shorter}");
+    }
+
+    /// A processor whose kernels take tokens in fours: two take longer than twice one, eight hardly longer than four.
+    #[test]
+    fn steps_need_not_grow_evenly() {
+        let took = |tokens: u32| match tokens {
+            0..9 => ms([0.0, 17.5, 43.0, 52.0, 59.0, 78.0, 86.0, 98.0, 82.0][tokens as usize]),
+            more => ms(100.0 + 14.0 * f64::from(more - 9)),
+        };
+        let text: Vec<i32> = (0..100).chain(0..10).collect();
+        let (mut drafter, mut economy) = (Drafter::default(), Economy::default());
+        economy.measured(1, 0, took(1));
+        let mut last = 0;
+        for _ in 0..200 {
+            let guessed = drafter.guess(&text, 1, &economy).len() as u32;
+            economy.measured(1, guessed, took(1 + guessed));
+            drafter.settled(guessed, guessed, 1, &economy);
+            last = if guessed > 0 { guessed } else { last };
+        }
+        assert_eq!(last, 7, "{economy:?}");
+        // Where one in three is wrong nothing pays there.
+        assert_eq!(economy.worth(0.66, 1), 0);
     }
 
     /// Where it does not pay it ends by itself: in a thousand tokens a handful of tries.
@@ -227,10 +273,11 @@ mod tests {
     fn what_does_not_pay_is_left_off() {
         let text: Vec<i32> = (0..100).chain(0..10).collect();
         for (more_ms, right) in [(1.0, 0), (30.0, 1)] {
-            let (mut drafter, economy) = (Drafter::default(), economy(more_ms));
+            let (mut drafter, mut economy) = (Drafter::default(), economy(more_ms));
             let mut guessed = 0;
             for _ in 0..1000 {
                 let guess = drafter.guess(&text, 1, &economy).len() as u32;
+                economy.measured(1, guess, ms(20.0 + f64::from(guess) * more_ms));
                 guessed += guess;
                 if guess > 0 {
                     drafter.settled(guess, right.min(guess), 1, &economy);
