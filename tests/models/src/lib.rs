@@ -45,6 +45,16 @@ pub struct Shape {
     pub vocabulary: usize,
     pub context_tokens: u32,
     pub seed: u64,
+    /// Its layers add nothing, so that it says its last token for ever: at the same cost as any other, what it says next
+    /// can be known.
+    pub repeats: bool,
+}
+
+impl Shape {
+    /// The same shape, under this name, of a model that repeats itself.
+    pub const fn repeating(self, name: &'static str) -> Self {
+        Self { name, repeats: true, ..self }
+    }
 }
 
 /// Qwen2.5-0.5B. Source: its `config.json` (`hidden_size` 896, `num_hidden_layers` 24, `num_attention_heads` 14,
@@ -59,6 +69,7 @@ pub const QWEN_HALF_BILLION: Shape = Shape {
     vocabulary: 151_936,
     context_tokens: 32_768,
     seed: 0x7177_656e_3035_6221,
+    repeats: false,
 };
 
 /// Five million weights: reads some thousand tokens a second on one core, for tests of every change.
@@ -72,6 +83,7 @@ pub const SMALL: Shape = Shape {
     vocabulary: 4096,
     context_tokens: 8192,
     seed: 0x736d_616c_6c21_2121,
+    repeats: false,
 };
 
 /// Which types the tensors have.

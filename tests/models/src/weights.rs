@@ -90,9 +90,11 @@ impl Tensor {
 }
 
 fn tensors(shape: &Shape, layout: Layout) -> Vec<Tensor> {
-    let Shape { layers, width, feed_forward, vocabulary, .. } = *shape;
+    let Shape { layers, width, feed_forward, vocabulary, repeats, .. } = *shape;
     let kv_width = width / shape.heads * shape.kv_heads;
     let by_input = |columns: usize| 1.0 / (columns as f32).sqrt();
+    // Of the two matrices through which a layer adds to what goes by.
+    let added = |columns: usize| Weights::Deviation(if repeats { 0.0 } else { by_input(columns) });
     let mut tensors = Vec::new();
     let mut add = |name: String, kind: Kind, rows: usize, columns: usize, weights: Weights| {
         tensors.push(Tensor { name, kind, rows, columns, weights });
@@ -113,11 +115,11 @@ fn tensors(shape: &Shape, layout: Layout) -> Vec<Tensor> {
         add(name("attn_k.bias"), Kind::F32, 1, kv_width, bias);
         add(name("attn_v.weight"), kind(layout, width, more), kv_width, width, even);
         add(name("attn_v.bias"), Kind::F32, 1, kv_width, bias);
-        add(name("attn_output.weight"), plain, width, width, even);
+        add(name("attn_output.weight"), plain, width, width, added(width));
         add(name("ffn_norm.weight"), Kind::F32, 1, width, Weights::Around(1.0));
         add(name("ffn_gate.weight"), plain, feed_forward, width, even);
         add(name("ffn_up.weight"), plain, feed_forward, width, even);
-        let down = Weights::Deviation(by_input(feed_forward));
+        let down = added(feed_forward);
         add(name("ffn_down.weight"), kind(layout, feed_forward, more), width, feed_forward, down);
     }
     let gain = LOGITS / (EMBEDDING * (width as f32).sqrt());

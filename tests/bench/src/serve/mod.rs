@@ -24,6 +24,7 @@ use ours::Ours;
 use peer::{CacheOf, Kind, Peer, Setting};
 use std::collections::VecDeque;
 use std::path::PathBuf;
+use std::sync::Arc;
 use tests_host::scene::Programs;
 use tests_models::{Layout, QWEN_HALF_BILLION, SMALL, Shape};
 use tests_tidy::promises::{Bench, Row};
@@ -46,6 +47,7 @@ pub struct Options {
     pub native: bool,
 }
 
+#[derive(Clone)]
 pub(crate) struct Context {
     options: Options,
     checkout: Checkout,
@@ -56,7 +58,7 @@ pub(crate) struct Context {
     shape: Shape,
     model: PathBuf,
     threads: u32,
-    _folder: tempfile::TempDir,
+    _folder: Arc<tempfile::TempDir>,
 }
 
 /// Each workload is a result of its own, so that they can be measured in several runs.
@@ -121,7 +123,14 @@ impl Context {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let useful = std::fs::metadata(&model)?.len().div_ceil(BYTES_PER_THREAD);
         let threads = u32::try_from(useful.min(cores as u64).max(1))?;
-        Ok(Self { options, checkout, programs, peer, idle, shape, model, threads, _folder: folder })
+        Ok(Self { options, checkout, programs, peer, idle, shape, model, threads, _folder: Arc::new(folder) })
+    }
+
+    /// The same with a model that says its last token for ever.
+    fn repeating(&self) -> Result<Self> {
+        let shape = self.shape.repeating("parrot");
+        let model = tests_models::ensure(&Cache::from_env()?.path(""), &shape, self.options.layout)?;
+        Ok(Self { shape, model, ..self.clone() })
     }
 
     fn result(&self, workload: u8, rows: Vec<Row>) -> Bench {
@@ -212,9 +221,21 @@ impl Bed {
         what: &str,
         load: impl Fn(Way<'_>, u64) -> Load,
     ) -> Result<(Self, Kind, Vec<Row>)> {
+        Self::beside_best_of(context, need, longest, what, Kind::all(need.places), load)
+    }
+
+    /// The same for ways to start it that are given.
+    fn beside_best_of(
+        context: &Context,
+        need: Need,
+        longest: u32,
+        what: &str,
+        ways: Vec<Kind>,
+        load: impl Fn(Way<'_>, u64) -> Load,
+    ) -> Result<(Self, Kind, Vec<Row>)> {
         let mut rows = Vec::new();
         let mut best: Option<(f64, Kind)> = None;
-        let mut ways: VecDeque<Kind> = Kind::all(need.places).into();
+        let mut ways: VecDeque<Kind> = ways.into();
         let mut divided = false;
         while let Some(kind) = ways.pop_front() {
             let peer = peer_as(context, need, kind)?;

@@ -79,6 +79,8 @@ pub struct Setting {
 pub enum Kind {
     /// What its documentation has for many agents, with so many places.
     Many { places: u32, cache: CacheOf, cache_ram_mib: u32 },
+    /// One place, with this way to guess how an answer goes on (`--spec-type`).
+    Guessing(&'static str),
     /// Only the file, the address and the size of the cache.
     Defaults,
 }
@@ -95,7 +97,11 @@ pub enum CacheOf {
 impl Setting {
     fn arguments(&self) -> Vec<String> {
         let mut arguments = format!("-c {}", self.cells);
-        if let Kind::Many { places, cache, cache_ram_mib } = self.kind {
+        let (kind, guesses) = match self.kind {
+            Kind::Guessing(how) => (Kind::ALONE, format!(" --spec-type {how}")),
+            kind => (kind, String::new()),
+        };
+        if let Kind::Many { places, cache, cache_ram_mib } = kind {
             let unified = match cache {
                 CacheOf::All => "--kv-unified",
                 CacheOf::Each => "--no-kv-unified",
@@ -105,11 +111,21 @@ impl Setting {
                 self.threads, self.threads
             );
         }
+        arguments += &guesses;
         arguments.split(' ').map(str::to_owned).collect()
     }
 }
 
 impl Kind {
+    const ALONE: Self = Self::Many { places: 1, cache: CacheOf::All, cache_ram_mib: CACHE_RAM_MIB };
+
+    /// How llama-server may be started for one agent whose words were there before: all that it can guess by without
+    /// a second model, and not at all.
+    pub fn guessing() -> Vec<Self> {
+        let ways = ["ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache"];
+        std::iter::once(Self::ALONE).chain(ways.map(Self::Guessing)).collect()
+    }
+
     /// How llama-server may be started for `places` agents at once: its places halved down to one, with one cache for
     /// all, and as it starts by itself.
     pub fn all(places: u32) -> Vec<Self> {
@@ -133,6 +149,7 @@ impl Kind {
         match self {
             Self::Many { places, cache: CacheOf::All, .. } => format!("-np {places} --kv-unified"),
             Self::Many { places, cache: CacheOf::Each, .. } => format!("-np {places} --no-kv-unified"),
+            Self::Guessing(how) => format!("-np 1 --spec-type {how}"),
             Self::Defaults => "defaults".to_owned(),
         }
     }
@@ -208,6 +225,8 @@ mod tests {
         for part in ["-c 9000", "-np 8", "--kv-unified", "--cache-ram 8192", "--cache-reuse 256", "-fa on"] {
             assert!(said.contains(part), "{part}: {said}");
         }
+        let guessing = Setting { kind: Kind::Guessing("ngram-mod"), ..many }.arguments().join(" ");
+        assert!(guessing.contains("-np 1 ") && guessing.ends_with(" --spec-type ngram-mod"), "{guessing}");
         assert_eq!(Setting { kind: Kind::Defaults, ..many }.arguments(), ["-c", "9000"]);
     }
 

@@ -3,6 +3,7 @@
 
 use super::client::{Ask, Speakers, Told};
 use super::load::{Load, Next, closed, jain, quantile, together};
+use super::ours::Ours;
 use super::workloads::throughput;
 use super::{Bed, Compared, Context, LATE, Need, Pair, Way};
 use anyhow::{Context as _, Result, ensure};
@@ -92,18 +93,7 @@ pub(super) fn oversubscribed(context: &Context) -> Result<Vec<Row>> {
         context.ours_words()
     );
     let compared = Compared { what, pairs: &pairs };
-    // What each was given while all wanted more: tokens of answers, and prompts that came to speak.
-    let service = |load: &Load| -> Vec<f64> {
-        let end = load.begun + window;
-        let of = |told: &Vec<Told>| {
-            let spoken =
-                told.iter().map(|told| told.pieces.iter().filter(|at| **at <= end).count()).sum::<usize>();
-            let read = told.iter().filter(|told| told.pieces.first().is_some_and(|at| *at <= end)).count();
-            (OUTPUT_COST * spoken + read * prompt as usize) as f64
-        };
-        load.told.iter().map(of).collect()
-    };
-    let fairness = |load: &Load| Some(jain(&service(load)));
+    let fairness = |load: &Load| Some(jain(&service(load, window, prompt)));
     let fair: Vec<f64> = pairs.iter().filter_map(|pair| fairness(&pair.ours)).collect();
     let mut rows = vec![
         Row::median(format!("{}: Jain's index of service, agentd", compared.what), &fair, "of 1")?
@@ -118,11 +108,36 @@ pub(super) fn oversubscribed(context: &Context) -> Result<Vec<Row>> {
     rows.extend(compared.sides("tokens of whole answers per second", "tokens/s", done)?);
     rows.extend(compared.failures());
     rows.push(compared.own_cpu()?);
-    // The same by weights, which the shares of partitions have; llama-server knows none.
+    drop(bed);
+    rows.extend(by_weight(context)?);
+    Ok(rows)
+}
+
+/// What each was given while all wanted more: tokens of answers, and prompts that came to speak.
+fn service(load: &Load, window: Duration, prompt: u32) -> Vec<f64> {
+    let end = load.begun + window;
+    let of = |told: &Vec<Told>| {
+        let spoken =
+            told.iter().map(|told| told.pieces.iter().filter(|at| **at <= end).count()).sum::<usize>();
+        let read = told.iter().filter(|told| told.pieces.first().is_some_and(|at| *at <= end)).count();
+        (OUTPUT_COST * spoken + read * prompt as usize) as f64
+    };
+    load.told.iter().map(of).collect()
+}
+
+/// W7 by weights, which the shares of partitions have; llama-server knows none. Smaller requests for a longer time:
+/// the lightest must come to its turn a few times before its share can be told from chance.
+fn by_weight(context: &Context) -> Result<Vec<Row>> {
+    let (prompt, answer, seconds) = if context.options.quick { (96, 160, 16) } else { (64, 64, 150) };
+    let agents = 16;
+    let cells = agents * (prompt + answer) / 4;
+    let ours = Ours::start(&context.programs, &context.idle, &context.model, cells, agents, agents as usize)?;
+    let window = Duration::from_secs(seconds);
     let weight = |agent: u32| [1, 2, 4, 8][agent as usize % 4];
     let place = |agent: u32| {
-        bed.ours.past_agentd(json!({ "account": format!("weighted-{agent}"), "weight": weight(agent) }))
+        ours.past_agentd(json!({ "account": format!("weighted-{agent}"), "weight": weight(agent) }))
     };
+    super::warm(&place(0));
     let until = Instant::now() + window;
     let load = closed(
         (0..agents)
@@ -135,23 +150,26 @@ pub(super) fn oversubscribed(context: &Context) -> Result<Vec<Row>> {
             })
             .collect(),
     );
+    let service = service(&load, window, prompt);
     let by_weight: Vec<f64> =
-        (0..agents).zip(service(&load)).map(|(agent, service)| service / f64::from(weight(agent))).collect();
-    let what = format!("{}, weights of 1, 2, 4 and 8, agentd's engine", compared.what);
+        (0..agents).zip(service).map(|(agent, service)| service / f64::from(weight(agent))).collect();
+    let what = format!(
+        "W7, {agents} agents with weights of 1, 2, 4 and 8 for {seconds} s, prompts of {prompt}, answers of {answer}, {cells} \
+         cells for four times as many, {}{}, agentd's engine",
+        context.model_words(),
+        context.ours_words()
+    );
     let failed = load.failures();
-    rows.push(
+    Ok(vec![
         Row::new(format!("{what}: Jain's index of service by weight"), jain(&by_weight), "of 1")
             .at_least(0.95),
-    );
-    rows.push(
         Row::new(
             format!("{what}: failed requests of {}", load.all().count()),
             failed.len() as f64,
             "requests",
         )
         .at_most(0.0),
-    );
-    Ok(rows)
+    ])
 }
 
 /// W8, E15 and E16. Every place is taken by long answers; one more agent comes, whose priority is the highest.

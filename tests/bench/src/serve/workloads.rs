@@ -63,7 +63,8 @@ fn unique(context: &Context) -> Result<Vec<Row>> {
         )
     };
     let (bed, kind, mut rows) = Bed::beside_best(context, need, prompt + answer, &what(8), load(8))?;
-    for agents in [1, 4, 8] {
+    for agents in std::env::var("AGENTS").ok().map(|a| vec![a.parse().unwrap()]).unwrap_or(vec![1usize, 4, 8])
+    {
         let pairs = bed.pairs(context.options.pairs, load(agents));
         let what = format!("{}, beside {}", what(agents), kind.words());
         let compared = Compared { what, pairs: &pairs };
@@ -233,24 +234,39 @@ fn conversation<'a>(
     })
 }
 
-/// W5. A prompt that repeats itself. Seeded weights do not copy what they read, so speculation finds only what an answer
-/// repeats by itself; what can be shown here is that it costs nothing.
+/// W5. One agent whose answer says again what was said before: with a model that does so only by chance, where guesses
+/// must cost nothing, and with one that always does, where they must pay.
 fn echo(context: &Context) -> Result<Vec<Row>> {
     let (block, times, answer) = if context.options.quick { (64, 4, 128) } else { (128, 4, 256) };
-    let bed = Bed::start(context, Need { cells: block * times + answer + 512, places: 2, agents: 1 })?;
-    let pairs = bed.pairs(context.options.pairs, |way, seed| {
+    let need = Need { cells: block * times + answer + 512, places: 2, agents: 1 };
+    let load = |way: Way<'_>, seed: u64| {
         let prompt = words(seed, block as usize).repeat(times as usize);
         together(vec![Ask::new(&way(0), prompt, answer)])
-    });
-    let what = format!(
-        "W5, one agent, {block} tokens {times} times over, an answer of {answer}, {}{}",
-        context.model_words(),
-        context.ours_words()
-    );
-    let compared = Compared { what, pairs: &pairs };
-    let mut rows = vec![compared.ratio("tokens per second", throughput)?.at_least(0.97)];
-    rows.extend(compared.sides("tokens per second", "tokens/s", throughput)?);
-    rows.extend(compared.failures());
+    };
+    let mut rows = Vec::new();
+    for context in [context.clone(), context.repeating()?] {
+        let what = format!(
+            "W5, one agent, {block} tokens {times} times over, an answer of {answer}, {}{}",
+            context.model_words(),
+            context.ours_words()
+        );
+        let longest = block * times + answer;
+        let (bed, kind, tried) = Bed::beside_best_of(&context, need, longest, &what, Kind::guessing(), load)?;
+        let alone = tried.first().map(|row| row.value).context("nothing was tried")?;
+        rows.extend(tried);
+        let pairs = bed.pairs(context.options.pairs, load);
+        let compared = Compared { what: format!("{what}, beside {}", kind.words()), pairs: &pairs };
+        rows.push(compared.ratio("tokens per second", throughput)?.at_least(0.97));
+        rows.extend(compared.sides("tokens per second", "tokens/s", throughput)?);
+        if context.shape.repeats {
+            let ours: Option<Vec<f64>> = pairs.iter().map(|pair| throughput(&pair.ours)).collect();
+            let ours: Vec<f64> =
+                ours.context("agentd failed")?.into_iter().map(|speed| speed / alone).collect();
+            let what = format!("{what}: tokens per second, ours over llama-server without guesses");
+            rows.push(Row::median(what, &ours, "x")?.at_least(1.3));
+        }
+        rows.extend(compared.failures());
+    }
     Ok(rows)
 }
 
