@@ -169,7 +169,7 @@ fn shared(context: &Context) -> Result<Vec<Row>> {
 /// W3, E12's warm turns. Agents that come back after a tool's answer, more of them than places.
 fn turns(context: &Context) -> Result<Vec<Row>> {
     let (agents, turns, begin, tool, answer, think_ms) =
-        if context.options.quick { (12, 3, 512, 32, 16, 100) } else { (12, 4, 1024, 64, 32, 500) };
+        if context.options.quick { (12, 3, 512, 32, 16, 100) } else { (12, 3, 1024, 64, 32, 500) };
     let places = 8;
     let whole = begin + turns * (tool + answer);
     // As many as have a place at once fit; the others' turns wait for a place with their cache kept elsewhere.
