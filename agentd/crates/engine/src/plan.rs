@@ -517,7 +517,7 @@ impl Planner {
     fn turn(&self, id: RequestId, request: &Request, left: u32) -> Turn {
         Turn::new(
             self.aged[usize::from(class(request.priority, 0))].max(request.boost),
-            self.accounts.has_share_left(&request.account),
+            self.accounts.rounds(&request.account),
             request.arrived_ms,
             self.pace.prompt_ms(left),
             id,

@@ -20,6 +20,8 @@ const CLASS_AGE_MS: u64 = 10_000;
 /// What the account with the greatest weight is given when all have used up theirs, in virtual tokens. Larger keeps
 /// one prefix in work for longer, smaller is fairer over short times.
 const REFILL: f64 = 512.0;
+/// Rounds for which an account without a request keeps what it has left: an agent asks again when it has read the answer.
+const AWAY_ROUNDS: u64 = 4;
 /// What an answer's token costs beside a prompt's.
 const OUTPUT_COST: f64 = 2.0;
 /// What a request waits for rather than compute it a second time beside somebody who is at it.
@@ -40,32 +42,37 @@ pub(crate) fn worth_waiting_for(prompt_tokens: u32) -> u32 {
 
 /// What each account may still use before others go first.
 #[derive(Debug, Default)]
-pub(crate) struct Accounts(HashMap<String, Account>);
+pub(crate) struct Accounts {
+    of: HashMap<String, Account>,
+    /// The greatest weight.
+    most: f64,
+}
 
 #[derive(Debug)]
 struct Account {
     deficit: f64,
     weight: f64,
     requests: u32,
+    /// Rounds since it had a request.
+    away: u64,
 }
 
 impl Accounts {
     /// A request of this account came. Its latest weight holds.
     pub(crate) fn join(&mut self, name: &str, weight: u32) {
         let weight = f64::from(weight.max(1));
-        let account = self.0.entry(name.to_owned()).or_insert(Account { deficit: 0.0, weight, requests: 0 });
+        let account =
+            self.of.entry(name.to_owned()).or_insert(Account { deficit: 0.0, weight, requests: 0, away: 0 });
         account.weight = weight;
         account.requests += 1;
+        account.away = 0;
+        self.most = self.most.max(weight);
     }
 
-    /// A request of this account has ended.
+    /// A request of this account has ended. What it owes or has left stays for its next one.
     pub(crate) fn leave(&mut self, name: &str) {
-        if let Some(account) = self.0.get_mut(name) {
+        if let Some(account) = self.of.get_mut(name) {
             account.requests = account.requests.saturating_sub(1);
-            // Who owes something is remembered until it is paid: leaving and coming back makes nobody richer.
-            if account.requests == 0 && account.deficit >= 0.0 {
-                self.0.remove(name);
-            }
         }
     }
 
@@ -78,38 +85,47 @@ impl Accounts {
     }
 
     fn charge(&mut self, name: &str, cost: f64) {
-        if let Some(account) = self.0.get_mut(name) {
+        if let Some(account) = self.of.get_mut(name) {
             account.deficit -= cost;
         }
     }
 
-    pub(crate) fn has_share_left(&self, name: &str) -> bool {
-        self.0.get(name).is_some_and(|account| account.deficit > 0.0)
+    /// After how many rounds it has something left of its share: none if it has now.
+    pub(crate) fn rounds(&self, name: &str) -> u64 {
+        let Some(account) = self.of.get(name) else { return 0 };
+        if account.deficit > 0.0 {
+            0
+        } else {
+            (-account.deficit / share(account.weight, self.most)).floor() as u64 + 1
+        }
     }
 
     /// Shares that an account is behind (negative) or ahead of the others.
     pub(crate) fn over_share(&self, name: &str) -> f64 {
-        self.0.get(name).map_or(0.0, |account| -account.deficit / account.weight)
+        self.of.get(name).map_or(0.0, |account| -account.deficit / account.weight)
     }
 
-    /// Gives everybody a new share, as often as it takes until one of those who wait has something left.
-    pub(crate) fn refill<'a>(&mut self, waiting: impl Iterator<Item = &'a str>) {
-        let most = self.0.values().map(|account| account.weight).fold(1.0, f64::max);
-        let rounds = |account: &Account| {
-            let each = (REFILL * account.weight / most).max(1.0);
-            if account.deficit > 0.0 { 0.0 } else { (-account.deficit / each).floor() + 1.0 }
-        };
-        let needed = waiting.filter_map(|name| self.0.get(name)).map(rounds).fold(f64::INFINITY, f64::min);
-        if needed == 0.0 || needed.is_infinite() {
+    /// Gives everybody so many new shares, because somebody begins who had to wait for them. Only then: a round that
+    /// nobody could use would be lost to those who have not had theirs.
+    pub(crate) fn advance(&mut self, rounds: u64) {
+        if rounds == 0 {
             return;
         }
-        for account in self.0.values_mut() {
-            let each = (REFILL * account.weight / most).max(1.0);
-            // Nobody saves up more than one share.
-            account.deficit = (account.deficit + needed * each).min(each);
+        let most = self.most;
+        for account in self.of.values_mut() {
+            let each = share(account.weight, most);
+            // Nobody saves up more than one share, and who is away pays off what it owes.
+            let upto = if account.requests > 0 { each } else { account.deficit.max(0.0) };
+            account.deficit = (account.deficit + rounds as f64 * each).min(upto);
+            account.away += if account.requests > 0 { 0 } else { rounds };
         }
-        self.0.retain(|_, account| account.requests > 0 || account.deficit < 0.0);
+        self.of.retain(|_, account| account.deficit < 0.0 || account.away < AWAY_ROUNDS);
+        self.most = self.of.values().map(|account| account.weight).fold(1.0, f64::max);
     }
+}
+
+fn share(weight: f64, most: f64) -> f64 {
+    (REFILL * weight / most).max(1.0)
 }
 
 /// Where somebody stands in the queue. Smaller goes first.
@@ -117,17 +133,18 @@ impl Accounts {
 pub(crate) struct Turn {
     /// Counted from the top.
     class: u8,
-    has_had_its_share: bool,
+    /// Until its account has something left of its share.
+    rounds: u64,
     /// When it would be done if it had been alone since it came.
     due_ms: u64,
     order: u64,
 }
 
 impl Turn {
-    pub(crate) fn new(class: u8, has_share_left: bool, arrived_ms: u64, takes_ms: u64, order: u64) -> Self {
+    pub(crate) fn new(class: u8, rounds: u64, arrived_ms: u64, takes_ms: u64, order: u64) -> Self {
         Self {
             class: TOP_CLASS - class.min(TOP_CLASS),
-            has_had_its_share: !has_share_left,
+            rounds,
             due_ms: arrived_ms.saturating_add(takes_ms),
             order,
         }
@@ -171,38 +188,47 @@ mod tests {
 
     #[test]
     fn turns_go_by_class_then_share_then_what_is_soon_done() {
-        let urgent = Turn::new(5, false, 1000, 9000, 9);
-        let behind = Turn::new(2, true, 900, 8000, 3);
-        let cached = Turn::new(2, true, 1000, 10, 8);
-        let old = Turn::new(2, true, 0, 900, 1);
-        let had = Turn::new(2, false, 0, 0, 0);
+        let urgent = Turn::new(5, 1, 1000, 9000, 9);
+        let behind = Turn::new(2, 0, 900, 8000, 3);
+        let cached = Turn::new(2, 0, 1000, 10, 8);
+        let old = Turn::new(2, 0, 0, 900, 1);
+        let had = Turn::new(2, 1, 0, 0, 0);
         let mut turns = [had, behind, old, cached, urgent];
         turns.sort();
         assert_eq!(turns, [urgent, old, cached, behind, had]);
     }
 
     #[test]
-    fn a_refill_follows_weights_and_nobody_saves_up() {
+    fn rounds_follow_weights_and_nobody_saves_up() {
         let mut accounts = Accounts::default();
         accounts.join("light", 1);
         accounts.join("heavy", 4);
-        accounts.refill(["light", "heavy"].into_iter());
-        accounts.refill(["light", "heavy"].into_iter());
-        assert_eq!(accounts.0["heavy"].deficit, REFILL);
-        assert_eq!(accounts.0["light"].deficit, REFILL / 4.0);
+        assert_eq!((accounts.rounds("light"), accounts.rounds("heavy")), (1, 1));
+        accounts.advance(2);
+        assert_eq!(accounts.of["heavy"].deficit, REFILL);
+        assert_eq!(accounts.of["light"].deficit, REFILL / 4.0);
         accounts.charge_answer("light", 1000);
-        assert!(!accounts.has_share_left("light"));
+        assert_eq!((accounts.rounds("light"), accounts.rounds("heavy")), (15, 0));
         // Alone in the queue, it goes on at once; the other has no more than one share for it.
-        accounts.refill(["light"].into_iter());
-        assert!(accounts.has_share_left("light"));
-        assert_eq!(accounts.0["heavy"].deficit, REFILL);
-        // Who leaves in debt and comes back still owes.
+        accounts.advance(15);
+        assert_eq!(accounts.rounds("light"), 0);
+        assert_eq!(accounts.of["heavy"].deficit, REFILL);
+        // Who leaves in debt and comes back still owes, and who left something finds it.
         accounts.charge_prompt("light", 10_000);
+        accounts.charge_prompt("heavy", 100);
         accounts.leave("light");
-        accounts.join("light", 1);
-        assert!(accounts.over_share("light") > 5_000.0);
         accounts.leave("heavy");
-        assert!(!accounts.0.contains_key("heavy"));
+        accounts.advance(2);
+        accounts.join("light", 1);
+        accounts.join("heavy", 4);
+        assert!(accounts.over_share("light") > 5_000.0);
+        assert_eq!(accounts.of["heavy"].deficit, REFILL - 100.0);
+        accounts.leave("heavy");
+        accounts.advance(AWAY_ROUNDS);
+        assert!(!accounts.of.contains_key("heavy"), "not for ever");
+        accounts.leave("light");
+        accounts.advance(10_000);
+        assert!(!accounts.of.contains_key("light"), "it has paid");
     }
 
     #[test]
@@ -234,9 +260,10 @@ mod tests {
             }
             let mut served = vec![0.0; names.len()];
             for turn in 0..4000usize {
-                accounts.refill(names.iter().map(String::as_str));
+                let needed = names.iter().map(|name| accounts.rounds(name)).min().unwrap();
+                accounts.advance(needed);
                 // The worst order: always the first that has anything left.
-                let next = names.iter().position(|name| accounts.has_share_left(name)).unwrap();
+                let next = names.iter().position(|name| accounts.rounds(name) == 0).unwrap();
                 let cost = costs[(turn * 7 + next * 3) % costs.len()];
                 accounts.charge_prompt(&names[next], cost);
                 served[next] += f64::from(cost);

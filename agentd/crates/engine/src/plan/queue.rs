@@ -14,8 +14,6 @@ impl Planner {
             }
         }
         while self.may_admit() {
-            let queued = self.requests.values().filter(|request| !request.running);
-            self.accounts.refill(queued.map(|request| request.account.as_str()));
             let Some((id, start)) = self.next_in_queue() else { return };
             if !self.start(id, start) {
                 return;
@@ -148,6 +146,7 @@ impl Planner {
         let Some(request) = self.requests.get_mut(&id) else { return false };
         (request.running, request.promised) = (true, promise);
         self.running.push(id);
+        self.accounts.advance(self.accounts.rounds(&request.account));
         let loaded = start.shelved.map_or(0, |found| self.load_cached(id, seq, found));
         let Some(request) = self.requests.get_mut(&id) else { return false };
         if request.cached.is_none() {

@@ -361,6 +361,44 @@ fn a_slow_machine_is_as_fair() {
     }
 }
 
+/// W7 of `scripts/bench serve`: sixteen accounts that ask again as soon as they are answered, and places for four.
+#[test]
+fn one_request_at_a_time_is_served_by_weight() {
+    for weights in [[1, 1, 1, 1], [1, 2, 4, 8]] {
+        let shares = one_at_a_time(weights);
+        assert!(jain(&shares) >= 0.97, "{weights:?}: {} {shares:?}", jain(&shares));
+    }
+}
+
+fn one_at_a_time(weights: [u32; 4]) -> Vec<f64> {
+    let mut machine = Machine::new(room(512, 16));
+    machine.weights_ms = 60;
+    let mut seed = 0;
+    let mut open: Vec<RequestId> = Vec::new();
+    let mut ask = |machine: &mut Machine, account: usize| {
+        seed += 1;
+        machine.ask_as(account, text(seed, 64), 64, 50, weights[account % 4])
+    };
+    for account in 0..16 {
+        open.push(ask(&mut machine, account));
+    }
+    while machine.now_ms < 150_000 {
+        machine.step();
+        for (account, id) in open.iter_mut().enumerate() {
+            if machine.clients[id].ended_ms.is_some() {
+                *id = ask(&mut machine, account);
+            }
+        }
+    }
+    let mut served = [0.0; 16];
+    for client in machine.clients.values() {
+        if client.first_ms.is_some() {
+            served[client.account] += client.prompt.len() as f64 + 2.0 * client.answer.len() as f64;
+        }
+    }
+    (0..16).map(|account| served[account] / f64::from(weights[account % 4])).collect()
+}
+
 /// Requests of the highest priority come without end; one of the lowest is served all the same.
 #[test]
 fn nobody_starves() {
