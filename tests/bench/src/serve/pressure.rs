@@ -68,7 +68,7 @@ pub(super) fn neighbour(context: &Context) -> Result<Vec<Row>> {
 
 /// W7, E14. All agents ask all the time, four times more than the cache holds.
 pub(super) fn oversubscribed(context: &Context) -> Result<Vec<Row>> {
-    let (prompt, answer, seconds) = if context.options.quick { (96, 160, 16) } else { (128, 128, 60) };
+    let (prompt, answer, seconds) = if context.options.quick { (96, 160, 16) } else { (64, 64, 90) };
     let agents = 16;
     let cells = agents * (prompt + answer) / 4;
     let bed = Bed::start(context, Need { cells, places: agents, agents: agents as usize })?;
