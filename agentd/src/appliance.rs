@@ -413,6 +413,10 @@ impl Appliance for Machine {
         Box::pin(self.partition_assign(agent, to))
     }
 
+    fn grant_device(&self, agent: AgentKey, device: Option<String>) -> Pending<'_, Devices> {
+        Box::pin(self.device_grant(agent, device))
+    }
+
     fn plan_model(&self, name: ModelName, context_tokens: u32, sequences: u32) -> Pending<'_, ModelPlan> {
         Box::pin(self.model_plan(name, context_tokens, sequences))
     }

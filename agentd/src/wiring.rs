@@ -258,6 +258,7 @@ async fn start_agents(
         .map_err(|error| Report::bug("thread_lost", what, error.to_string(), "reboot the appliance"))?;
     let db = Db::new(opened.map_err(|error| error.report(what))?);
     tokio::spawn(keep_audit(audit.clone(), db.clone(), places.clone(), Arc::clone(board)));
+    open_devices(gpu, &db).await?;
     let root_hash = bundled::root_hash(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
     bundled::install(&db, &places.builtin_agents, root_hash, board)
         .await
@@ -323,11 +324,20 @@ async fn start_agents(
         nerves,
         felt,
         cgroup_root: places.cgroup_root.clone(),
+        gpu: gpu.clone(),
         serve,
     };
     let agents = agents::start(links).await?;
     children.begin(agents.clone());
     Ok(Parts { db, agents, inbox, logs, tokens, egress })
+}
+
+/// Without what is stored a device could be given twice: then no agent is started.
+async fn open_devices(gpu: &Gpu, db: &Db) -> Result<(), Report> {
+    let (gpu, db) = (gpu.clone(), db.clone());
+    let opened = tokio::task::spawn_blocking(move || gpu.open_devices(&db)).await;
+    let opened = opened.map_err(|error| thread_lost(&error.to_string()))?;
+    opened.map_err(|error| error.report("no agent is started"))
 }
 
 /// Without them all agents are in the default partition.

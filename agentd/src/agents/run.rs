@@ -16,6 +16,7 @@ use super::words::{
 use super::{Agents, LivingRun, QUEUE, View, Views};
 use crate::audit::Audit;
 use crate::clock;
+use crate::gpu::Gpu;
 use crate::health::{Board, START, Weight};
 use crate::inbox::Inbox;
 use crate::launcher::{self, Answer, FailureKind, Order};
@@ -83,6 +84,8 @@ pub struct Links {
     pub nerves: Nerves,
     pub felt: mpsc::Receiver<Felt>,
     pub cgroup_root: PathBuf,
+    /// Gives runs devices of their own.
+    pub gpu: Gpu,
     /// Serves a run's API and watches its process, on the data plane.
     pub serve: Box<dyn Fn(Serve) + Send>,
 }
@@ -448,6 +451,9 @@ impl Loop {
             }
             Err(failure) => {
                 self.held.remove(&run);
+                if failure.kind != FailureKind::Unsure {
+                    self.free_device(run).await;
+                }
                 tracing::warn!(agent_id = %agent, run_id = %run, problem = %failure.report, "a run was not started");
                 self.links.logs.say(agent, format!("not started: {}", failure.report));
                 if let Some(known) = self.known.get_mut(&agent) {
@@ -524,6 +530,7 @@ impl Loop {
         for run in gone {
             self.detach(run);
         }
+        self.free_devices_but(&living).await;
         let runs = listing.runs.iter().map(|info| (info.run_id, info.agent_id)).collect();
         self.step(Event::Listed { runs }).await;
     }
@@ -572,6 +579,7 @@ impl Loop {
             known.exits.truncate(EXITS_SHOWN);
         }
         self.limits.remove(&run);
+        self.free_device(run).await;
         let (began_ms, ended_ms) = (exit.started_boot_ms, exit.ended_boot_ms);
         self.step(of(agent, health::Event::Ended { run, cause: exit.cause, began_ms, ended_ms })).await;
         self.after_child_s_end(agent).await;

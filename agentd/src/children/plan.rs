@@ -53,9 +53,13 @@ pub fn admitted(parent: &Rights, children: &[Rights], asked: &Narrowing) -> Resu
         ));
     }
     beyond(parent, asked)?;
-    let by = completed(parent, asked);
+    let mut by = completed(parent, asked);
+    // A device is its parent's program's, unless some of it is asked for.
+    if parent.limit(Limit::GpuBytes) > 0 {
+        by.limits.entry(Limit::GpuBytes).or_insert(0);
+    }
     let child = parent.narrowed(&by);
-    for limit in SHARED {
+    for limit in SHARED.into_iter().chain([Limit::GpuBytes]) {
         let taken: u64 = children.iter().map(|rights| rights.limit(limit)).fold(0, u64::saturating_add);
         let (whole, wanted) = (parent.limit(limit), child.limit(limit));
         if taken.saturating_add(wanted) > whole {

@@ -35,6 +35,14 @@ pub struct Holder {
     pub reload: Duration,
 }
 
+/// What an engine's process gets of devices.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Terms {
+    pub limits: Vec<DeviceLimit>,
+    /// Nodes that it cannot open.
+    pub hidden: Vec<String>,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     /// Its memory is held for it.
@@ -50,8 +58,13 @@ pub trait Gate: Send + Sync {
     /// A model that was let through did not come: what is held for it is free.
     fn not_loaded(&self, model: &str);
 
-    /// What an engine that says these devices are its own is to be held to, from its start on.
-    fn limits(&self, _devices: &[Device]) -> Vec<DeviceLimit> {
+    /// How an engine that says these devices are its own is to be started.
+    fn terms(&self, _devices: &[Device]) -> Terms {
+        Terms::default()
+    }
+
+    /// Nodes that no engine is to open, as far as that is known without one.
+    fn hidden(&self) -> Vec<String> {
         Vec::new()
     }
 

@@ -52,6 +52,10 @@ impl Task {
     /// Takes the next step if the engine is not busy with one, and shows how far it is.
     pub(super) async fn load_next(&mut self, session: &mut Session) -> Result<(), WireError> {
         let wish = self.wish.borrow().clone();
+        if self.drains() {
+            self.show(Stage::Loading, Some(session));
+            return Ok(());
+        }
         if let (None, Some(wish)) = (&session.busy, &wish) {
             self.settle_residents(session, wish);
             self.let_stay(session, wish);
@@ -227,8 +231,10 @@ impl Task {
                 };
                 self.deaths.remove(&model.model);
                 self.resident.insert(model.model.clone());
-                self.uses.came(&model.model, took);
-                self.waiting.came(&model.model, &self.uses);
+                if !self.drains() {
+                    self.uses.came(&model.model, took);
+                    self.waiting.came(&model.model, &self.uses);
+                }
                 session.loaded.retain(|other| other.model != model.model);
                 session.loaded.push(model);
             }

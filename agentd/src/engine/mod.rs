@@ -25,9 +25,11 @@
 //! | `session` | what is open on it? |
 //! | `loads`, `plan` | which model is next, and what becomes of who waits? |
 //! | `gate` | may it be loaded? (asked of `crate::gpu`) |
+//! | `drain` | how does it make way for another one? |
 //! | `uses`, `waiting` | who uses which model, who waits for one? |
 //! | `planner` | what will it take, exactly? |
 
+mod drain;
 mod gate;
 mod loads;
 mod plan;
@@ -44,7 +46,8 @@ mod uses;
 mod waiting;
 mod wire;
 
-pub use gate::{Ask, Gate, Holder, Verdict};
+pub use drain::Drained;
+pub use gate::{Ask, Gate, Holder, Terms, Verdict};
 #[cfg(test)]
 pub use plan::load;
 pub use plan::{Choice, Wanted};
@@ -134,6 +137,10 @@ enum Command {
     },
     /// Somebody wants a model that is not there, and waits.
     Have { model: String, asker: Asker, answer: waiting::Answer },
+    /// The engine is to end when what it has begun is done, or at the latest then.
+    Drain { within: Duration, why: Report, answer: oneshot::Sender<Drained> },
+    /// What devices are to be held to may be something else now.
+    Reconsider,
     /// The reader of this generation is gone.
     GiveUp { ticket: u64, leaving: Leaving },
 }
@@ -170,6 +177,21 @@ impl Engine {
     /// How a model is used.
     pub fn seen(&self, model: &str) -> Seen {
         self.uses.seen(model)
+    }
+
+    /// Ends the engine's process when it has finished what it has begun, or when that time is over, and starts another.
+    /// Nothing new goes to it meanwhile: who wants a model waits for the next engine.
+    pub async fn drain(&self, within: Duration, why: Report) -> Result<Drained, Report> {
+        let (answer, answered) = oneshot::channel();
+        self.commands.send(Command::Drain { within, why, answer }).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())
+    }
+
+    /// Asks anew what the engine is to be held to: at once where that can be done to one that lives, else when nobody
+    /// uses it.
+    pub async fn reconsider(&self) {
+        // Without a task there is no engine to hold.
+        let _ = self.commands.send(Command::Reconsider).await;
     }
 
     /// Asks the engine itself.

@@ -7,6 +7,7 @@
 //! Always: the process is gone when an answer is given, so what it took of a device is free for the load. Whatever the
 //!         file does, there is an answer.
 
+use super::gate::Terms;
 use super::plan::{self, Choice};
 use super::run::{DEATHS_MOST, killed_report, lost_report};
 use super::wire::{self, WireError};
@@ -50,11 +51,11 @@ impl Planner {
         Self { launcher, sockets, memory_max_bytes, one: Arc::default() }
     }
 
-    pub async fn plan(&self, choice: &Choice) -> Result<MemoryPlan, Unplanned> {
+    pub async fn plan(&self, choice: &Choice, terms: &Terms) -> Result<MemoryPlan, Unplanned> {
         let _one = self.one.lock().await;
         let mut last = None;
         for _ in 0..DEATHS_MOST {
-            self.begin().await?;
+            self.begin(terms).await?;
             let asked = tokio::time::timeout(LIMIT, self.ask(choice)).await;
             self.end().await;
             match asked {
@@ -75,13 +76,15 @@ impl Planner {
     }
 
     /// A fresh process: what an agentd that died has left is ended first.
-    async fn begin(&self) -> Result<(), Unplanned> {
+    async fn begin(&self, terms: &Terms) -> Result<(), Unplanned> {
         self.end().await;
         let launcher = self.launcher.clone();
         let spec = EngineSpec {
             set: SET.to_owned(),
             memory_max_bytes: self.memory_max_bytes,
-            device_limits: Vec::new(),
+            // What it sees is what the engine sees; it takes nothing that it would have to be held to.
+            device_limits: terms.limits.iter().filter(|limit| limit.is_seen()).cloned().collect(),
+            hidden: terms.hidden.clone(),
         };
         match tokio::task::spawn_blocking(move || launcher.start_engine(spec)).await {
             Ok(Ok(_)) => Ok(()),

@@ -4,14 +4,14 @@
 //! begins again. Requests that arrive while there is no engine are answered at once with the reason; who wants a model
 //! waits a while, for the next one. Which model is loaded when: `loads.rs`.
 
-use super::gate::{Gate, Verdict};
+use super::drain::{Drained, Renewal};
+use super::gate::{Gate, Terms, Verdict};
 use super::plan;
 use super::session::{Busy, Open, Session};
 use super::uses::Uses;
 use super::waiting::Waiting;
 use super::wire::{self, Reader, WireError};
 use super::{Command, Engine, QUEUE, Stage, View, Wanted, out_of_order};
-use agentd_domain::enforcement::DeviceLimit;
 use agentd_domain::engine::{ClientFrame, Event, PROTOCOL_VERSION, Request, ServerFrame};
 use agentd_domain::fault::Report;
 use agentd_domain::launcher::{EngineSpec, Listing};
@@ -30,6 +30,9 @@ const GREETING_LIMIT: Duration = Duration::from_secs(20);
 /// Between attempts to reach an engine: short, because everything waits for it; doubled up to the second.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MOST: Duration = Duration::from_secs(5);
+
+/// While an engine is to end: how often it is asked whether somebody still uses it.
+const QUIET_EVERY: Duration = Duration::from_millis(200);
 
 /// The slowest disk that models are read from.
 pub(super) const READ_LEAST_BYTES_PER_S: u64 = 5_000_000;
@@ -93,8 +96,9 @@ pub fn start(links: Links, begin: impl Future<Output = ()> + Send + 'static) -> 
         told,
         verdicts,
         lives: 0,
-        limits: Vec::new(),
+        terms: Terms::default(),
         limits_refused: false,
+        renewal: None,
     };
     let launcher = task.links.launcher.clone();
     tokio::spawn(async move {
@@ -140,10 +144,12 @@ pub(super) struct Task {
     pub(super) told: mpsc::Sender<Told>,
     verdicts: mpsc::Receiver<Told>,
     lives: u64,
-    /// Of devices' memory: what the next engine is started with.
-    limits: Vec<DeviceLimit>,
-    /// It was not started with them: not asked again in this life of agentd.
+    /// What the next engine is started with.
+    terms: Terms,
+    /// It was not started with its limits: not asked again in this life of agentd.
     limits_refused: bool,
+    /// This one is to end.
+    pub(super) renewal: Option<Renewal>,
 }
 
 /// What the gate answered, to which life of the connection.
@@ -154,6 +160,8 @@ enum End {
     /// agentd drops its engine: nobody is left to ask.
     NoMoreCommands,
     Lost(WireError),
+    /// It was ended to make way for another one.
+    Renewed(Report),
 }
 
 impl Task {
@@ -161,7 +169,7 @@ impl Task {
         let mut pause = RETRY_FIRST;
         loop {
             match self.connect().await {
-                Ok((_, session)) if self.needs_limits(&session).await => continue,
+                Ok((_, session)) if self.needs_other_terms(&session).await => continue,
                 Ok((reader, session)) => {
                     pause = RETRY_FIRST;
                     tracing::info!(models = session.loaded.len(), "engine connected");
@@ -174,7 +182,10 @@ impl Task {
                     match end {
                         End::NoMoreCommands => return,
                         End::Lost(error) => self.show_down(&lost_report(&error)),
+                        End::Renewed(why) => self.show_down(&why),
                     }
+                    // Gone with the engine that it was about: who asked hears of it.
+                    self.renewal = None;
                 }
                 Err(report) => {
                     self.waiting.fail_older(AWAY_MOST, &|_| report.clone());
@@ -248,13 +259,14 @@ impl Task {
         let life = self.lives;
         let path = self.links.sockets.join(format!("{SET}.sock"));
         // An engine that runs although the launcher cannot be asked is as good as any.
-        let launcher_says = self.ask_for_engine(self.limits.clone()).await.err();
-        if let Some(report) = launcher_says.as_ref().filter(|_| !self.limits.is_empty())
+        self.terms.hidden = self.links.gate.hidden();
+        let launcher_says = self.ask_for_engine(self.terms.clone()).await.err();
+        if let Some(report) = launcher_says.as_ref().filter(|_| !self.terms.limits.is_empty())
             && report.code != CONFLICT
             && report.code != UNREACHABLE
         {
             // Whatever keeps it from starting with them: it is to start.
-            self.limits.clear();
+            self.terms.limits.clear();
             self.limits_refused = true;
             self.links.gate.limited(Err(report));
         }
@@ -281,10 +293,15 @@ impl Task {
         }
     }
 
-    async fn ask_for_engine(&self, device_limits: Vec<DeviceLimit>) -> Result<(), Report> {
+    async fn ask_for_engine(&self, terms: Terms) -> Result<(), Report> {
         let launcher = self.links.launcher.clone();
         let memory_max_bytes = self.links.memory_max_bytes;
-        let spec = EngineSpec { set: SET.to_owned(), memory_max_bytes, device_limits };
+        let spec = EngineSpec {
+            set: SET.to_owned(),
+            memory_max_bytes,
+            device_limits: terms.limits,
+            hidden: terms.hidden,
+        };
         match tokio::task::spawn_blocking(move || launcher.start_engine(spec)).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err(error.into()),
@@ -292,35 +309,70 @@ impl Task {
         }
     }
 
-    /// Now that it is known which devices there are: whether another engine is needed, one that is held to its share. One
-    /// that holds models goes on as it is, and the next one is held.
-    async fn needs_limits(&mut self, session: &Session) -> bool {
-        let wanted = self.links.gate.limits(&session.devices);
-        if wanted.is_empty() && self.limits.is_empty() {
+    /// Now that it is known which devices there are: whether another engine is needed, one that is held to its share and
+    /// sees what it may. One that holds models goes on as it is: limits of its group are changed while it lives, and for
+    /// all else it begins anew as soon as nobody uses it.
+    async fn needs_other_terms(&mut self, session: &Session) -> bool {
+        let mut wanted = self.links.gate.terms(&session.devices);
+        if self.limits_refused {
+            wanted.limits.clear();
+        }
+        let none = Terms::default();
+        if wanted == none && self.terms == none {
             self.links.gate.limited(Ok(&[]));
             return false;
         }
-        if self.limits_refused {
-            return false;
+        // A process that sees its limits from its start on is told by its driver how much there is.
+        if session.loaded.is_empty() && wanted != self.terms {
+            tracing::info!(
+                limits = wanted.limits.len(),
+                hidden = wanted.hidden.len(),
+                "the engine begins anew"
+            );
+            self.terms = wanted;
+            self.end_engine().await;
+            return true;
         }
+        self.settle_terms(wanted, session).await
+    }
+
+    async fn settle_terms(&mut self, wanted: Terms, session: &Session) -> bool {
         let asked = self.ask_for_engine(wanted.clone()).await;
-        self.limits = wanted;
         match asked {
-            Ok(()) => self.links.gate.limited(Ok(&self.limits)),
+            Ok(()) => {
+                self.terms = wanted;
+                self.renewal.take_if(|renewal| !renewal.is_urgent());
+                self.links.gate.limited(Ok(&self.terms.limits));
+            }
             Err(report) if report.code == CONFLICT && session.loaded.is_empty() => {
-                tracing::info!(
-                    limits = self.limits.len(),
-                    "the engine begins anew, held to its share of devices"
-                );
+                self.terms = wanted;
                 self.end_engine().await;
                 return true;
             }
-            Err(report) => self.links.gate.limited(Err(&report)),
+            Err(report) => {
+                self.links.gate.limited(Err(&report));
+                if report.code == CONFLICT {
+                    self.terms = wanted;
+                    self.renewal.get_or_insert(Renewal::when_idle(begins_anew(&report)));
+                }
+            }
         }
         false
     }
 
-    async fn end_engine(&self) {
+    /// While it serves: what it is to be held to may have changed.
+    async fn reconsider(&mut self, session: &Session) {
+        let mut wanted = self.links.gate.terms(&session.devices);
+        if self.limits_refused {
+            wanted.limits.clear();
+        }
+        if wanted != self.terms && self.settle_terms(wanted, session).await {
+            // Ended: the connection says so in a moment.
+            tracing::info!("the engine begins anew with other terms");
+        }
+    }
+
+    pub(super) async fn end_engine(&self) {
         let launcher = self.links.launcher.clone();
         let ended = tokio::task::spawn_blocking(move || launcher.stop_engine(SET)).await;
         if let Ok(Err(error)) = ended {
@@ -344,13 +396,20 @@ impl Task {
             if let Err(error) = self.load_next(&mut session).await {
                 break End::Lost(error);
             }
+            if self.renewal.is_some() && self.is_quiet(&session) {
+                break self.renewed(&mut session).await;
+            }
             let (busy_until, wait_until) = (session.busy_until, self.waiting.next_end());
+            let drain_until = self.renewal.as_ref().and_then(|renewal| renewal.until);
             let outcome = tokio::select! {
                 () = until(wait_until), if wait_until.is_some() => { self.waiting.expire(); Ok(()) }
                 verdict = self.verdicts.recv() => match verdict {
                     Some((life, verdict)) if life == session.life => self.judged(&mut session, verdict).await,
                     _ => Ok(()),
                 },
+                () = until(drain_until), if drain_until.is_some() => break self.renewed(&mut session).await,
+                // A use that was over without a word on the connection.
+                () = tokio::time::sleep(QUIET_EVERY), if self.renewal.is_some() => Ok(()),
                 () = until(busy_until), if busy_until.is_some() => {
                     // It lives, and nothing will come of it: the next attempt has a new one.
                     self.end_engine().await;
@@ -364,6 +423,14 @@ impl Task {
                 command = self.queue.recv() => match command {
                     Some(Command::Have { model, asker, answer }) => {
                         self.wait(model, asker, answer);
+                        Ok(())
+                    }
+                    Some(Command::Drain { within, why, answer }) => {
+                        self.begin_drain(&session, Instant::now() + within, why, answer);
+                        Ok(())
+                    }
+                    Some(Command::Reconsider) => {
+                        self.reconsider(&session).await;
                         Ok(())
                     }
                     Some(command) => session.give(command).await,
@@ -400,6 +467,16 @@ impl Task {
             }
         }
         end
+    }
+
+    async fn renewed(&mut self, session: &mut Session) -> End {
+        let why =
+            self.renewal.as_ref().map_or_else(|| lost_report(&WireError::Closed), |one| one.why.clone());
+        if let Some(Busy::Loading(choice, _)) = session.busy.take() {
+            self.links.gate.not_loaded(&choice.name);
+        }
+        self.renew(session).await;
+        End::Renewed(why)
     }
 
     /// What ended the engine before this one? Its launcher has counted if the engine ended by itself; an engine that
@@ -472,7 +549,9 @@ fn refuse(command: Command, report: Report) {
         Command::One { answer, .. } => drop(answer.send(Err(report))),
         Command::Generate { pieces, .. } => drop(pieces.send(Err(report))),
         Command::Have { answer, .. } => drop(answer.send(Err(report))),
-        Command::GiveUp { .. } => {}
+        // There is no engine: the next one is as it should be.
+        Command::Drain { answer, .. } => drop(answer.send(Drained { broken_off: 0 })),
+        Command::Reconsider | Command::GiveUp { .. } => {}
     }
 }
 
@@ -482,6 +561,15 @@ async fn until(moment: Option<Instant>) {
         Some(moment) => tokio::time::sleep_until(moment).await,
         None => std::future::pending().await,
     }
+}
+
+fn begins_anew(why: &Report) -> Report {
+    Report::environment(
+        "engine_begins_anew",
+        "the engine begins anew",
+        why.why.clone(),
+        "send the request again in a moment: the next engine is there in a second or two",
+    )
 }
 
 pub(super) fn lost_report(error: &WireError) -> Report {

@@ -124,7 +124,7 @@ impl Session {
             }
             Command::GiveUp { ticket, leaving } => self.give_up(ticket, leaving).await,
             // The task's own.
-            Command::Have { .. } => Ok(()),
+            Command::Have { .. } | Command::Drain { .. } | Command::Reconsider => Ok(()),
         }
     }
 

@@ -3,7 +3,8 @@
 
 use super::tests::{Scene, choice, generate, ready};
 use super::{
-    Ask, Device, Engine, EngineHandle, Gate, Generate, Leaving, ModelKind, Report, Stage, Verdict, Wanted,
+    Ask, Device, Engine, EngineHandle, Gate, Generate, Leaving, ModelKind, Report, Stage, Terms, Verdict,
+    Wanted,
 };
 use agentd_domain::enforcement::{DeviceLimit, LimitBy};
 use agentd_domain::engine::ModelUsage;
@@ -233,8 +234,9 @@ impl Gate for Limiting {
 
     fn not_loaded(&self, _: &str) {}
 
-    fn limits(&self, _: &[Device]) -> Vec<DeviceLimit> {
-        vec![DeviceLimit { by: LimitBy::Nvml { uuid: "GPU-1".to_owned() }, bytes: 7 << 30 }]
+    fn terms(&self, _: &[Device]) -> Terms {
+        let limit = DeviceLimit { by: LimitBy::Nvml { uuid: "GPU-1".to_owned() }, bytes: 7 << 30 };
+        Terms { limits: vec![limit], hidden: Vec::new() }
     }
 
     fn limited(&self, by: Result<&[DeviceLimit], &Report>) {
@@ -261,7 +263,7 @@ async fn an_engine_begins_anew_held_to_its_share_before_it_holds_a_model() {
             _ => None,
         })
         .collect();
-    assert_eq!(orders, ["start with 0", "start with 1", "stop host", "start with 1", "start with 1"]);
+    assert_eq!(orders, ["start with 0", "stop host", "start with 1", "start with 1"]);
     assert_eq!(*gate.0.lock().expect("unpoisoned"), [Ok(1)]);
     // An agentd that comes later finds it so, and leaves it alone.
     drop(engine);

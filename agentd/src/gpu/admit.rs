@@ -16,7 +16,7 @@
 use super::plan::Planned;
 use super::room::{Room, room};
 use super::{Gpu, header, limits};
-use crate::engine::{Ask, Gate, Planner, Unplanned, Verdict};
+use crate::engine::{Ask, Gate, Planner, Terms, Unplanned, Verdict};
 use crate::health::{Board, Weight};
 use crate::readings;
 use agentd_domain::device::MemoryPlan;
@@ -66,9 +66,13 @@ impl Gate for AtTheDoor {
         self.gpu.not_loaded(model);
     }
 
-    fn limits(&self, devices: &[Device]) -> Vec<DeviceLimit> {
+    fn terms(&self, devices: &[Device]) -> Terms {
         let regions = readings::device_regions(&self.cgroup_root).into_iter().map(|region| region.name);
-        self.gpu.limits(devices, &regions.collect())
+        self.gpu.terms(devices, &regions.collect())
+    }
+
+    fn hidden(&self) -> Vec<String> {
+        self.gpu.hidden()
     }
 
     fn limited(&self, by: Result<&[DeviceLimit], &Report>) {
@@ -94,7 +98,7 @@ impl Gpu {
             Judged::Verdict(verdict) => return verdict,
             Judged::Count => {}
         }
-        let count = match planner.plan(&ask.choice).await {
+        let count = match planner.plan(&ask.choice, &self.terms_now()).await {
             Ok(plan) => Count::Exact(Box::new(plan)),
             Err(Unplanned::Refused(report)) => return Verdict::Refused(report),
             Err(Unplanned::Away(report)) => {

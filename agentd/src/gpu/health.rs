@@ -1,119 +1,94 @@
 //! What is done when a device's driver reports trouble?
 //!
 //! In:     what the engine reads of its devices, every few seconds where there are any with a driver that speaks.
-//! Out:    an engine on a lost device is ended and begins anew without it, its leases free; a device that needs a reset
-//!         takes nothing new; each step a record of the audit log and a problem on the board.
-//! Always: what was said of a device stays until the machine is started again: an engine that was started since was not
-//!         told. An engine is ended once for each trouble, and only when it holds something there.
+//! Out:    an engine on a lost device is ended and begins anew without it, its leases free; one on a device that needs a
+//!         reset finishes what it has begun within [`DRAIN_MOST`] and makes way for one that cannot open the device; each
+//!         step a record of the audit log and a problem on the board.
+//! Always: what was said of a device is on disk before it is acted on (`device_trouble`), and stays until the device is
+//!         well again ([`super::ill`] says when). An engine is ended once for each trouble.
 //! Where:  which event asks for what is `agentd_domain::device`'s; a program's own fault ends that program, and an engine
-//!         is started again by the launcher.
+//!         is started again by the launcher; how an engine makes way, `crate::engine`'s `drain.rs`.
 
 use super::Gpu;
+use super::ill::Act;
 use crate::audit::Audit;
-use crate::engine::{Engine, Stage};
+use crate::engine::{Drained, Engine, Stage};
 use crate::health::{Board, Weight};
 use agentd_domain::audit::{Actor, Entry, Verdict};
-use agentd_domain::device::DeviceAction;
-use agentd_domain::engine::{EngineStatus, GpuReadings};
+use agentd_domain::engine::EngineStatus;
 use agentd_domain::fault::Report;
 use agentd_sandbox::client::Launcher;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Between looks; an event of a driver waits for the next. Without a device that has readings nobody looks.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
-
-/// What is known to be wrong, by the device's id.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Ill(BTreeMap<String, Trouble>);
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Trouble {
-    action: DeviceAction,
-    why: String,
-}
-
-/// One thing to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Act {
-    /// Say it: something new is wrong with a device.
-    Tell { device: String, action: DeviceAction, why: String },
-    /// A person must act.
-    Show { device: String, report: Report },
-    /// These models are on a device that is gone.
-    EndEngine { device: String, models: Vec<String> },
-}
-
-impl Ill {
-    /// What follows from what the engine says now. `holds` names the models on a device.
-    pub(super) fn step(&mut self, status: &EngineStatus, holds: &dyn Fn(&str) -> Vec<String>) -> Vec<Act> {
-        let named =
-            status.devices.iter().filter_map(|device| Some((Some(&device.name), device.gpu.as_ref()?)));
-        let others = status.gpus.iter().map(|gpu| (None, gpu));
-        let mut acts = Vec::new();
-        for (name, gpu) in named.chain(others) {
-            let action = gpu.health.action;
-            let Some(id) = id_of(gpu).filter(|_| action != DeviceAction::None) else { continue };
-            if self.0.get(&id).is_some_and(|known| known.action >= action) {
-                continue;
-            }
-            let why = gpu.health.sentence().unwrap_or_else(|| action.advice().to_owned());
-            self.0.insert(id.clone(), Trouble { action, why: why.clone() });
-            acts.push(Act::Tell { device: id.clone(), action, why });
-            acts.extend(gpu.problem().map(|report| Act::Show { device: id.clone(), report }));
-            let models = name.map(|name| holds(name)).unwrap_or_default();
-            if action == DeviceAction::Lost && !models.is_empty() {
-                acts.push(Act::EndEngine { device: id, models });
-            }
-        }
-        acts
-    }
-
-    /// Why nothing new goes to this device.
-    pub(super) fn problem(&self, gpu: &GpuReadings) -> Option<String> {
-        let trouble = self.0.get(&id_of(gpu)?)?;
-        (!trouble.action.takes_work()).then(|| trouble.why.clone())
-    }
-}
-
-/// What stays the same from one engine to the next.
-fn id_of(gpu: &GpuReadings) -> Option<String> {
-    gpu.uuid.clone().or_else(|| gpu.pci_address.clone())
-}
+/// What an engine may finish before it makes way. An answer takes seconds; a device with uncorrected errors is not to be
+/// trusted with more than that (NVIDIA's guide: applications are to be ended, then the device is reset).
+const DRAIN_MOST: Duration = Duration::from_secs(30);
 
 impl Gpu {
-    /// What follows from these readings; the ledger has them when this returns.
+    /// What follows from these readings; the ledger has them, and the disk, when this returns. Blocks.
     pub(super) fn tend_once(&self, status: &EngineStatus) -> Vec<Act> {
-        let mut state = self.state();
-        let mut ill = std::mem::take(&mut state.ill);
-        let holds = |device: &str| -> Vec<String> {
-            let on = |model: &&str| state.ledger.need(model).is_some_and(|need| need.on(device).is_some());
-            state.ledger.models().filter(on).map(str::to_owned).collect()
-        };
-        let acts = ill.step(status, &holds);
-        state.ill = ill;
-        if !acts.is_empty() {
+        let (acts, db, troubles) = {
+            let mut state = self.state();
+            let mut ill = std::mem::take(&mut state.ill);
+            let holds = |device: &str| -> Vec<String> {
+                let on =
+                    |model: &&str| state.ledger.need(model).is_some_and(|need| need.on(device).is_some());
+                state.ledger.models().filter(on).map(str::to_owned).collect()
+            };
+            let acts = ill.step(status, crate::clock::unix_ms(), &holds);
+            state.ill = ill;
+            if acts.is_empty() {
+                return acts;
+            }
             self.take_over(&mut state, &status.devices, &status.models);
+            // A fault of a program's own says nothing of the device.
+            let kept = state.ill.all().iter().filter(|(_, known)| !known.action.takes_work());
+            let kept = kept.map(|(id, known)| (id.clone(), known.clone())).collect();
+            (acts, state.db.clone(), kept)
+        };
+        if let Some(db) = db
+            && let Err(error) = db.here().set_troubles(&troubles)
+        {
+            tracing::warn!(%error, "what was said of devices was not kept");
         }
         acts
+    }
+
+    /// Of devices that no engine is started on.
+    fn out(&self) -> Vec<(String, Report)> {
+        let state = self.state();
+        let shown = |(id, known): (&String, &super::Trouble)| {
+            let what = format!("{} takes no new work", known.device.called(id));
+            let report = Report::environment("gpu_unhealthy", what, known.why.clone(), known.action.advice());
+            (id.clone(), report)
+        };
+        state.ill.out().map(shown).collect()
     }
 
     /// Looks after the devices as long as there is an engine.
     pub async fn tend(self, engine: Engine, launcher: Launcher, board: Arc<Board>, audit: Audit) {
         let mut view = engine.watch();
         loop {
+            for (id, report) in self.out() {
+                board.set(&place(&id), Weight::Degraded, report);
+            }
             let stage = view.borrow_and_update().stage.clone();
             let mut readings = false;
             if matches!(stage, Stage::Loading | Stage::Ready)
                 && let Ok(status) = engine.status().await
             {
-                readings =
-                    !status.gpus.is_empty() || status.devices.iter().any(|device| device.gpu.is_some());
+                let speaks = |gpu: Option<&agentd_domain::engine::GpuReadings>| {
+                    gpu.is_some_and(|gpu| gpu.uuid.is_some())
+                };
+                readings = !status.gpus.is_empty()
+                    || status.devices.iter().any(|device| speaks(device.gpu.as_ref()));
                 let this = self.clone();
                 let acts = tokio::task::spawn_blocking(move || this.tend_once(&status)).await;
                 for act in acts.unwrap_or_default() {
-                    carry_out(act, &launcher, &board, &audit).await;
+                    carry_out(act, &engine, &launcher, &board, &audit).await;
                 }
             }
             let over = async {
@@ -124,13 +99,44 @@ impl Gpu {
             };
             tokio::select! {
                 () = over => {}
+                () = self.0.changed.notified() => self.make_way(&engine, &audit).await,
                 changed = view.changed() => if changed.is_err() { return },
             }
         }
     }
+
+    /// What the engine is to see, or to be held to, has changed. Where it sees a device that is to be an agent's own, it
+    /// makes way as for one that is to be reset.
+    async fn make_way(&self, engine: &Engine, audit: &Audit) {
+        match self.granted_and_seen() {
+            Some(device) => {
+                let why = Report::environment(
+                    "engine_begins_anew",
+                    "the engine begins anew",
+                    format!("{device} is granted to an agent for itself"),
+                    "send the request again in a moment: the next engine is there in a second or two",
+                );
+                drain(engine.clone(), device, why, audit.clone());
+            }
+            None => engine.reconsider().await,
+        }
+    }
+
+    fn granted_and_seen(&self) -> Option<String> {
+        let state = self.state();
+        let granted = |device: &&agentd_gpu::ledger::Device| {
+            let id = device.gpu.as_ref().and_then(super::ill::id_of);
+            id.is_some_and(|id| state.grants.values().any(|grant| grant.id == id))
+        };
+        state.ledger.devices().iter().find(granted).map(|device| device.name.clone())
+    }
 }
 
-async fn carry_out(act: Act, launcher: &Launcher, board: &Board, audit: &Audit) {
+fn place(device: &str) -> String {
+    format!("device {device}")
+}
+
+async fn carry_out(act: Act, engine: &Engine, launcher: &Launcher, board: &Board, audit: &Audit) {
     match act {
         Act::Tell { device, action, why } => {
             tracing::warn!(device, ?action, why, "a device is in trouble");
@@ -138,7 +144,7 @@ async fn carry_out(act: Act, launcher: &Launcher, board: &Board, audit: &Audit) 
             let entry = Entry::new(Actor::Appliance, "device.event", verdict);
             audit.report(entry.detail(&format!("{device}: {why}")));
         }
-        Act::Show { device, report } => board.set(&format!("device {device}"), Weight::Degraded, report),
+        Act::Show { device, report } => board.set(&place(&device), Weight::Degraded, report),
         Act::EndEngine { device, models } => {
             let launcher = launcher.clone();
             let ended = tokio::task::spawn_blocking(move || launcher.stop_engine(crate::engine::SET)).await;
@@ -150,83 +156,50 @@ async fn carry_out(act: Act, launcher: &Launcher, board: &Board, audit: &Audit) 
             let entry = Entry::new(Actor::Appliance, "engine.end", Verdict::Killed);
             audit.report(entry.detail(&format!("{device} is lost with {}: {outcome}", models.join(", "))));
         }
+        Act::Drain { device, why } => {
+            let again = Report::environment(
+                "device_unhealthy",
+                "the engine begins anew",
+                format!("{device}: {why}"),
+                "send the request again in a moment: the next engine does without this device",
+            );
+            drain(engine.clone(), device, again, audit.clone());
+        }
+        Act::Well { device, why } => {
+            tracing::info!(device, why, "a device takes work again");
+            board.clear(&place(&device));
+            let entry = Entry::new(Actor::Appliance, "device.event", Verdict::Allowed);
+            audit.report(entry.detail(&format!("{device} takes work again: {why}")));
+        }
     }
+}
+
+/// Aside: the devices are looked after meanwhile, and may be lost before the time is over.
+fn drain(engine: Engine, device: String, why: Report, audit: Audit) {
+    tokio::spawn(async move {
+        let begun = Entry::new(Actor::Appliance, "device.drain", Verdict::Allowed);
+        audit.report(begun.detail(&format!(
+            "{device}: {}; the engine has {} s",
+            why.why,
+            DRAIN_MOST.as_secs()
+        )));
+        let drained = engine.drain(DRAIN_MOST, why).await;
+        let outcome = match drained {
+            Ok(Drained { broken_off: 0 }) => "all that it had begun is done".to_owned(),
+            Ok(Drained { broken_off }) => format!("{broken_off} requests were told to come again"),
+            // It went by itself meanwhile.
+            Err(_) => "it had ended".to_owned(),
+        };
+        let entry = Entry::new(Actor::Appliance, "engine.end", Verdict::Killed);
+        audit.report(entry.detail(&format!("{device} is left by the engine: {outcome}")));
+    });
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gpu::ill::tests::card;
     use agentd_domain::device::DeviceEvent;
-    use agentd_domain::engine::Device;
-
-    fn card(events: &[DeviceEvent]) -> Device {
-        let mut gpu = GpuReadings { uuid: Some("GPU-1".to_owned()), ..GpuReadings::default() };
-        events.iter().for_each(|event| gpu.health.step(*event));
-        Device {
-            name: "CUDA0".to_owned(),
-            description: "a card".to_owned(),
-            kind: "gpu".to_owned(),
-            memory_total_bytes: 8 << 30,
-            memory_free_bytes: 8 << 30,
-            gpu: Some(gpu),
-        }
-    }
-
-    fn status(device: Device) -> EngineStatus {
-        EngineStatus {
-            devices: vec![device],
-            models: Vec::new(),
-            backend: String::new(),
-            running_sequences: 0,
-            waiting_requests: 0,
-            rss_bytes: 1,
-            uptime_ms: 1,
-            usage: Vec::new(),
-            gpus: Vec::new(),
-        }
-    }
-
-    fn words(acts: &[Act]) -> Vec<&'static str> {
-        let word = |act: &Act| match act {
-            Act::Tell { .. } => "tell",
-            Act::Show { .. } => "show",
-            Act::EndEngine { .. } => "end",
-        };
-        acts.iter().map(word).collect()
-    }
-
-    #[test]
-    fn each_trouble_is_acted_on_once_and_worse_ones_again() {
-        let mut ill = Ill::default();
-        let holds = |_: &str| vec!["m".to_owned()];
-        let none: &[&str] = &[];
-        assert_eq!(words(&ill.step(&status(card(&[])), &holds)), none);
-        let own_fault = card(&[DeviceEvent::Xid(31)]);
-        assert_eq!(words(&ill.step(&status(own_fault.clone()), &holds)), ["tell"]);
-        assert_eq!(words(&ill.step(&status(own_fault.clone()), &holds)), none);
-        assert_eq!(ill.problem(own_fault.gpu.as_ref().expect("readings")), None, "the device is well");
-        let drains = card(&[DeviceEvent::Xid(95)]);
-        assert_eq!(words(&ill.step(&status(drains.clone()), &holds)), ["tell", "show"]);
-        assert!(ill.problem(drains.gpu.as_ref().expect("readings")).is_some_and(|why| why.contains("95")));
-        let lost = card(&[DeviceEvent::Lost]);
-        assert_eq!(words(&ill.step(&status(lost.clone()), &holds)), ["tell", "show", "end"]);
-        assert_eq!(words(&ill.step(&status(lost), &holds)), none, "an engine is not ended again and again");
-        // The next engine was not told of anything.
-        assert_eq!(words(&ill.step(&status(card(&[])), &holds)), none);
-        assert!(ill.problem(card(&[]).gpu.as_ref().expect("readings")).is_some(), "it stays lost");
-    }
-
-    #[test]
-    fn an_engine_with_nothing_on_the_device_goes_on() {
-        let mut ill = Ill::default();
-        let lost = status(card(&[DeviceEvent::Xid(79)]));
-        assert_eq!(words(&ill.step(&lost, &|_| Vec::new())), ["tell", "show"]);
-        // One that no back end can use is told of too.
-        let mut other = status(card(&[]));
-        other.gpus = vec![GpuReadings { uuid: Some("GPU-2".to_owned()), ..GpuReadings::default() }];
-        other.gpus[0].health.step(DeviceEvent::EccUncorrected);
-        assert_eq!(words(&ill.step(&other, &|_| Vec::new())), ["tell", "show"]);
-    }
 
     /// From the driver's word to the end of the engine: a fake engine and launcher, everything between is real.
     #[tokio::test(flavor = "multi_thread")]

@@ -6,21 +6,28 @@
 //! Always: an order is on disk before it holds. A model that the engine has already is in the ledger, whatever a plan
 //!         says. Without a device that is known nothing is judged: the engine then refuses by itself.
 //! Threads: what reads a file or the store blocks, and is called on threads that may; the rest is arithmetic under a lock.
-//! Where:  before each load `admit.rs`, who goes for it `room.rs`, what is learned and kept `learned.rs`.
+//! Where:  before each load `admit.rs`, who goes for it `room.rs`, what is learned and kept `learned.rs`. Devices in
+//!         trouble `ill.rs`, what is done about them `health.rs`; how an engine is started `limits.rs`; agents' own programs
+//!         on devices `lease.rs`, `programs.rs`.
 
 mod admit;
 mod health;
+mod ill;
 mod learned;
+mod lease;
 mod limits;
 mod orders;
 mod plan;
+mod programs;
 mod room;
 mod served;
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use admit::AtTheDoor;
+pub use ill::Trouble;
 pub use learned::{Counted, Overhead};
+pub use lease::{Grant, Lease};
 pub use plan::Planned;
 pub use served::Served;
 
@@ -30,8 +37,9 @@ use crate::store::{Db, StoreError};
 use agentd_domain::config;
 use agentd_domain::enforcement::{DeviceLimit, Enforcement};
 use agentd_domain::engine::{Device, LoadedModel, ModelKind};
+use agentd_domain::fault::Report;
 use agentd_domain::gguf;
-use agentd_domain::ids::{AgentId, AgentName};
+use agentd_domain::ids::{AgentId, AgentName, RunId};
 use agentd_domain::ledger::{self as words, Devices, Need, Partition, PartitionId};
 use agentd_gpu::admission::Refusal;
 use agentd_gpu::ledger::Ledger;
@@ -40,7 +48,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 
 /// All devices of the machine. Cheap to clone.
 #[derive(Clone)]
@@ -50,6 +58,8 @@ struct Inner {
     /// Of the engine's cgroup: what it may take of host memory.
     engine_memory_bytes: u64,
     state: Mutex<State>,
+    /// What the engine is to be held to may be something else.
+    changed: Notify,
 }
 
 #[derive(Default)]
@@ -65,11 +75,20 @@ struct State {
     /// Who is in which of them, and who of these is installed.
     by_name: BTreeMap<AgentName, PartitionId>,
     by_configuration: BTreeSet<AgentId>,
-    /// What their drivers have said of devices since agentd began.
-    ill: health::Ill,
-    /// What the engine is to be held to, by device, and the devices where it is.
+    /// What their drivers have said of devices.
+    ill: ill::Ill,
+    /// What the engine is to be held to, by device, and the devices where it is, with by what.
     limits: Vec<(String, DeviceLimit)>,
-    limited: BTreeSet<String>,
+    limited: BTreeMap<String, Enforcement>,
+    /// Regions of devices that the kernel accounts for.
+    regions: BTreeSet<String>,
+    /// Of each device's memory the most that it was seen to have: within a limit it says less.
+    sizes: BTreeMap<String, u64>,
+    /// Nodes of instances that the engine is not on.
+    others_instances: BTreeSet<String>,
+    /// Whole devices of agents, and what runs have.
+    grants: BTreeMap<AgentId, Grant>,
+    leases: BTreeMap<RunId, Lease>,
     db: Option<Db>,
     places: served::Places,
 }
@@ -88,7 +107,11 @@ pub struct Standing {
 
 impl Gpu {
     pub fn new(engine_memory_bytes: u64) -> Self {
-        Self(Arc::new(Inner { engine_memory_bytes, state: Mutex::default() }))
+        // Where it cannot be read every start of agentd looks like one of the same start of the machine: what was said
+        // of a device then stays.
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let state = State { ill: ill::Ill::new(boot.trim().to_owned()), ..State::default() };
+        Self(Arc::new(Inner { engine_memory_bytes, state: Mutex::new(state), changed: Notify::new() }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -128,17 +151,20 @@ impl Gpu {
         state.by_name = configured.agents;
         state.by_configuration = put;
         state.db = Some(db);
+        drop(state);
+        self.0.changed.notify_one();
         Ok(())
     }
 
     /// Brings the ledger to what the engine has.
     fn take_over(&self, state: &mut State, devices: &[Device], loaded: &[LoadedModel]) {
         let mut devices = plan::devices(devices, self.0.engine_memory_bytes);
+        state.full_sizes(&mut devices);
         for device in &mut devices {
             let known = device.gpu.as_ref().and_then(|gpu| state.ill.problem(gpu));
             device.problem = known.or_else(|| device.problem.take());
-            if state.limited.contains(&device.name) {
-                device.enforcement = Enforcement::Kernel;
+            if let Some(by) = state.limited.get(&device.name) {
+                device.enforcement = *by;
             }
         }
         let fresh = state.ledger.devices().is_empty() && !devices.is_empty();
@@ -199,6 +225,7 @@ impl Gpu {
         for one in &mut view.partitions {
             one.configured = state.configured.contains(&one.partition.id);
         }
+        view.devices.extend(state.unseen(names));
         view
     }
 
@@ -241,6 +268,7 @@ impl Gpu {
     pub fn forget(&self, agent: AgentId) {
         let mut state = self.state();
         state.ledger.forget(agent);
+        state.grants.remove(&agent);
         state.by_configuration.remove(&agent);
     }
 
@@ -279,6 +307,43 @@ pub fn configured(places: &Places) -> Configured {
     let text = owner.or_else(|| std::fs::read(&places.config_default).ok()).unwrap_or_default();
     let config = config::parse(&String::from_utf8_lossy(&text)).0;
     Configured { partitions: config.partitions, agents: config.agents_in_partitions }
+}
+
+impl State {
+    /// Devices that no engine sees because of what was said of them, or because they are an agent's own.
+    fn unseen(&self, names: &dyn Fn(AgentId) -> Option<AgentName>) -> Vec<words::DeviceView> {
+        let ill = self.ill.out().map(|(id, known)| {
+            let what = format!("nothing new is put on {}", known.device.called(id));
+            let report =
+                Report::environment("device_unhealthy", what, known.why.clone(), known.action.advice());
+            (id, &known.device, Some(report), None)
+        });
+        let granted =
+            self.grants.iter().map(|(agent, grant)| (&grant.id, &grant.device, None, names(*agent)));
+        let seen = |id: &String| {
+            let of = |device: &agentd_gpu::ledger::Device| device.gpu.as_ref().and_then(ill::id_of);
+            self.ledger.devices().iter().any(|device| of(device).as_ref() == Some(id))
+        };
+        let shown = |(id, device, problem, granted_to): (&String, &ill::Shown, _, _)| words::DeviceView {
+            name: device.called(id),
+            description: device.description.clone(),
+            kind: device.kind.clone(),
+            total_bytes: device.total_bytes,
+            reserve_bytes: device.total_bytes,
+            planned: words::DeviceNeed::default(),
+            free_bytes: 0,
+            reported_free_bytes: 0,
+            used_bytes: None,
+            difference_bytes: None,
+            programs_bytes: 0,
+            granted_to,
+            // Nobody else is on it: there is nothing to hold anybody to.
+            enforcement: Enforcement::Hardware,
+            problem,
+            gpu: None,
+        };
+        ill.chain(granted).filter(|one| !seen(one.0)).map(shown).collect()
+    }
 }
 
 /// What is known of a model that the engine has: what the engine counted of its file, its header, or that it is there.

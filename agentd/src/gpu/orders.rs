@@ -94,6 +94,9 @@ impl Gpu {
         assigned.retain(|agent, _| !state.by_configuration.contains(agent));
         db.here().set_partitions(&own, &assigned).map_err(|error| error.report(what))?;
         state.ledger = after;
+        drop(state);
+        // A guarantee holds for the engine that lives, where it can be held.
+        self.0.changed.notify_one();
         Ok(())
     }
 }
@@ -163,6 +166,23 @@ impl Machine {
         let work = async {
             let (agent, _) = self.find(&agent)?;
             blocking(move || gpu.assign(agent, &to)).await
+        };
+        self.audit.order(order, work, |(), _| {}).await?;
+        self.devices_now().await
+    }
+
+    pub(crate) async fn device_grant(
+        &self,
+        agent: AgentKey,
+        device: Option<String>,
+    ) -> Result<Devices, Report> {
+        let known = self.find(&agent).ok().map(|(agent, _)| agent);
+        let about = format!("{} to {agent}", device.as_deref().unwrap_or("no device"));
+        let order = Order { action: "device.grant", agent: known, about };
+        let gpu = self.gpu.clone();
+        let work = async {
+            let (agent, _) = self.find(&agent)?;
+            blocking(move || gpu.grant(agent, device.as_deref())).await
         };
         self.audit.order(order, work, |(), _| {}).await?;
         self.devices_now().await

@@ -161,6 +161,7 @@ impl Store {
             super::egress::forget(txn, row.agent_id)?;
             super::health::forget(txn, row.agent_id)?;
             super::partitions::forget(txn, row.agent_id)?;
+            super::given::forget(txn, row.agent_id)?;
             Ok(Ok(()))
         })
     }

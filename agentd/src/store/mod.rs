@@ -11,6 +11,7 @@
 mod agents;
 mod audit;
 mod egress;
+mod given;
 mod health;
 mod learned;
 mod messages;
@@ -192,6 +193,7 @@ impl Store {
             partitions::create_tables(&txn)?;
             learned::create_tables(&txn)?;
             pinned::create_tables(&txn)?;
+            given::create_tables(&txn)?;
             if let Some(owner) = known
                 && txn.list_tables()?.count() == tables
             {

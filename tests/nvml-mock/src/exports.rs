@@ -4,7 +4,7 @@
 //! this is unsafe in the same way: the callers are C by contract, and what they promise is NVML's documentation.
 #![expect(unsafe_code, reason = "a C library, in Rust")]
 
-use crate::state::{self, Device, Event, Limit, State};
+use crate::state::{self, Device, Event, Instance, Limit, State};
 use std::ffi::{CStr, c_char, c_uint, c_ulonglong, c_void};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -357,6 +357,40 @@ extern "C" fn nvmlDeviceGetMigMode(handle: Handle, now: *mut c_uint, pending: *m
         SUCCESS => give(handle, pending, |device| device.mig, |(_, pending)| c_uint::from(pending)),
         code => code,
     }
+}
+
+/// What an instance has of a number that only instances have.
+fn of_instance(handle: Handle, into: *mut c_uint, number: fn(&Instance) -> u32) -> Return {
+    if into.is_null() {
+        return INVALID_ARGUMENT;
+    }
+    match find(handle) {
+        Err(code) => code,
+        Ok((_, None)) => NOT_SUPPORTED,
+        Ok((device, Some(index))) => match device.instances.get(index) {
+            None => INVALID_ARGUMENT,
+            Some(instance) => {
+                // SAFETY: not null, and by NVML's contract the caller's own place for one value.
+                unsafe { into.write(number(instance)) };
+                SUCCESS
+            }
+        },
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvmlDeviceGetGpuInstanceId(handle: Handle, into: *mut c_uint) -> Return {
+    of_instance(handle, into, |instance| instance.gpu_instance)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvmlDeviceGetComputeInstanceId(handle: Handle, into: *mut c_uint) -> Return {
+    of_instance(handle, into, |instance| instance.compute_instance)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn nvmlDeviceGetMinorNumber(handle: Handle, into: *mut c_uint) -> Return {
+    give(handle, into, |device| device.minor, |minor| minor)
 }
 
 #[unsafe(no_mangle)]

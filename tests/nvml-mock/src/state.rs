@@ -22,6 +22,8 @@ pub struct State {
 #[serde(default, deny_unknown_fields)]
 pub struct Device {
     pub uuid: String,
+    /// As in `/dev/nvidia0`.
+    pub minor: Option<u32>,
     pub name: String,
     /// NVML's form, with eight digits of domain.
     pub pci: String,
@@ -70,6 +72,8 @@ pub struct Instance {
     pub uuid: String,
     pub total: u64,
     pub used: u64,
+    pub gpu_instance: u32,
+    pub compute_instance: u32,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,6 +10,7 @@ use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
 use agentd_domain::manifest::Manifest;
 use agentd_domain::net::{Rule, rule};
+use agentd_domain::nodes::DevicePlan;
 use agentd_domain::paths::{self, inside};
 use agentd_domain::plan::{
     CgroupLimits, DiskQuota, FsAccess, LandlockPlan, LandlockRule, Mount, NetworkPlan, PLAN_VERSION, Rlimit,
@@ -120,7 +121,15 @@ fn plan(manifest: &Manifest, rights: &Rights, subject: &Subject) -> SandboxPlan 
         rlimits: rlimits(rights),
         network,
         api: rights.api.iter().cloned().collect(),
+        device: device(rights),
     }
+}
+
+/// What is wanted; which device it is, if any, is known when the run is to start ([`crate::give`]).
+fn device(rights: &Rights) -> Option<DevicePlan> {
+    let bytes = kept(rights, Limit::GpuBytes);
+    let memory_bytes = (bytes < UNLIMITED).then_some(bytes);
+    (bytes > 0).then_some(DevicePlan { memory_bytes, given: None })
 }
 
 /// The user quota of the agent's volume.
@@ -308,6 +317,7 @@ fn seccomp(rights: &Rights, network: &NetworkPlan) -> SeccompPlan {
         enosys: owned(syscalls::ENOSYS),
         kill: owned(syscalls::KILL),
         ioctls: syscalls::IOCTLS.to_vec(),
+        ioctl_types: Vec::new(),
         socket_families: syscalls::SOCKET_FAMILIES.to_vec(),
         datagram_families: match network {
             NetworkPlan::LoopbackOnly => Vec::new(),

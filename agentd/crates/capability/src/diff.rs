@@ -51,6 +51,7 @@ fn access_beyond(rules: &[LandlockRule], others: &[LandlockRule]) -> Vec<String>
                 FsAccess::Read => "read",
                 FsAccess::ReadExecute => "execute in",
                 FsAccess::ReadWrite => "write",
+                FsAccess::Device => "drive",
             };
             more.push(format!("{word} {}", rule.path));
         }
@@ -64,6 +65,7 @@ fn kinds(access: FsAccess) -> &'static [FsAccess] {
         FsAccess::Read => &[FsAccess::Read],
         FsAccess::ReadExecute => &[FsAccess::Read, FsAccess::ReadExecute],
         FsAccess::ReadWrite => &[FsAccess::Read, FsAccess::ReadWrite],
+        FsAccess::Device => &[FsAccess::Read, FsAccess::ReadWrite, FsAccess::Device],
     }
 }
 

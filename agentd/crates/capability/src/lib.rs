@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod compile;
+mod device;
 mod diff;
 mod manifest;
 mod net;
@@ -20,5 +21,6 @@ pub mod token;
 mod units;
 
 pub use compile::{Package, Subject, asked, compile, compile_with, quota, quota_with};
+pub use device::give;
 pub use diff::{Difference, difference};
 pub use manifest::parse_manifest;

@@ -11,7 +11,7 @@ use agentd_domain::agent_api::Tier;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentName;
 use agentd_domain::ledger::PartitionId;
-use agentd_domain::manifest::{Children, Limits, Manifest, MemoryAccess, Restart};
+use agentd_domain::manifest::{Children, GpuShare, Limits, Manifest, MemoryAccess, Restart};
 use agentd_domain::paths::inside;
 use agentd_domain::plan::ceiling;
 use agentd_domain::rights::is_beneath;
@@ -53,6 +53,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
     let messages = read_messages(top.section("messages", &mut problems), &mut problems);
     let calls = read_calls(top.section("calls", &mut problems), &mut problems);
     let children = read_children(top.section("agents", &mut problems), &mut problems);
+    let gpu = read_gpu(top.section("gpu", &mut problems), &mut problems);
     let restart = read_restart(top.section("restart", &mut problems), &mut problems);
     top.finish(&mut problems);
     if let (Some(name), Some(program)) = (&agent.name, agent.exec.first()) {
@@ -74,6 +75,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
             messages,
             calls,
             children,
+            gpu,
             restart,
         }),
         _ => Err(problems.0),
@@ -233,6 +235,30 @@ fn read_model(mut section: Section, problems: &mut Problems) -> (Option<String>,
         );
     }
     (model, partition)
+}
+
+/// Less holds no program's own context on a device (NVIDIA's is 440 MiB and more; others' are far smaller).
+const GPU_MIN_BYTES: u64 = 64 << 20;
+const GPU_MAX_BYTES: u64 = 1 << 50;
+
+fn read_gpu(mut section: Section, problems: &mut Problems) -> Option<GpuShare> {
+    let text = section.text("memory", problems);
+    section.finish(problems);
+    let text = text?;
+    if text == "whole" {
+        return Some(GpuShare::Whole);
+    }
+    let wrong = |why: String, problems: &mut Problems| {
+        let fix =
+            "write a size such as `8G`, or `whole` for a device that its owner grants to this agent alone";
+        problems.wrong("gpu.memory", why, fix);
+        None
+    };
+    match units::size_bytes(&text) {
+        Some(bytes) if (GPU_MIN_BYTES..=GPU_MAX_BYTES).contains(&bytes) => Some(GpuShare::Bytes(bytes)),
+        Some(bytes) => wrong(format!("{bytes} bytes are outside of what a device has"), problems),
+        None => wrong(format!("`{}` is no size", text.escape_debug()), problems),
+    }
 }
 
 fn read_limits(mut section: Section, problems: &mut Problems) -> Limits {

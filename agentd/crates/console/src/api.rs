@@ -14,7 +14,7 @@ use agentd_domain::api::{
 };
 use agentd_domain::audit::SignedHead;
 use agentd_domain::fault::Report;
-use agentd_domain::ledger::{Assign, Devices, ModelPlan, Partition, PartitionId, PlanOrder};
+use agentd_domain::ledger::{Assign, Devices, GrantDevice, ModelPlan, Partition, PartitionId, PlanOrder};
 use agentd_domain::plan::SandboxPlan;
 use agentd_domain::token::{
     Attenuate, Inspect, Key, Mint, Revocation, Revoke, Revoked, Shown, Verified, Verify,
@@ -230,6 +230,14 @@ pub async fn assign_partition(
     Json(order): Json<Assign>,
 ) -> Answer<Out<Devices>> {
     within(SHORT, appliance.assign_partition(key(&name)?, order.partition)).await.map(Out)
+}
+
+pub async fn grant_device(
+    State(appliance): Machine,
+    Name(name): Name,
+    Json(order): Json<GrantDevice>,
+) -> Answer<Out<Devices>> {
+    within(SHORT, appliance.grant_device(key(&name)?, order.device)).await.map(Out)
 }
 
 #[derive(Deserialize)]

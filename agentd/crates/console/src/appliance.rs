@@ -130,6 +130,8 @@ pub trait Appliance: Send + Sync + 'static {
     fn remove_partition(&self, id: PartitionId) -> Pending<'_, Devices>;
 
     fn assign_partition(&self, agent: AgentKey, to: PartitionId) -> Pending<'_, Devices>;
+    /// Gives a whole device to one agent, or takes it back.
+    fn grant_device(&self, agent: AgentKey, device: Option<String>) -> Pending<'_, Devices>;
 
     /// What it needs and how it fits, without loading it. 0 takes the engine's default.
     fn plan_model(&self, name: ModelName, context_tokens: u32, sequences: u32) -> Pending<'_, ModelPlan>;

@@ -113,6 +113,7 @@ const GATED_API: &[(&str, &str)] = &[
     ("PUT", "/api/v1/partitions/chat"),
     ("DELETE", "/api/v1/partitions/chat"),
     ("PUT", "/api/v1/agents/echo/partition"),
+    ("PUT", "/api/v1/agents/echo/device"),
     ("GET", "/api/v1/models/tiny/plan"),
     ("POST", "/api/v1/models/tiny/pull"),
     ("PUT", "/api/v1/models/tiny/pin"),
@@ -150,6 +151,7 @@ const GATED_WEB: &[(&str, &str)] = &[
     ("POST", "/devices/partitions"),
     ("POST", "/devices/partitions/chat/remove"),
     ("POST", "/devices/assign"),
+    ("POST", "/devices/grant"),
     ("GET", "/models"),
     ("POST", "/models/tiny/remove"),
     ("POST", "/models/tiny/pin"),
@@ -692,6 +694,8 @@ async fn partitions_are_changed_on_the_page() {
     for (path, form) in [
         ("/devices/partitions", set),
         ("/devices/assign", "agent=echo&partition=new"),
+        ("/devices/grant", "agent=echo&device=CUDA0"),
+        ("/devices/grant", "agent=echo&device="),
         ("/devices/partitions/chat/remove", ""),
     ] {
         let reply = send(path, form).await;
@@ -732,6 +736,8 @@ async fn partitions_are_changed_on_the_page() {
         [
             "set partition new",
             "assign echo to new",
+            "grant CUDA0 to echo",
+            "grant nothing to echo",
             "remove partition chat",
             "remove partition nowhere",
             "assign nobody to new"

@@ -189,6 +189,10 @@ pub enum Gpu {
     Partition(Partition),
     /// Put an agent into a partition; `default` takes it out of any
     Assign { agent: AgentKey, partition: PartitionId },
+    /// Give a whole device to one agent whose own program drives it: no engine is put on it any more
+    Grant { agent: AgentKey, device: String },
+    /// Take an agent's device back
+    Revoke { agent: AgentKey },
 }
 
 #[derive(Subcommand)]

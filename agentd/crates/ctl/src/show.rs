@@ -102,6 +102,7 @@ pub fn devices(devices: &Devices) -> String {
             human::bytes(planned.kv_bytes),
             human::bytes(computing),
             human::bytes(planned.overhead_bytes),
+            human::bytes(one.programs_bytes),
             human::bytes(one.reserve_bytes),
             human::bytes(one.free_bytes),
             human::bytes(one.reported_free_bytes),
@@ -117,6 +118,7 @@ pub fn devices(devices: &Devices) -> String {
         "KV",
         "COMPUTING",
         "LEARNED",
+        "PROGRAMS",
         "RESERVE",
         "FREE",
         "REPORTS FREE",
@@ -126,6 +128,9 @@ pub fn devices(devices: &Devices) -> String {
     ];
     let mut text = table(&head, rows);
     for one in &devices.devices {
+        if let Some(agent) = &one.granted_to {
+            let _ = writeln!(text, "\n{} is granted to {agent} alone: no engine is put on it", one.name);
+        }
         if let Some(problem) = &one.problem {
             let _ =
                 writeln!(text, "\nproblem: {}\n  why: {}\n  fix: {}", problem.what, problem.why, problem.fix);

@@ -350,6 +350,8 @@ async fn devices_are_shared_out_and_plans_made() {
     let report = scene.bad(2, &["gpu", "partition", "set", "other"], "").await;
     assert_eq!(report.code, "partition_incomplete");
     scene.good(&["gpu", "assign", "echo", "new"]).await;
+    scene.good(&["gpu", "grant", "echo", "CUDA0"]).await;
+    scene.good(&["gpu", "revoke", "echo"]).await;
     scene.good(&["gpu", "partition", "rm", "new"]).await;
     assert_eq!(scene.bad(2, &["gpu", "partition", "rm", "new"], "").await.code, "not_found");
 
@@ -370,6 +372,8 @@ async fn devices_are_shared_out_and_plans_made() {
             "set partition new",
             "set partition new",
             "assign echo to new",
+            "grant CUDA0 to echo",
+            "grant nothing to echo",
             "remove partition new",
             "remove partition new",
             "plan tiny with 8192",

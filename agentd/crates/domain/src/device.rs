@@ -43,6 +43,9 @@ pub struct MigInstance {
     pub memory_total_bytes: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_used_bytes: Option<u64>,
+    /// What opens it besides its device's own nodes: `/dev/nvidia-caps/...`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nodes: Vec<String>,
 }
 
 /// Errors of the device's memory since its driver was loaded.

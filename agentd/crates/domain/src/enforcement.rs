@@ -50,6 +50,13 @@ pub struct DeviceLimit {
     pub bytes: u64,
 }
 
+impl DeviceLimit {
+    /// Whether it holds by what the process is told at its start, and not by its group.
+    pub fn is_seen(&self) -> bool {
+        !self.by.variables(self.bytes).is_empty()
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum LimitBy {

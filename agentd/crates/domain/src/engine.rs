@@ -303,6 +303,9 @@ pub struct GpuReadings {
     /// Why it is slower than it could be; NVML's names in snake case.
     pub throttle: Option<Vec<String>>,
     pub ecc: Option<EccCounters>,
+    /// Device nodes of this device and no other, as far as they are known; those of instances are with these.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub nodes: Vec<String>,
     pub health: DeviceHealth,
 }
 

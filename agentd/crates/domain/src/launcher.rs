@@ -126,6 +126,9 @@ pub struct EngineSpec {
     /// Of device memory, set before the process starts. One that cannot be set keeps it from starting.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub device_limits: Vec<DeviceLimit>,
+    /// Nodes of devices that it must not open: of those that take no work, and of agents' own programs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hidden: Vec<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

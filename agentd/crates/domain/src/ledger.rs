@@ -8,6 +8,7 @@
 //! | `PUT /api/v1/partitions/{id}` | session | [`Partition`] | [`Devices`] |
 //! | `DELETE /api/v1/partitions/{id}` | session | | [`Devices`] |
 //! | `PUT /api/v1/agents/{name}/partition` | session | [`Assign`] | [`Devices`] |
+//! | `PUT /api/v1/agents/{name}/device` | session | [`GrantDevice`] | [`Devices`] |
 //! | `GET /api/v1/models/{name}/plan?context_tokens=0&sequences=0` | session | | [`ModelPlan`] |
 //! | `POST /api/v1/plan-model` | session | [`PlanOrder`] | [`ModelPlan`] |
 //!
@@ -114,6 +115,14 @@ fn hundred() -> u32 {
 #[serde(deny_unknown_fields)]
 pub struct Assign {
     pub partition: PartitionId,
+}
+
+/// Body of `PUT /api/v1/agents/{name}/device`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GrantDevice {
+    /// As `agentctl gpu ls` names it; `null` takes it back.
+    pub device: Option<String>,
 }
 
 /// What one model takes of one device.
@@ -240,6 +249,12 @@ pub struct DeviceView {
     /// What the engine was seen to use, where it is known, and by how much that exceeds the plan (negative: stays below).
     pub used_bytes: Option<u64>,
     pub difference_bytes: Option<i64>,
+    /// Of agents' own programs, each held to its share by the kernel.
+    #[serde(default)]
+    pub programs_bytes: u64,
+    /// The agent that has it for itself, by the owner's grant: no engine opens it then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub granted_to: Option<AgentName>,
     pub enforcement: Enforcement,
     /// Why nothing new is put on it, when it is ill.
     pub problem: Option<Report>,

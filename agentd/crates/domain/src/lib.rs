@@ -25,6 +25,7 @@ pub mod manifest;
 pub mod marker;
 pub mod net;
 pub mod netd;
+pub mod nodes;
 pub mod paths;
 pub mod plan;
 pub mod rights;

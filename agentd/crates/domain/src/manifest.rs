@@ -38,7 +38,20 @@ pub struct Manifest {
     /// Agents that it may start itself.
     #[serde(default)]
     pub children: Children,
+    /// An accelerator that the agent's own program drives; `None` is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuShare>,
     pub restart: Restart,
+}
+
+/// How much of an accelerator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GpuShare {
+    /// Of a device that the hardware or the kernel holds it to.
+    Bytes(u64),
+    /// One that nobody else uses, by its owner's grant.
+    Whole,
 }
 
 /// How many agents below this one.

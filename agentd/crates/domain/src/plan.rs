@@ -4,6 +4,7 @@
 //! checks it and the jail applies it. It holds names and numbers only, nothing that would have to be looked up.
 
 use crate::ids::{AgentId, AgentName};
+use crate::nodes::DevicePlan;
 use serde::{Deserialize, Serialize};
 
 /// Raised when a launcher of an older version would misread the plan.
@@ -31,6 +32,9 @@ pub struct SandboxPlan {
     pub network: NetworkPlan,
     /// Rights on agentd's own API, `memory.remember` for example; checked by agentd at every request.
     pub api: Vec<String>,
+    /// An accelerator that the agent's own program drives. Most have none: they use models through agentd.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<DevicePlan>,
 }
 
 /// One entry of the new root. Paths outside are resolved beneath fixed folders by the launcher.
@@ -77,6 +81,8 @@ pub enum FsAccess {
     Read,
     ReadExecute,
     ReadWrite,
+    /// Read, write and `ioctl` on one device node.
+    Device,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,6 +98,10 @@ pub struct SeccompPlan {
     pub kill: Vec<String>,
     /// `ioctl` request numbers that are allowed; compared as 32 bits, as the kernel reads them.
     pub ioctls: Vec<u32>,
+    /// Kinds of them (`_IOC_TYPE`) of which all are allowed: those of an accelerator's driver, where the run has one.
+    /// On which nodes is Landlock's to say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ioctl_types: Vec<u8>,
     /// `socket` address families that are allowed with `SOCK_STREAM`.
     pub socket_families: Vec<u32>,
     /// The same with `SOCK_DGRAM`: for questions to the run's own name server, where it has one.

@@ -9,7 +9,7 @@
 //! [`Rights`] is the list, [`Narrowing`] the only kind of check that is understood.
 
 use crate::fault::Report;
-use crate::manifest::{Manifest, MemoryAccess};
+use crate::manifest::{GpuShare, Manifest, MemoryAccess};
 use crate::net::{EgressRules, Rule};
 use crate::plan::ceiling;
 use serde::{Deserialize, Serialize};
@@ -71,10 +71,13 @@ pub enum Limit {
     /// Generations below an agent: 1 is children without children of their own.
     #[serde(rename = "agents.depth")]
     AgentsDepth,
+    /// Of an accelerator that its own program drives: 0 is none, [`UNLIMITED`] a whole device.
+    #[serde(rename = "gpu.bytes")]
+    GpuBytes,
 }
 
 impl Limit {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::MemoryHigh,
         Self::MemoryMax,
         Self::CpuPercent,
@@ -87,6 +90,7 @@ impl Limit {
         Self::NetBytes,
         Self::AgentsChildren,
         Self::AgentsDepth,
+        Self::GpuBytes,
     ];
 
     pub fn name(self) -> &'static str {
@@ -103,6 +107,7 @@ impl Limit {
             Self::NetBytes => "net.bytes",
             Self::AgentsChildren => "agents.children",
             Self::AgentsDepth => "agents.depth",
+            Self::GpuBytes => "gpu.bytes",
         }
     }
 
@@ -115,7 +120,7 @@ impl Limit {
             Self::OpenFiles => u64::from(ceiling::OPEN_FILES_MIN),
             Self::IoBytes => ceiling::IO_MIN_BYTES_PER_SECOND,
             Self::DiskBytes | Self::DiskInodes | Self::TmpBytes | Self::NetBytes => 0,
-            Self::AgentsChildren | Self::AgentsDepth => 0,
+            Self::AgentsChildren | Self::AgentsDepth | Self::GpuBytes => 0,
         }
     }
 
@@ -129,7 +134,7 @@ impl Limit {
             Self::DiskInodes => ceiling::INODES_MAX,
             Self::OpenFiles => u64::from(ceiling::OPEN_FILES_MAX),
             Self::TmpBytes => ceiling::TMP_MAX_BYTES,
-            Self::IoBytes | Self::NetBytes => UNLIMITED,
+            Self::IoBytes | Self::NetBytes | Self::GpuBytes => UNLIMITED,
             Self::AgentsChildren => u64::from(ceiling::CHILDREN_MAX),
             Self::AgentsDepth => u64::from(ceiling::DEPTH_MAX),
         }
@@ -361,6 +366,11 @@ fn limits(manifest: &Manifest) -> BTreeMap<Limit, u64> {
         Limit::NetBytes => asked.net_bytes_per_day.unwrap_or(UNLIMITED),
         Limit::AgentsChildren => u64::from(manifest.children.most),
         Limit::AgentsDepth => u64::from(manifest.children.depth),
+        Limit::GpuBytes => match manifest.gpu {
+            None => 0,
+            Some(GpuShare::Bytes(bytes)) => bytes,
+            Some(GpuShare::Whole) => UNLIMITED,
+        },
     };
     Limit::ALL.into_iter().map(|limit| (limit, value(limit).clamp(limit.floor(), limit.ceiling()))).collect()
 }

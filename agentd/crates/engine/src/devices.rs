@@ -5,6 +5,7 @@
 //! host's memory is read from `/proc/meminfo`, because llama.cpp calls all of it free.
 
 use crate::ggml;
+use crate::nodes;
 use crate::nvml::Nvidia;
 use agentd_domain::device::DeviceAction;
 use agentd_domain::engine::{Device, GpuReadings};
@@ -47,10 +48,19 @@ impl Devices {
         }
         let mut devices = listed.clone();
         for (device, address) in devices.iter_mut().zip(&self.addresses) {
-            device.gpu = address.as_ref().and_then(|address| of_address(&gpus, address));
+            device.gpu = address.as_ref().map(|address| {
+                let of_driver = of_address(&gpus, address);
+                of_driver.unwrap_or_else(|| elsewhere(address))
+            });
         }
         (devices, gpus)
     }
+}
+
+/// Of a device of which NVML knows nothing: where it is, and how it is opened.
+fn elsewhere(address: &str) -> GpuReadings {
+    let pci_address = Some(address.to_ascii_lowercase());
+    GpuReadings { pci_address, nodes: nodes::of_graphics(address), ..GpuReadings::default() }
 }
 
 fn of_address(gpus: &[GpuReadings], address: &str) -> Option<GpuReadings> {

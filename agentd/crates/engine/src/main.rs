@@ -22,6 +22,7 @@ mod grammar;
 mod limits;
 mod logging;
 mod model;
+mod nodes;
 mod nvml;
 mod once;
 mod pace;

@@ -7,6 +7,7 @@
 //!          is absent from its readings, never zero.
 //! Never:   a change of a device's settings. Limits of its memory are `limits.rs`, in a process of their own.
 
+use crate::nodes;
 use agentd_domain::device::{DeviceEvent, DeviceHealth, EccCounters, GpuProcess, Mig, MigInstance};
 use agentd_domain::engine::GpuReadings;
 use nvml_wrapper::bitmasks::event::EventTypes;
@@ -45,6 +46,9 @@ struct Gpu {
     uuid: Option<String>,
     name: Option<String>,
     pci_address: Option<String>,
+    /// As the driver numbers its nodes.
+    minor: Option<u32>,
+    nodes: Vec<String>,
     health: Arc<Mutex<DeviceHealth>>,
 }
 
@@ -87,11 +91,16 @@ impl Gpu {
     fn new(nvml: &Nvml, index: u32) -> Self {
         let device = nvml.device_by_index(index);
         let of = |read: fn(&Device<'_>) -> Result<String, NvmlError>| read(device.as_ref().ok()?).ok();
+        let pci_address = of(|device| device.pci_info().map(|pci| short_address(&pci.bus_id)));
+        let minor = device.as_ref().ok().and_then(|device| device.minor_number().ok());
+        let graphics = pci_address.as_deref().map(nodes::of_graphics).unwrap_or_default();
         Self {
             index,
             uuid: of(|device| device.uuid()),
             name: of(|device| device.name()),
-            pci_address: of(|device| device.pci_info().map(|pci| short_address(&pci.bus_id))),
+            nodes: [nodes::of_card(minor), graphics].concat(),
+            pci_address,
+            minor,
             health: Arc::default(),
         }
     }
@@ -101,9 +110,10 @@ impl Gpu {
             uuid: self.uuid.clone(),
             name: self.name.clone(),
             pci_address: self.pci_address.clone(),
+            nodes: self.nodes.clone(),
             ..GpuReadings::default()
         };
-        let mut reader = Reader { lost: false };
+        let mut reader = Reader { lost: false, nvml, minor: self.minor };
         if let Some(device) = reader.value(nvml.device_by_index(self.index)) {
             reader.read(&device, &mut readings);
         }
@@ -111,7 +121,8 @@ impl Gpu {
             // Half of its values would look like a device that lives.
             let known = (readings.uuid.take(), readings.name.take(), readings.pci_address.take());
             let (uuid, name, pci_address) = known;
-            readings = GpuReadings { uuid, name, pci_address, ..GpuReadings::default() };
+            let nodes = self.nodes.clone();
+            readings = GpuReadings { uuid, name, pci_address, nodes, ..GpuReadings::default() };
             note(&self.health, DeviceEvent::Lost);
         }
         readings.health = self.health.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -132,11 +143,13 @@ impl Gpu {
 }
 
 /// Turns answers into values that may be absent, and remembers that a device was lost.
-struct Reader {
+struct Reader<'a> {
     lost: bool,
+    nvml: &'a Nvml,
+    minor: Option<u32>,
 }
 
-impl Reader {
+impl Reader<'_> {
     fn value<T>(&mut self, answer: Result<T, NvmlError>) -> Option<T> {
         match answer {
             Ok(value) => Some(value),
@@ -208,6 +221,7 @@ impl Reader {
         let uuid = self.value(instance.uuid())?;
         let memory = self.value(instance.memory_info());
         Some(MigInstance {
+            nodes: nodes::of_instance(self.nvml, instance, self.minor),
             uuid,
             memory_total_bytes: memory.as_ref().map(|memory| memory.total),
             memory_used_bytes: memory.as_ref().map(|memory| memory.used),

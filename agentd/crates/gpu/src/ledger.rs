@@ -67,6 +67,16 @@ pub struct Ledger {
     /// Agents that stand where another does: those that it started.
     beneath: BTreeMap<AgentId, AgentId>,
     models: BTreeMap<String, Instance>,
+    /// Shares of agents' own programs, by the name of what holds one: a run.
+    strangers: BTreeMap<String, Stranger>,
+}
+
+/// A share that a program of an agent drives by itself, held to it by the kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stranger {
+    pub agent: AgentId,
+    pub device: String,
+    pub bytes: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -141,8 +151,9 @@ impl Ledger {
 
     fn overfull(&self) -> Option<String> {
         let over = |device: &&Device| {
-            device.reserve_bytes.saturating_add(self.planned_on(&device.name)) > device.total_bytes
-                && self.planned_on(&device.name) > 0
+            let planned = self.planned_on(&device.name);
+            let taken = device.reserve_bytes.saturating_add(self.strangers_on(&device.name));
+            taken.saturating_add(planned) > device.total_bytes && planned > 0
         };
         self.devices.iter().find(over).map(|device| device.name.clone())
     }
@@ -428,6 +439,57 @@ impl Ledger {
         Ok(())
     }
 
+    /// Holds a share for an agent's own program, in place of what the same holder had. It is charged to the agent's
+    /// partition where that is on the device, and leaves what was guaranteed to others.
+    pub fn admit_stranger(&mut self, holder: &str, wants: Stranger) -> Result<(), Refusal> {
+        let mut after = self.clone();
+        after.strangers.remove(holder);
+        let ill = |why: String| Refusal::DeviceUnhealthy { device: wants.device.clone(), why };
+        let Some(device) = after.devices.iter().find(|device| device.name == wants.device) else {
+            return Err(ill("it is not there".to_owned()));
+        };
+        if let Some(why) = &device.problem {
+            return Err(ill(why.clone()));
+        }
+        let id = after.partition_of(wants.agent);
+        let partition = after.partition(&id).filter(|one| one.devices.contains(&wants.device));
+        let Some(partition) = partition else { return Err(Refusal::UnknownPartition { partition: id }) };
+        let held = after.charged(&id).saturating_add(wants.bytes);
+        if held > partition.bytes {
+            return Err(after.exceeded(&id, held - partition.bytes, None));
+        }
+        let kept = after.kept_for_others(&id, &wants.device);
+        let free = after.free_on(&wants.device).saturating_sub(kept);
+        if wants.bytes > free {
+            return Err(after.exceeded(&id, wants.bytes - free, Some(&wants.device)));
+        }
+        after.strangers.insert(holder.to_owned(), wants);
+        *self = after;
+        Ok(())
+    }
+
+    /// One that runs already, because agentd was restarted: it has its share, whatever else there is.
+    pub fn adopt_stranger(&mut self, holder: &str, has: Stranger) {
+        self.strangers.insert(holder.to_owned(), has);
+    }
+
+    pub fn release_stranger(&mut self, holder: &str) {
+        self.strangers.remove(holder);
+    }
+
+    /// What agents' own programs have of a device.
+    pub fn strangers_on(&self, device: &str) -> u64 {
+        let on = self.strangers.values().filter(|one| one.device == device);
+        on.fold(0, |sum: u64, one| sum.saturating_add(one.bytes))
+    }
+
+    fn charged_strangers(&self, partition: &Partition) -> u64 {
+        let of = self.strangers.values().filter(|one| {
+            partition.devices.contains(&one.device) && self.partition_of(one.agent) == partition.id
+        });
+        of.fold(0, |sum: u64, one| sum.saturating_add(one.bytes))
+    }
+
     pub fn unload(&mut self, model: &str) {
         self.models.remove(model);
     }
@@ -564,7 +626,7 @@ impl Ledger {
     /// agents hold of others' models there.
     pub fn charged(&self, id: &PartitionId) -> u64 {
         let Some(partition) = self.partition(id) else { return 0 };
-        self.models.values().fold(0, |sum: u64, instance| {
+        self.models.values().fold(self.charged_strangers(&partition), |sum: u64, instance| {
             let bytes = if instance.partition == *id {
                 instance.bytes_on(&partition.devices)
             } else {
@@ -587,7 +649,7 @@ impl Ledger {
 
     fn room_left(&self, device: &str) -> u64 {
         let room = self.rooms().into_iter().find(|room| room.device == device).map_or(0, |room| room.bytes);
-        room.saturating_sub(self.planned_on(device))
+        room.saturating_sub(self.planned_on(device)).saturating_sub(self.strangers_on(device))
     }
 
     /// What is charged for a device's runtime: what was learned, as far as there is room for it.
@@ -607,7 +669,8 @@ impl Ledger {
         let room = self.rooms().into_iter().find(|room| room.device == device).map_or(0, |room| room.bytes);
         let overhead = self.overhead.get(device).copied().unwrap_or(0);
         let guaranteed = self.guarantees(&partition.id, device, &|one| one.bytes);
-        room.saturating_sub(overhead).saturating_sub(guaranteed)
+        let strangers = self.strangers_on(device);
+        room.saturating_sub(overhead).saturating_sub(guaranteed).saturating_sub(strangers)
     }
 
     fn fits_alone(&self, partition: &Partition, need: &Need) -> bool {

@@ -9,10 +9,10 @@
 
 use crate::{landlock, syscalls};
 use agentd_domain::fault::Report;
+use agentd_domain::nodes;
 use agentd_domain::paths::{self, inside};
 use agentd_domain::plan::{
-    CgroupLimits, DiskQuota, FsAccess, LandlockPlan, Mount, NetworkPlan, PLAN_VERSION, Rlimit, SandboxPlan,
-    SeccompPlan, ceiling,
+    CgroupLimits, DiskQuota, FsAccess, Mount, NetworkPlan, PLAN_VERSION, Rlimit, SandboxPlan, ceiling,
 };
 use std::collections::BTreeSet;
 
@@ -110,8 +110,9 @@ pub fn check(plan: &SandboxPlan) -> Result<(), Report> {
     check_program(plan)?;
     check_mounts(plan)?;
     check_network(&plan.network)?;
-    check_landlock(&plan.landlock, &plan.network)?;
-    check_seccomp(&plan.seccomp, &plan.network)?;
+    check_device(plan)?;
+    check_landlock(plan)?;
+    check_seccomp(plan)?;
     check_cgroup(&plan.cgroup)?;
     check_rlimits(&plan.rlimits)?;
     if plan.api.len() > 64 || plan.api.iter().any(|right| right.len() > 100) {
@@ -170,6 +171,16 @@ pub fn check_within(new: &CgroupLimits, started_with: &CgroupLimits) -> Result<(
         && share(new) <= share(started_with)
         && rate(new) <= rate(started_with);
     if within { Ok(()) } else { refuse("cgroup", "the new limits are wider than the run's plan") }
+}
+
+/// Nodes that an engine is to leave alone become rules for files.
+pub fn check_hidden(hidden: &[String]) -> Result<(), Report> {
+    const HIDDEN_MOST: usize = 512;
+    match hidden.iter().find(|path| nodes::node(path).is_none()) {
+        Some(path) => refuse("hidden", format!("`{}` is no accelerator's node", path.escape_debug())),
+        None if hidden.len() > HIDDEN_MOST => refuse("hidden", "there are too many"),
+        None => Ok(()),
+    }
 }
 
 /// Names of device sets become file and cgroup names.
@@ -340,13 +351,32 @@ fn may_connect(network: &NetworkPlan, port: u16) -> bool {
     }
 }
 
-fn check_landlock(plan: &LandlockPlan, network: &NetworkPlan) -> Result<(), Report> {
+/// A run that wants a device has one, with nodes of accelerators and no others, held by what holds strangers.
+fn check_device(plan: &SandboxPlan) -> Result<(), Report> {
+    let Some(wish) = &plan.device else { return Ok(()) };
+    let Some(given) = &wish.given else { return refuse("device", "none was chosen for it") };
+    match given.problem(wish.memory_bytes) {
+        None => Ok(()),
+        Some(why) => refuse("device", why),
+    }
+}
+
+fn given_nodes(plan: &SandboxPlan) -> &[String] {
+    let given = plan.device.as_ref().and_then(|wish| wish.given.as_ref());
+    given.map_or(&[], |given| given.nodes.as_slice())
+}
+
+fn check_landlock(whole: &SandboxPlan) -> Result<(), Report> {
+    let (plan, network) = (&whole.landlock, &whole.network);
     if plan.abi_min < landlock::ABI_MIN {
         return refuse("landlock", format!("it would accept ABI {}, which has no scopes", plan.abi_min));
     }
     let writable = [inside::WORK, "/tmp", "/dev"];
     for rule in &plan.rules {
         let may_write = writable.iter().any(|folder| is_beneath(&rule.path, folder));
+        if rule.access == FsAccess::Device && !given_nodes(whole).contains(&rule.path) {
+            return refuse("landlock", format!("`{}` is not the run's device", rule.path.escape_debug()));
+        }
         if !is_clean_absolute(&rule.path) || (rule.access == FsAccess::ReadWrite && !may_write) {
             return refuse("landlock", format!("the rule for `{}` gives too much", rule.path.escape_debug()));
         }
@@ -363,7 +393,8 @@ fn check_landlock(plan: &LandlockPlan, network: &NetworkPlan) -> Result<(), Repo
     Ok(())
 }
 
-fn check_seccomp(plan: &SeccompPlan, network: &NetworkPlan) -> Result<(), Report> {
+fn check_seccomp(whole: &SandboxPlan) -> Result<(), Report> {
+    let (plan, network) = (&whole.seccomp, &whole.network);
     for name in plan.allow.iter().chain(&plan.enosys).chain(&plan.kill) {
         if syscalls::number(name).is_none() {
             return refuse("seccomp", format!("`{}` is not a known system call", name.escape_debug()));
@@ -379,6 +410,12 @@ fn check_seccomp(plan: &SeccompPlan, network: &NetworkPlan) -> Result<(), Report
     let mut numbers = plan.ioctls.iter().filter(|number| FORBIDDEN_IOCTLS.contains(number));
     if numbers.next().is_some() || plan.prctls.iter().any(|number| FORBIDDEN_PRCTLS.contains(number)) {
         return refuse("seccomp", "it allows an `ioctl` or `prctl` that leads out of the sandbox");
+    }
+    let kinds = plan.ioctl_types.as_slice();
+    if !kinds.is_empty()
+        && (given_nodes(whole).is_empty() || kinds.iter().any(|kind| !nodes::IOCTL_TYPES.contains(kind)))
+    {
+        return refuse("seccomp", "it allows kinds of `ioctl` that no device of the run has");
     }
     if plan.socket_families.iter().any(|family| !FAMILIES.contains(family)) {
         return refuse("seccomp", "it allows a socket family besides AF_UNIX, AF_INET and AF_INET6");

@@ -123,6 +123,7 @@ fn rights(access: FsAccess) -> BitFlags<AccessFs> {
     match access {
         FsAccess::Read => read,
         FsAccess::ReadExecute => read | AccessFs::Execute,
+        FsAccess::Device => make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev}),
         // Neither Execute nor IoctlDev, and no device nodes.
         FsAccess::ReadWrite => {
             read | make_bitflags!(AccessFs::{

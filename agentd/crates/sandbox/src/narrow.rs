@@ -9,6 +9,7 @@
 use crate::check;
 use agentd_domain::fault::Report;
 use agentd_domain::launcher::{CallLimits, CallSpec, SocketAccess, WorkAccess};
+use agentd_domain::nodes;
 use agentd_domain::paths::inside;
 use agentd_domain::plan::{CgroupLimits, FsAccess, SandboxPlan};
 use std::collections::BTreeMap;
@@ -32,6 +33,11 @@ pub fn narrowed(run: &SandboxPlan, call: &CallSpec) -> Result<SandboxPlan, Repor
         plan.seccomp.datagram_families.clear();
         plan.seccomp.allow.retain(|name| name != "socket");
     }
+    // A device is the run's own program's: its share is counted for the run's processes in `main`.
+    plan.device = None;
+    plan.landlock.rules.retain(|rule| rule.access != FsAccess::Device);
+    plan.seccomp.ioctl_types.clear();
+    plan.seccomp.ioctls.retain(|number| !nodes::IOCTLS.contains(number));
     check::check_within(&plan.cgroup, &run.cgroup)?;
     check::check(&plan)?;
     Ok(plan)
@@ -107,6 +113,21 @@ mod tests {
             ..run.cgroup
         };
         assert_eq!(plan.cgroup, expected);
+    }
+
+    #[test]
+    fn a_call_has_no_device() {
+        use agentd_domain::nodes::{DevicePlan, Given, Hold};
+        let mut run = run();
+        let nodes = vec!["/dev/nvidia0".to_owned()];
+        let given = Given { device: "CUDA0".to_owned(), hold: Hold::Whole, nodes };
+        run.device = Some(DevicePlan { memory_bytes: None, given: Some(given) });
+        run.landlock.rules.retain(|rule| rule.path != "/dev");
+        run.landlock.rules.push(LandlockRule { path: "/dev/nvidia0".to_owned(), access: FsAccess::Device });
+        run.seccomp.ioctl_types = nodes::IOCTL_TYPES.to_vec();
+        let plan = narrowed(&run, &call()).unwrap();
+        assert_eq!((plan.device, plan.seccomp.ioctl_types), (None, Vec::new()));
+        assert!(!plan.landlock.rules.iter().any(|rule| rule.path.starts_with("/dev")));
     }
 
     #[test]

@@ -186,7 +186,13 @@ fn argument_limits(rules: ArgumentRules<'_>) -> BTreeMap<i64, Vec<Rule>> {
             let mut sockets = of(&plan.socket_families, stream);
             sockets.extend(of(&plan.datagram_families, libc::SOCK_DGRAM as u32));
             limits.insert(libc::SYS_socket, sockets);
-            limits.insert(libc::SYS_ioctl, one_of(1, &plan.ioctls));
+            let mut ioctls = one_of(1, &plan.ioctls);
+            // `_IOC_TYPE` is the second byte; plain numbers have nothing but the lowest.
+            ioctls.extend(plan.ioctl_types.iter().map(|&kind| match kind {
+                0 => vec![masked(1, !0xff, 0)],
+                kind => vec![masked(1, 0xff00, u32::from(kind) << 8)],
+            }));
+            limits.insert(libc::SYS_ioctl, ioctls);
             limits.insert(libc::SYS_prctl, one_of(0, &plan.prctls));
             // Its own limits only: 0 is the caller.
             limits.insert(libc::SYS_prlimit64, one_of(0, &[0]));

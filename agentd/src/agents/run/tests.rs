@@ -247,6 +247,7 @@ impl Scene {
             nerves,
             felt,
             cgroup_root: folder.path().join("no-cgroups"),
+            gpu: crate::gpu::Gpu::new(0),
             serve,
         };
         let agents = start(links).await.expect("started");

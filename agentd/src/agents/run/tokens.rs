@@ -9,7 +9,7 @@ use crate::agents::plan::Event;
 use crate::clock;
 use crate::store::AgentRow;
 use crate::tokens::nothing;
-use agentd_capability::{Package, Subject, compile_with, parse_manifest, quota_with};
+use agentd_capability::{Package, Subject, compile_with, give, parse_manifest, quota_with};
 use agentd_domain::audit::{Actor, Entry, Verdict};
 use agentd_domain::fault::Report;
 use agentd_domain::health::{self, NotStarted, Phase};
@@ -17,6 +17,7 @@ use agentd_domain::ids::{AgentId, RunId};
 use agentd_domain::manifest::{Manifest, Restart};
 use agentd_domain::plan::{DiskQuota, SandboxPlan};
 use agentd_domain::token::Verified;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -53,9 +54,57 @@ impl Loop {
         let Some((known, manifest)) = known else { return Err(super::unknown_agent("no run is started")) };
         let subject = Subject { agent_id: agent, uid: known.row.uid, package: known.package.clone() };
         let plan = compile_with(&manifest, &held.rights, &subject)?;
+        let plan = self.with_device(agent, run, plan).await?;
         let quota = quota_with(&held.rights);
         self.held.insert(run, Arc::new(held));
         Ok((plan, quota))
+    }
+
+    /// The same plan with a device, where one is wanted and there is one that it may have.
+    async fn with_device(
+        &mut self,
+        agent: AgentId,
+        run: RunId,
+        plan: SandboxPlan,
+    ) -> Result<SandboxPlan, Report> {
+        let Some(wish) = &plan.device else { return Ok(plan) };
+        let (gpu, asked) = (self.links.gpu.clone(), wish.memory_bytes);
+        let leased = tokio::task::spawn_blocking(move || gpu.lease(agent, run, asked)).await;
+        let given = leased.map_err(|error| crate::appliance::thread_lost(&error.to_string()))??;
+        let entry = Entry::new(Actor::Appliance, "device.lease", Verdict::Allowed).of_run(agent, run);
+        let held = given.limit().map_or_else(
+            || "as a whole".to_owned(),
+            |limit| format!("{} bytes ({})", limit.bytes, limit.by.enforcement().name()),
+        );
+        self.links.audit.report(entry.detail(&format!(
+            "{} {held}: {}",
+            given.device,
+            given.nodes.join(", ")
+        )));
+        let plan = give(plan, given);
+        if plan.is_err() {
+            self.free_device(run).await;
+        }
+        plan
+    }
+
+    /// Its run is over, or never was.
+    pub(super) async fn free_device(&mut self, run: RunId) {
+        if self.links.gpu.has_leases() {
+            let gpu = self.links.gpu.clone();
+            // It cannot fail but by a panic, which is in the log already.
+            let _ = tokio::task::spawn_blocking(move || gpu.release(run)).await;
+        }
+    }
+
+    /// After the launcher's list: no other run lives, but for those that were ordered and are not served yet.
+    pub(super) async fn free_devices_but(&mut self, living: &BTreeSet<RunId>) {
+        if self.links.gpu.has_leases() {
+            let (gpu, mut living) = (self.links.gpu.clone(), living.clone());
+            living.extend(self.held.keys());
+            let work = move || gpu.release_others(&|run| living.contains(&run));
+            let _ = tokio::task::spawn_blocking(work).await;
+        }
     }
 
     /// A run that was not asked for, because its token gives none.

@@ -24,6 +24,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 fn card() -> Device {
     Device {
         uuid: "GPU-8f1c2d3e-0000-1111-2222-333344445555".to_owned(),
+        minor: Some(3),
         name: "Mock 80GB".to_owned(),
         pci: "00000000:C1:00.0".to_owned(),
         utilisation: Some((37, 12)),
@@ -98,6 +99,7 @@ fn a_card_is_shown_with_all_that_it_says() {
     assert_eq!(gpu.uuid.as_deref(), Some("GPU-8f1c2d3e-0000-1111-2222-333344445555"));
     assert_eq!(gpu.name.as_deref(), Some("Mock 80GB"));
     assert_eq!(gpu.pci_address.as_deref(), Some("0000:c1:00.0"));
+    assert_eq!(gpu.nodes, ["/dev/nvidia3"]);
     assert_eq!((gpu.utilisation_percent, gpu.memory_utilisation_percent), (Some(37), Some(12)));
     assert_eq!(gpu.temperature_celsius, Some(54));
     assert_eq!((gpu.power_milliwatts, gpu.power_limit_milliwatts), (Some(123_456), Some(350_000)));
@@ -329,7 +331,12 @@ fn a_storm_of_xids_takes_neither_the_processor_nor_the_engine() {
 
 #[test]
 fn a_card_that_is_cut_up_anew_shows_its_new_instances() {
-    let instance = |number: u64, used: u64| Instance { uuid: format!("MIG-{number}"), total: 10 * GIB, used };
+    let instance = |number: u64, used: u64| Instance {
+        uuid: format!("MIG-{number}"),
+        total: 10 * GIB,
+        used,
+        ..Instance::default()
+    };
     let mut device = card();
     device.mig = Some((true, true));
     device.instances = vec![instance(1, GIB), instance(2, 0)];
@@ -338,6 +345,8 @@ fn a_card_that_is_cut_up_anew_shows_its_new_instances() {
         uuid: format!("MIG-{number}"),
         memory_total_bytes: Some(10 * GIB),
         memory_used_bytes: Some(used),
+        // Without a driver nothing says which nodes open them, and none is guessed.
+        nodes: Vec::new(),
     };
     let gpu = machine.gpu_when(|gpu| gpu.health.watched);
     assert_eq!(gpu.mig.expect("MIG").instances, [shown(1, GIB), shown(2, 0)]);

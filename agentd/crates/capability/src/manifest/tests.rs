@@ -83,6 +83,7 @@ fn every_key_is_read() {
             messages: true,
             calls: true,
             children: agentd_domain::manifest::Children { most: 4, depth: 2 },
+            gpu: None,
             restart: Restart::Never,
         }
     );
@@ -243,5 +244,22 @@ proptest! {
             prop_assert!(manifest.limits.memory_high_bytes <= manifest.limits.memory_max_bytes);
             prop_assert!(manifest.workdir.starts_with("/work") && !manifest.workdir.contains(".."));
         }
+    }
+}
+
+#[test]
+fn a_share_of_a_device_has_a_size_or_is_whole() {
+    use agentd_domain::manifest::GpuShare;
+    let gpu = |text: &str| {
+        parse_manifest(&format!("[agent]\nname = \"a\"\nexec = [\"/agent/run\"]\n[gpu]\n{text}\n"))
+    };
+    assert_eq!(gpu("memory = \"8G\"").unwrap().gpu, Some(GpuShare::Bytes(8 << 30)));
+    assert_eq!(gpu("memory = \"whole\"").unwrap().gpu, Some(GpuShare::Whole));
+    assert_eq!(gpu("").unwrap().gpu, None);
+    for wrong in
+        ["memory = \"0\"", "memory = \"1M\"", "memory = \"half\"", "device = \"CUDA0\"", "memory = 8"]
+    {
+        let reports = gpu(wrong).unwrap_err();
+        assert!(reports.iter().any(|report| report.why.contains("gpu.")), "{wrong}: {reports:?}");
     }
 }

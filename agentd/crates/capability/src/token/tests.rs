@@ -356,6 +356,11 @@ fn limit_given(plan: &SandboxPlan, rights: &Rights, limit: Limit, value: u64) ->
             NetworkPlan::Egress { bytes_per_day, .. } => bytes_per_day.unwrap_or(UNLIMITED),
             NetworkPlan::LoopbackOnly => return value <= rights.limit(limit),
         },
+        // Which device it is follows when the run is to start; here is what may be asked for.
+        Limit::GpuBytes => match &plan.device {
+            Some(wish) => wish.memory_bytes.unwrap_or(UNLIMITED),
+            None => 0,
+        },
         // No wall: agentd counts children when one is to be started.
         Limit::AgentsChildren | Limit::AgentsDepth => return value <= rights.limit(limit),
     };

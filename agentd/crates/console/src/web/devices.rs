@@ -46,7 +46,7 @@ pub fn list(devices: &Devices, agents: &[Agent], health: Health) -> Markup {
                 @for usage in devices.models.iter().filter_map(|one| one.usage.as_ref()) { (cache(usage)) }
             }
             @if !devices.devices.is_empty() {
-                div.grid { (define(devices)) (assign(devices, agents)) }
+                div.grid { (define(devices)) (assign(devices, agents)) (grant(devices, agents)) }
             }
         },
     )
@@ -60,6 +60,9 @@ fn device(one: &DeviceView) -> Markup {
             h2 { (one.name) " " (kept_by(one.enforcement)) }
             p.dim { (one.description) }
             @if let Some(problem) = &one.problem { (mild_problem(problem)) }
+            @if let Some(agent) = &one.granted_to {
+                p { "Granted to " (agent) " alone: no engine is put on it." }
+            }
             (bar(one.total_bytes.saturating_sub(one.free_bytes), one.total_bytes))
             dl.facts {
                 (fact("Of it", html! { (units::bytes(one.total_bytes)) }))
@@ -68,6 +71,9 @@ fn device(one: &DeviceView) -> Markup {
                 (fact("Keys and values", html! { (units::bytes(planned.kv_bytes)) }))
                 (fact("Computing", html! { (units::bytes(computing)) }))
                 (fact("Learned, by nobody asked for", html! { (units::bytes(planned.overhead_bytes)) }))
+                @if one.programs_bytes > 0 {
+                    (fact("Programs of agents", html! { (units::bytes(one.programs_bytes)) }))
+                }
                 (fact("Reserve", html! { (units::bytes(one.reserve_bytes)) }))
             }
             h3 { "What the device reports" }
@@ -228,6 +234,34 @@ fn assign(devices: &Devices, agents: &[Agent]) -> Markup {
                         @for one in &devices.partitions { option value=(one.partition.id) { (one.partition.id) } }
                     }
                     button.primary type="submit" { "Put it there" }
+                }
+            }
+        }
+    }
+}
+
+/// A whole accelerator for a program of an agent's own. Without one there is nothing to give.
+fn grant(devices: &Devices, agents: &[Agent]) -> Markup {
+    let whole: Vec<&DeviceView> = devices.devices.iter().filter(|one| one.kind != "cpu").collect();
+    html! {
+        @if !whole.is_empty() && !agents.is_empty() {
+            section.card {
+                h2 { "Give a device to one agent" }
+                p.dim {
+                    "For an agent whose own program drives it (" code { "[gpu] memory = \"whole\"" }
+                    "). The engine leaves the device, and nobody else gets any of it."
+                }
+                form.stack method="post" action="/devices/grant" {
+                    label for="grant-agent" { "Agent" }
+                    select #grant-agent name="agent" {
+                        @for agent in agents { option value=(agent.name) { (agent.name) } }
+                    }
+                    label for="grant-device" { "Device" }
+                    select #grant-device name="device" {
+                        option value="" { "none: take it back" }
+                        @for one in whole { option value=(one.name) { (one.name) } }
+                    }
+                    button.primary type="submit" { "Give it" }
                 }
             }
         }

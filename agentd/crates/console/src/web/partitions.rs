@@ -38,6 +38,14 @@ pub struct Assigning {
     partition: String,
 }
 
+#[derive(Deserialize)]
+pub struct Granting {
+    agent: String,
+    /// Empty takes it back.
+    #[serde(default)]
+    device: String,
+}
+
 pub async fn set(State(appliance): Machine, typed: Result<Fields<Typed>, Failure>) -> Done {
     let Fields(typed) = typed?;
     within(SHORT, appliance.set_partition(typed.partition()?)).await?;
@@ -53,6 +61,13 @@ pub async fn assign(State(appliance): Machine, order: Result<Fields<Assigning>, 
     let Fields(order) = order?;
     let (agent, to) = (key(&order.agent)?, partition_id(&order.partition)?);
     within(SHORT, appliance.assign_partition(agent, to)).await?;
+    Ok(back())
+}
+
+pub async fn grant(State(appliance): Machine, order: Result<Fields<Granting>, Failure>) -> Done {
+    let Fields(order) = order?;
+    let device = Some(order.device).filter(|name| !name.is_empty());
+    within(SHORT, appliance.grant_device(key(&order.agent)?, device)).await?;
     Ok(back())
 }
 

@@ -81,6 +81,8 @@ pub(super) fn devices() -> Devices {
             reported_free_bytes: 9626 * MIB,
             used_bytes: Some(5301 * MIB),
             difference_bytes: Some(489 * MIB as i64),
+            programs_bytes: 0,
+            granted_to: None,
             enforcement: Enforcement::Kernel,
             problem: None,
             gpu: Some(GpuReadings { utilisation_percent: Some(82), ..GpuReadings::default() }),

@@ -374,6 +374,12 @@ impl Appliance for Fake {
         ready(found.map(|()| self.inner.lock().expect("lock").devices.clone()))
     }
 
+    fn grant_device(&self, agent: AgentKey, device: Option<String>) -> Pending<'_, Devices> {
+        self.note(format!("grant {} to {agent}", device.as_deref().unwrap_or("nothing")));
+        let found = self.find(&agent, |_| ());
+        ready(found.map(|()| self.inner.lock().expect("lock").devices.clone()))
+    }
+
     fn plan_model(&self, name: ModelName, context_tokens: u32, _sequences: u32) -> Pending<'_, ModelPlan> {
         self.note(format!("plan {name} with {context_tokens}"));
         ready(Ok(model_plan(name.as_str())))
@@ -771,6 +777,7 @@ fn plan() -> SandboxPlan {
             enosys: vec![],
             kill: vec![],
             ioctls: vec![],
+            ioctl_types: vec![],
             socket_families: vec![2],
             datagram_families: Vec::new(),
             prctls: vec![],
@@ -786,5 +793,6 @@ fn plan() -> SandboxPlan {
         rlimits: vec![Rlimit { name: "NOFILE".into(), soft: 512, hard: 512 }],
         network: NetworkPlan::LoopbackOnly,
         api: vec!["memory.remember".into()],
+        device: None,
     }
 }

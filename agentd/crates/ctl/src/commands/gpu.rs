@@ -3,8 +3,9 @@
 use super::Session;
 use crate::client::{self, Client};
 use crate::{cli, show};
+use agentd_domain::api::AgentKey;
 use agentd_domain::fault::Report;
-use agentd_domain::ledger::{Assign, Devices, Partition};
+use agentd_domain::ledger::{Assign, Devices, GrantDevice, Partition};
 use hyper::Method;
 use serde::Serialize;
 
@@ -20,6 +21,8 @@ pub async fn run(session: &Session, command: cli::Gpu) -> Result<(), Report> {
             let devices = put(&client, &path, &Assign { partition }).await?;
             session.show(&devices, show::partitions);
         }
+        cli::Gpu::Grant { agent, device } => give(session, &client, &agent, Some(device)).await?,
+        cli::Gpu::Revoke { agent } => give(session, &client, &agent, None).await?,
         cli::Gpu::Partition(cli::Partition::Ls) => {
             let devices: Devices = client.get("/api/v1/devices").await?;
             session.show(&devices, show::partitions);
@@ -37,6 +40,18 @@ pub async fn run(session: &Session, command: cli::Gpu) -> Result<(), Report> {
             session.show(&devices, show::partitions);
         }
     }
+    Ok(())
+}
+
+async fn give(
+    session: &Session,
+    client: &Client,
+    agent: &AgentKey,
+    device: Option<String>,
+) -> Result<(), Report> {
+    let path = format!("/api/v1/agents/{agent}/device");
+    let devices = put(client, &path, &GrantDevice { device }).await?;
+    session.show(&devices, show::devices);
     Ok(())
 }
 

@@ -343,6 +343,14 @@ enum Op {
         mebibytes: u64,
     },
     Gpu(bool),
+    /// An agent's own program gets a share of a device, or ends.
+    Stranger {
+        holder: usize,
+        agent: u128,
+        device: usize,
+        mebibytes: u64,
+    },
+    StrangerEnds(usize),
     /// agentd begins anew, with what it has on disk; the engine and its models live on, or are gone too.
     Restart {
         engine_lives: bool,
@@ -368,6 +376,8 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (agent(), name()).prop_map(|(agent, to)| Op::Assign { agent, to }),
         2 => (device(), 0u64..12_000).prop_map(|(device, mebibytes)| Op::Learn { device, mebibytes }),
         1 => any::<bool>().prop_map(Op::Gpu),
+        3 => (model(), agent(), device(), 0u64..6000).prop_map(|(holder, agent, device, mebibytes)| Op::Stranger { holder, agent, device, mebibytes }),
+        1 => model().prop_map(Op::StrangerEnds),
         2 => any::<bool>().prop_map(|engine_lives| Op::Restart { engine_lives }),
     ]
 }
@@ -405,6 +415,12 @@ fn apply(ledger: &mut Ledger, op: Op) {
             devices.extend(there.then(|| device("GPU0", 8192)));
             ledger.set_devices(devices);
         }
+        Op::Stranger { holder, agent: number, device, mebibytes } => {
+            let wants =
+                Stranger { agent: agent(number), device: DEVICES[device].to_owned(), bytes: mebibytes * MIB };
+            let _ = ledger.admit_stranger(&format!("run{holder}"), wants);
+        }
+        Op::StrangerEnds(holder) => ledger.release_stranger(&format!("run{holder}")),
         Op::Restart { engine_lives } => *ledger = restarted(ledger, engine_lives),
     }
 }
@@ -417,6 +433,10 @@ fn restarted(before: &Ledger, engine_lives: bool) -> Ledger {
     after.set_devices(before.devices().to_vec());
     let learned = DEVICES.iter().map(|device| ((*device).to_owned(), before.overhead(device))).collect();
     after.restore_overhead(&learned);
+    // Their runs are the launcher's and live on; what they have is on disk.
+    for (holder, has) in &before.strangers {
+        after.adopt_stranger(holder, has.clone());
+    }
     if engine_lives {
         for model in before.models() {
             after.adopt(model, before.need(model).expect("held").clone());
@@ -429,7 +449,8 @@ fn restarted(before: &Ledger, engine_lives: bool) -> Ledger {
 fn holds(ledger: &Ledger) {
     let view = ledger.view(&|_| None);
     for device in &view.devices {
-        let sum = device.reserve_bytes + device.planned.total_bytes() + device.free_bytes;
+        let taken = device.planned.total_bytes() + device.programs_bytes;
+        let sum = device.reserve_bytes + taken + device.free_bytes;
         assert_eq!(sum, device.total_bytes, "{device:?}");
     }
     for instance in ledger.models.values() {
@@ -508,6 +529,9 @@ proptest! {
         // Nothing leaks: without models and partitions the machine is as it was, but for what was learned.
         for model in ledger.models().map(str::to_owned).collect::<Vec<_>>() {
             ledger.unload(&model);
+        }
+        for holder in ledger.strangers.keys().cloned().collect::<Vec<_>>() {
+            ledger.release_stranger(&holder);
         }
         for device in ledger.view(&|_| None).devices {
             prop_assert_eq!(device.free_bytes, device.total_bytes - device.reserve_bytes);

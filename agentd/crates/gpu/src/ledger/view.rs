@@ -64,6 +64,8 @@ impl Ledger {
             reported_free_bytes: device.reported_free_bytes,
             used_bytes: used,
             difference_bytes: used.map(|used| signed(used).saturating_sub(signed(before_overhead))),
+            programs_bytes: self.strangers_on(&device.name),
+            granted_to: None,
             enforcement: device.enforcement,
             problem: device.problem.as_ref().map(|why| ill(&device.name, why)),
             gpu: device.gpu.clone(),

@@ -218,3 +218,52 @@ fn datagrams_are_for_plans_with_a_network_alone() {
     assert!(refused(|plan| plan.seccomp.datagram_families.push(2)).contains("datagrams"));
     assert!(refused(|plan| plan.landlock.connect_tcp.push(7071)).contains("landlock"));
 }
+
+/// What agentd itself would never ask for: nodes without a wish, without a limit that holds, or of something else.
+#[test]
+fn a_device_is_given_with_what_holds_it_and_with_its_own_nodes_alone() {
+    use agentd_domain::enforcement::{DeviceLimit, LimitBy};
+    use agentd_domain::nodes::{DevicePlan, Given, Hold, IOCTL_TYPES};
+    use agentd_domain::plan::{FsAccess, LandlockRule};
+    let card = ["/dev/nvidia0", "/dev/nvidiactl"].map(str::to_owned).to_vec();
+    let share = |by| Hold::Share { limit: DeviceLimit { by, bytes: 1 << 30 } };
+    let with = |memory_bytes, given: Option<Given>| {
+        let mut plan = good();
+        let nodes = given.iter().flat_map(|given| given.nodes.clone());
+        let rule = |path| LandlockRule { path, access: FsAccess::Device };
+        plan.landlock.rules.extend(nodes.map(rule));
+        plan.device = Some(DevicePlan { memory_bytes, given });
+        plan
+    };
+    let of = |hold, nodes: &[String]| Some(Given { device: "CUDA0".to_owned(), hold, nodes: nodes.to_vec() });
+    let nvml = || share(LimitBy::Nvml { uuid: "GPU-1".to_owned() });
+    let mut all = with(Some(1 << 30), of(nvml(), &card));
+    all.seccomp.ioctl_types = IOCTL_TYPES.to_vec();
+    check(&all).unwrap();
+    check(&with(None, of(Hold::Whole, &card))).unwrap();
+    for (why, bad) in [
+        ("nothing chosen", with(Some(1 << 30), None)),
+        (
+            "a wish that the program could undo",
+            with(Some(1 << 30), of(share(LimitBy::Mps { device: 0 }), &card)),
+        ),
+        ("less was asked for", with(Some(1 << 20), of(nvml(), &card))),
+        ("a whole device in place of a share", with(Some(1 << 30), of(Hold::Whole, &card))),
+        ("another node", with(None, of(Hold::Whole, &["/dev/vda".to_owned(), "/dev/nvidia0".to_owned()]))),
+        ("a way around", with(None, of(Hold::Whole, &["/dev/nvidia0/../mem".to_owned()]))),
+    ] {
+        assert!(check(&bad).is_err(), "{why}");
+    }
+    let mut rule_alone = good();
+    let rule = LandlockRule { path: "/dev/nvidia0".to_owned(), access: FsAccess::Device };
+    rule_alone.landlock.rules.push(rule);
+    assert!(check(&rule_alone).is_err(), "a rule without the wish");
+    let mut requests_alone = good();
+    requests_alone.seccomp.ioctl_types = vec![b'F'];
+    assert!(check(&requests_alone).is_err());
+    let mut terminal = all;
+    terminal.seccomp.ioctl_types.push(0x54);
+    assert!(check(&terminal).is_err(), "requests of terminals");
+    assert!(check_hidden(&["/dev/nvidia0".to_owned(), "/dev/dri/card1".to_owned()]).is_ok());
+    assert!(check_hidden(&["/dev/null".to_owned()]).is_err());
+}

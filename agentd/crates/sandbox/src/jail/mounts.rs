@@ -13,7 +13,8 @@ use crate::sys::{MountAttributes, mount_setattr};
 use agentd_domain::paths;
 use agentd_domain::plan::{Mount, SandboxPlan};
 use rustix::fs::{
-    CWD, Dev, FileType, Mode, OFlags, ResolveFlags, makedev, mkdirat, mknodat, openat, openat2, symlinkat,
+    AtFlags, CWD, Dev, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, makedev, mkdirat, mknodat, openat,
+    openat2, symlinkat,
 };
 use rustix::io::Errno;
 use rustix::mount::{
@@ -102,7 +103,7 @@ impl NewRoot {
                 attach(tmpfs.as_fd(), self.folder(target)?.as_fd(), "")
             }
             Mount::Proc { target } => attach(proc()?.as_fd(), self.folder(target)?.as_fd(), ""),
-            Mount::Dev { target } => self.dev(target),
+            Mount::Dev { target } => self.dev(target, plan),
             Mount::Text { target, text } => self.text(target, text),
         }
     }
@@ -123,7 +124,7 @@ impl NewRoot {
     }
 
     /// Six nodes, and links that programs expect. The shared memory folder is a mount of its own, made later.
-    fn dev(&self, target: &str) -> Result<(), Errno> {
+    fn dev(&self, target: &str, plan: &SandboxPlan) -> Result<(), Errno> {
         const NODES: [(&str, u32, u32); 6] = [
             ("null", 1, 3),
             ("zero", 1, 5),
@@ -150,6 +151,10 @@ impl NewRoot {
             symlinkat(points_to, &dev, name)?;
         }
         mkdirat(&dev, "shm", Mode::from_raw_mode(0o755))?;
+        let given = plan.device.as_ref().and_then(|wish| wish.given.as_ref());
+        for path in given.iter().flat_map(|given| &given.nodes) {
+            own_node(&dev, target, path, plan.uid)?;
+        }
         let read_only = MountAttributes { set: RDONLY, ..MountAttributes::default() };
         mount_setattr(dev.as_fd(), c"", false, read_only)
     }
@@ -186,6 +191,26 @@ impl NewRoot {
         }
         Ok((at, name))
     }
+}
+
+/// A node of the run's own for the device that the host's node of this name is: who may open the host's does not matter
+/// then, and nothing that is done to this one shows there.
+fn own_node(dev: &OwnedFd, target: &str, path: &str, uid: u32) -> Result<(), Errno> {
+    let host = open_source(path, paths::DATA)?;
+    let stat = rustix::fs::fstat(&host)?;
+    if !FileType::from_raw_mode(stat.st_mode).is_char_device() {
+        return Err(Errno::NOTTY);
+    }
+    let rest = path.strip_prefix(target).and_then(|rest| rest.strip_prefix('/')).ok_or(Errno::INVAL)?;
+    let (folders, name) = rest.rsplit_once('/').unwrap_or(("", rest));
+    let mut at = rustix::io::fcntl_dupfd_cloexec(dev, 0)?;
+    for part in folders.split('/').filter(|part| !part.is_empty()) {
+        at = make_folder(&at, part)?;
+    }
+    mknodat(&at, name, FileType::CharacterDevice, Mode::from_raw_mode(0o600), stat.st_rdev)?;
+    let (owner, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
+    let flags = AtFlags::SYMLINK_NOFOLLOW;
+    rustix::fs::chownat(&at, name, Some(owner), Some(group), flags)
 }
 
 fn make_folder(parent: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {

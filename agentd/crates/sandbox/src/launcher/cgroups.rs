@@ -240,6 +240,11 @@ impl Hierarchy {
 }
 
 impl RunGroup {
+    /// Of all of the run's processes: limits of devices stand here, where the controllers have their files.
+    pub(super) fn folder(&self) -> &Path {
+        &self.run
+    }
+
     pub(super) fn freeze(&self, frozen: bool) -> Result<(), Report> {
         set(&self.run, "cgroup.freeze", u8::from(frozen))
     }

@@ -36,6 +36,11 @@ pub(super) trait MemoryLimit {
     /// Before a process enters the group.
     fn set(&self, group: &Path, bytes: u64) -> Result<(), Report>;
 
+    /// While processes are in it. What they have beyond it already they keep, so then it is not in force.
+    fn change(&self, group: &Path, bytes: u64) -> Result<(), Report> {
+        self.set(group, bytes)
+    }
+
     /// Before the group is removed.
     fn clear(&self, group: &Path) -> Result<(), Report>;
 }
@@ -58,6 +63,31 @@ pub(super) fn set_all(options: &Options, limits: &[DeviceLimit], group: &Path) -
             return Err(report);
         }
     }
+    Ok(())
+}
+
+/// Other limits for a group with living processes. Those that are new or another number are put in force first; when one
+/// of them cannot be, what was is put back.
+pub(super) fn change_all(
+    options: &Options,
+    before: &[DeviceLimit],
+    after: &[DeviceLimit],
+    group: &Path,
+) -> Result<(), Report> {
+    let fresh: Vec<&DeviceLimit> = after.iter().filter(|limit| !before.contains(limit)).collect();
+    for (index, limit) in fresh.iter().enumerate() {
+        let Err(report) = means(options, &limit.by).change(group, limit.bytes) else { continue };
+        for undone in fresh.iter().take(index.saturating_add(1)) {
+            match before.iter().find(|old| old.by == undone.by) {
+                Some(old) => set_all(options, std::slice::from_ref(old), group)?,
+                None => clear_all(options, &[(*undone).clone()], group),
+            }
+        }
+        return Err(report);
+    }
+    let gone: Vec<DeviceLimit> =
+        before.iter().filter(|old| after.iter().all(|limit| limit.by != old.by)).cloned().collect();
+    clear_all(options, &gone, group);
     Ok(())
 }
 
@@ -93,6 +123,16 @@ impl MemoryLimit for Dmem<'_> {
         let holds = self.read(group)?;
         if holds.is_none_or(|holds| holds > bytes) {
             return Err(not_in_force(format!("the kernel was told {bytes} bytes and holds it to {holds:?}")));
+        }
+        Ok(())
+    }
+
+    fn change(&self, group: &Path, bytes: u64) -> Result<(), Report> {
+        self.set(group, bytes)?;
+        let current = fs::read_to_string(group.join("dmem.current")).unwrap_or_default();
+        let held = enforcement::parse_dmem(&current).get(self.region).copied().flatten().unwrap_or(0);
+        if held > bytes {
+            return Err(not_in_force(format!("the group holds {held} bytes already, more than {bytes}")));
         }
         Ok(())
     }
@@ -150,11 +190,23 @@ impl MemoryLimit for Driver<'_> {
     }
 
     fn set(&self, group: &Path, bytes: u64) -> Result<(), Report> {
-        self.call(&self.arguments("set", group, Some(bytes)), group)
+        self.call(&self.arguments("set", group, Some(bytes)), group).map(drop)
+    }
+
+    fn change(&self, group: &Path, bytes: u64) -> Result<(), Report> {
+        let printed = self.call(&self.arguments("set", group, Some(bytes)), group)?;
+        let said: serde_json::Value = serde_json::from_slice(&printed).unwrap_or_default();
+        match said.get("used_bytes").and_then(serde_json::Value::as_u64) {
+            Some(held) if held <= bytes => Ok(()),
+            Some(held) => {
+                Err(not_in_force(format!("the group holds {held} bytes already, more than {bytes}")))
+            }
+            None => Err(not_in_force("the driver does not say what the group holds already".to_owned())),
+        }
     }
 
     fn clear(&self, group: &Path) -> Result<(), Report> {
-        self.call(&self.arguments("clear", group, None), group)
+        self.call(&self.arguments("clear", group, None), group).map(drop)
     }
 }
 
@@ -169,7 +221,7 @@ impl Driver<'_> {
         words
     }
 
-    fn call(&self, arguments: &[String], group: &Path) -> Result<(), Report> {
+    fn call(&self, arguments: &[String], group: &Path) -> Result<Vec<u8>, Report> {
         let failed = |error: Errno| not_in_force(format!("the driver could not be asked: {error}"));
         let (printed, theirs) = pipe_with(PipeFlags::CLOEXEC).map_err(failed)?;
         let namespaces = libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
@@ -183,7 +235,7 @@ impl Driver<'_> {
         }
         let status = await_end(pidfd.as_fd());
         match (text, status) {
-            (Ok(_), Ok(true)) => Ok(()),
+            (Ok(text), Ok(true)) => Ok(text),
             (Ok(text), _) => Err(serde_json::from_slice(&text).unwrap_or_else(|_| {
                 not_in_force(format!("the driver's answer was `{}`", String::from_utf8_lossy(&text).trim()))
             })),

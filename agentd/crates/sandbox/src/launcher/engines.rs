@@ -283,19 +283,42 @@ impl Engine {
         }
     }
 
-    /// Asked for again while it is wanted already: another amount of memory is taken over. Limits of devices are for
-    /// a process from its start on, so others need another process.
-    pub(super) fn again(&mut self, hierarchy: &Hierarchy, spec: EngineSpec) -> Result<(), Report> {
-        if spec.device_limits != self.spec.device_limits {
-            return Err(refused(
-                "engine_conflict",
-                format!("the engine {} runs with other limits of its devices", spec.set),
-                "stop it first",
-            ));
+    /// Asked for again while it is wanted already: another amount of memory is taken over, and so are limits of
+    /// devices that a group has. What a process sees of devices is settled at its start, so that needs another process.
+    pub(super) fn again(
+        &mut self,
+        options: &Options,
+        hierarchy: &Hierarchy,
+        spec: EngineSpec,
+    ) -> Result<(), Report> {
+        let conflict = |why: &str| {
+            refused("engine_conflict", format!("the engine {} runs {why}", spec.set), "stop it first")
+        };
+        let same = |a: &[String], b: &[String]| a.iter().all(|path| b.contains(path)) && a.len() == b.len();
+        if !same(&spec.hidden, &self.spec.hidden) {
+            return Err(conflict("with other devices in its sight"));
+        }
+        let seen = |limits: &[DeviceLimit]| -> Vec<_> {
+            limits.iter().flat_map(|limit| limit.by.variables(limit.bytes)).collect()
+        };
+        if seen(&spec.device_limits) != seen(&self.spec.device_limits) {
+            return Err(conflict("with other limits of its devices"));
         }
         hierarchy.limit_engine(&spec.set, spec.memory_max_bytes)?;
+        if let Some(group) = &self.group {
+            device_limits::change_all(options, &self.spec.device_limits, &spec.device_limits, group)?;
+        }
         self.spec = spec;
         Ok(())
+    }
+
+    pub(super) fn set(&self) -> &str {
+        &self.spec.set
+    }
+
+    /// Whether a process of it, now or after a restart, cannot open this.
+    pub(super) fn hides(&self, path: &str) -> bool {
+        self.spec.hidden.iter().any(|hidden| hidden == path)
     }
 
     pub(super) fn pid(&self) -> Option<Pid> {
@@ -380,8 +403,7 @@ impl Engine {
             .inspect_err(|why| eprintln!("agent-launcher: engine {}: {why}", self.spec.set))
             .ok();
         let (pid, pidfd) = sys::spawn(request, || {
-            let limits = &self.spec.device_limits;
-            become_engine(options, limits, room.as_ref(), self.listener.as_fd(), theirs.as_fd())
+            become_engine(options, &self.spec, room.as_ref(), self.listener.as_fd(), theirs.as_fd())
         })
         .map_err(failed)?;
         drop(theirs);
@@ -448,14 +470,14 @@ const ABOUT_TO_EXEC: &[u8] = b"E";
 
 fn become_engine(
     options: &Options,
-    limits: &[DeviceLimit],
+    spec: &EngineSpec,
     room: Option<&SwapRoom>,
     listener: BorrowedFd<'_>,
     report: BorrowedFd<'_>,
 ) -> i32 {
     let failure = match place_descriptors(listener, report) {
         Ok(()) => {
-            let Err(failure) = confine_and_exec(options, limits, room);
+            let Err(failure) = confine_and_exec(options, spec, room);
             failure
         }
         Err(error) => Failure { step: "engine: descriptors".to_owned(), why: error.to_string() },
@@ -480,7 +502,7 @@ fn place_descriptors(listener: BorrowedFd<'_>, report: BorrowedFd<'_>) -> Result
 
 fn confine_and_exec(
     options: &Options,
-    limits: &[DeviceLimit],
+    spec: &EngineSpec,
     room: Option<&SwapRoom>,
 ) -> Result<std::convert::Infallible, Failure> {
     use crate::jail::{change_user, drop_capabilities, step};
@@ -491,7 +513,7 @@ fn confine_and_exec(
     let models = Options::text(&options.data_dir.join("models"));
     let mut files = vec![(models.as_str(), OwnAccess::Read)];
     files.extend(room.map(|room| (room.path.as_str(), OwnAccess::Scratch)));
-    wall_in(options, &files)?;
+    wall_in(options, &files, &spec.hidden)?;
     sys::write_all(REPORT_FD, ABOUT_TO_EXEC);
     let swap = room.map(|room| {
         ["--swap-dir".to_owned(), room.path.clone(), "--swap-disk-mib".to_owned(), room.mebibytes.to_string()]
@@ -501,7 +523,7 @@ fn confine_and_exec(
         .args(swap.iter().flatten())
         .env_clear()
         .env("LC_ALL", "C.UTF-8")
-        .envs(limits.iter().flat_map(|limit| limit.by.variables(limit.bytes)))
+        .envs(spec.device_limits.iter().flat_map(|limit| limit.by.variables(limit.bytes)))
         .exec();
     step("exec", Err(format!("{}: {error}", options.engine.display())))
 }
@@ -544,7 +566,7 @@ fn exec_limiter(
     use crate::jail::step;
     leave_the_launcher()?;
     step("limit: capability bounding set", sys::drop_bounding_set(LIMITER_CAPABILITIES))?;
-    wall_in(options, &[(Options::text(group).as_str(), OwnAccess::Read)])?;
+    wall_in(options, &[(Options::text(group).as_str(), OwnAccess::Read)], &[])?;
     let error = Command::new(&options.engine).args(arguments).env_clear().env("LC_ALL", "C.UTF-8").exec();
     step("exec", Err(format!("{}: {error}", options.engine.display())))
 }
@@ -558,8 +580,31 @@ fn leave_the_launcher() -> Result<(), Failure> {
     step("engine: folder", rustix::process::chdir("/"))
 }
 
+/// The nodes that there are, without the hidden ones. A folder with a hidden one in it is opened node by node: a rule for
+/// the folder would be one for all of them.
+fn devices(hidden: &[String]) -> std::io::Result<Vec<String>> {
+    let mut open = Vec::new();
+    for &path in DEVICES.iter().filter(|path| rustix::fs::access(**path, rustix::fs::Access::EXISTS).is_ok())
+    {
+        let within = format!("{path}/");
+        if !hidden.iter().any(|node| node.starts_with(&within)) {
+            open.push(path.to_owned());
+            continue;
+        }
+        for entry in std::fs::read_dir(path)? {
+            // Links in there (by-path) lead to nodes that have a rule or have none.
+            let entry = entry?;
+            if !entry.file_type()?.is_dir() {
+                open.push(Options::text(&entry.path()));
+            }
+        }
+    }
+    open.retain(|path| !hidden.contains(path));
+    Ok(open)
+}
+
 /// What every process of the engine's program has around it.
-fn wall_in(options: &Options, more: &[(&str, OwnAccess)]) -> Result<(), Failure> {
+fn wall_in(options: &Options, more: &[(&str, OwnAccess)], hidden: &[String]) -> Result<(), Failure> {
     use crate::jail::step;
     step("engine: no_new_privs", rustix::thread::set_no_new_privs(true))?;
     step("engine: die with the launcher", set_parent_process_death_signal(Some(Signal::KILL)))?;
@@ -567,12 +612,8 @@ fn wall_in(options: &Options, more: &[(&str, OwnAccess)]) -> Result<(), Failure>
     let mut files = FILES.to_vec();
     files.push((program.as_str(), OwnAccess::ReadExecute));
     files.extend(more);
-    let devices: Vec<&str> = DEVICES
-        .iter()
-        .copied()
-        .filter(|path| rustix::fs::access(*path, rustix::fs::Access::EXISTS).is_ok())
-        .collect();
-    files.extend(devices.iter().map(|path| (*path, OwnAccess::Device)));
+    let devices = step("engine: devices", devices(hidden))?;
+    files.extend(devices.iter().map(|path| (path.as_str(), OwnAccess::Device)));
     step("engine: landlock", landlock::restrict_own(&files))?;
     let ioctl = if devices.is_empty() { Ioctl::Descriptors } else { Ioctl::Any };
     let filters = step("engine: seccomp", seccomp::compile_own(CALLS, &[], ioctl))?;

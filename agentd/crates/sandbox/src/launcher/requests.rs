@@ -13,6 +13,7 @@ use crate::{check, wire};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, RunId};
 use agentd_domain::launcher::{EngineSpec, Listing, Request, Response};
+use agentd_domain::nodes::Given;
 use agentd_domain::plan::SandboxPlan;
 use std::os::fd::AsFd;
 
@@ -102,6 +103,9 @@ impl Server {
             return Err(refused("conflict", "this agent is being removed", "install it again"));
         }
         volumes::verify(&self.options, plan.agent_id, plan.uid)?;
+        if let Some(given) = plan.device.as_ref().and_then(|wish| wish.given.as_ref()) {
+            self.is_free(given)?;
+        }
         self.kernel_log.begin(plan.uid);
         let run = Run::start(&self.options, &self.hierarchy, run_id, plan)?;
         let token = self.next_token;
@@ -113,6 +117,41 @@ impl Server {
             run.kill_now();
         }
         Ok(())
+    }
+
+    /// Nobody else has what the run is to have for itself: no engine may open it, no other run has been given it.
+    fn is_free(&self, given: &Given) -> Result<(), Report> {
+        for path in given.exclusive() {
+            if let Some(set) = self.engines.values().find(|engine| !engine.hides(path)).map(Engine::set) {
+                let why = format!("the engine {set} may open {path}");
+                return Err(refused("device_in_use", why, "start the engine without it first"));
+            }
+            if let Some(other) = self.runs.values().find(|run| run.has_node(path)) {
+                let why = format!("{path} is given to a run of agent {}", other.plan.agent_id);
+                return Err(refused("device_in_use", why, "stop that agent first"));
+            }
+        }
+        // A device that is another's alone is nobody's in part.
+        let taken = self.runs.values().find(|run| given.nodes.iter().any(|path| run.has_exclusive(path)));
+        match taken {
+            Some(other) => {
+                let why = format!("the device is given to agent {} alone", other.plan.agent_id);
+                Err(refused("device_in_use", why, "stop that agent first"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// No run has for itself what this engine could open.
+    fn hides_what_is_given(&self, spec: &EngineSpec) -> Result<(), Report> {
+        let open = |run: &&Run| run.exclusive_nodes().any(|path| !spec.hidden.contains(path));
+        match self.runs.values().find(open) {
+            None => Ok(()),
+            Some(run) => {
+                let why = format!("a device is given to agent {} alone", run.plan.agent_id);
+                Err(refused("device_in_use", why, "start the engine without it"))
+            }
+        }
     }
 
     fn hand_over(&mut self, token: u64, run_id: RunId) {
@@ -138,6 +177,8 @@ impl Server {
     fn start_engine(&mut self, spec: EngineSpec) -> Result<Response, Report> {
         check::check_engine_set(&spec.set)?;
         device_limits::check(&spec.device_limits)?;
+        check::check_hidden(&spec.hidden)?;
+        self.hides_what_is_given(&spec)?;
         if spec.memory_max_bytes < engines::MEMORY_MIN_BYTES {
             let why = format!("{} bytes hold no engine", spec.memory_max_bytes);
             return Err(refused("plan_refused", why, "give it at least 64 MiB"));
@@ -152,7 +193,7 @@ impl Server {
             pid: engine.pid().map_or(0, |pid| pid.as_raw_nonzero().get()),
         };
         if let Some(engine) = self.engines.get_mut(&spec.set) {
-            engine.again(&self.hierarchy, spec)?;
+            engine.again(&self.options, &self.hierarchy, spec)?;
             return Ok(started(engine));
         }
         if self.engines.len() >= ENGINES_MAX {

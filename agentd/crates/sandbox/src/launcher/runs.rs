@@ -10,14 +10,16 @@
 
 use super::cgroups::{Counted, Hierarchy, RunGroup};
 use super::kernel_log::KernelLog;
-use super::{Options, boot_ms, broken};
+use super::{Options, boot_ms, broken, device_limits};
 use crate::jail::{CONTROL_FD, Failure, FromJail, JailSpec, ToJail};
 use crate::lower::Lowered;
 use crate::sys::{self, CloneRequest};
 use crate::wire;
+use agentd_domain::enforcement::DeviceLimit;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::RunId;
 use agentd_domain::launcher::{ExitCause, ExitRecord, Forbidden, KillReason, RunInfo};
+use agentd_domain::nodes::Given;
 use agentd_domain::plan::SandboxPlan;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -91,6 +93,12 @@ pub(super) enum Progress {
     Silent,
 }
 
+/// What holds the run's processes to its share of a device.
+fn device_limits_of(plan: &SandboxPlan) -> Vec<DeviceLimit> {
+    let given = plan.device.as_ref().and_then(|wish| wish.given.as_ref());
+    given.and_then(|given| given.limit()).cloned().into_iter().collect()
+}
+
 /// Where a run is born: in namespaces and a group of its own.
 #[cfg(not(feature = "walls-can-be-lowered"))]
 fn birth<'g>(_: &Lowered, _: &Options, _: &SandboxPlan, group: BorrowedFd<'g>) -> CloneRequest<'g> {
@@ -132,6 +140,10 @@ impl Run {
         };
         let lowered = Lowered::of(&plan);
         let (group, group_fd) = hierarchy.create_run(plan.agent_id, run_id, &plan.cgroup)?;
+        if let Err(report) = device_limits::set_all(options, &device_limits_of(&plan), group.folder()) {
+            group.remove();
+            return Err(report);
+        }
         let flags = SocketFlags::CLOEXEC;
         let started = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
             .map_err(failed("no socket for the jail"))
@@ -144,6 +156,7 @@ impl Run {
         let (control, pid, pidfd) = match started {
             Ok(started) => started,
             Err(report) => {
+                device_limits::clear_all(options, &device_limits_of(&plan), group.folder());
                 group.remove();
                 return Err(report);
             }
@@ -245,6 +258,11 @@ impl Run {
         (egress.len() == self.plan.network.egress_sockets()).then_some(Phase::Up { sockets, egress })
     }
 
+    /// Its process is gone: nobody is held by the limits any more, and some drivers keep a group that has one.
+    pub(super) fn free_device(&self, options: &Options) {
+        device_limits::clear_all(options, &device_limits_of(&self.plan), self.group.folder());
+    }
+
     fn fail(&mut self, step: &str, why: String) {
         self.failure.get_or_insert(Failure { step: step.to_owned(), why });
         self.kill_now();
@@ -289,6 +307,23 @@ impl Run {
         } else {
             self.kill_now();
         }
+    }
+
+    fn given(&self) -> Option<&Given> {
+        self.plan.device.as_ref()?.given.as_ref()
+    }
+
+    pub(super) fn has_node(&self, path: &str) -> bool {
+        self.given().is_some_and(|given| given.nodes.iter().any(|node| node == path))
+    }
+
+    /// Nodes that nobody else may open while it lives.
+    pub(super) fn exclusive_nodes(&self) -> impl Iterator<Item = &String> {
+        self.given().into_iter().flat_map(Given::exclusive)
+    }
+
+    pub(super) fn has_exclusive(&self, path: &str) -> bool {
+        self.exclusive_nodes().any(|node| node == path)
     }
 
     /// The descriptors of `HANDOVER_FDS` and the egress's; `None` while the walls are not up.

@@ -361,6 +361,7 @@ impl Server {
         }
         self.end_calls_of(run_id);
         let Some(run) = self.runs.remove(&run_id) else { return };
+        run.free_device(&self.options);
         let record = run.record(&mut self.kernel_log);
         if let Err(error) = self.records.add(record.clone()) {
             eprintln!("agent-launcher: the exit record of run {run_id} could not be written: {error}");

@@ -75,6 +75,7 @@ fn filters() -> Filter {
         enosys: names(&["clone3"]),
         kill: names(&["open_by_handle_at", "reboot"]),
         ioctls: vec![0x5401, 0x541b],
+        ioctl_types: Vec::new(),
         socket_families: vec![1, 2],
         datagram_families: Vec::new(),
         prctls: vec![15],
@@ -175,6 +176,7 @@ fn a_name_that_nobody_knows_is_an_error_and_not_a_gap() {
         enosys: Vec::new(),
         kill: vec!["rebot".to_owned()],
         ioctls: Vec::new(),
+        ioctl_types: Vec::new(),
         socket_families: Vec::new(),
         datagram_families: Vec::new(),
         prctls: Vec::new(),
@@ -227,5 +229,29 @@ fn a_program_of_any_length_leads_to_the_right_answer() {
         (0..count).for_each(|value| assert_eq!(looked_into(value), ALLOW));
         assert_eq!(looked_into(count), ENOSYS);
         assert_eq!(run_one(&program, &call(-1, &[])), KILL);
+    }
+}
+
+/// Kinds of requests of a device's driver, and no request of a terminal or a socket.
+#[test]
+fn a_run_with_a_device_speaks_to_its_driver_and_to_nothing_else_besides() {
+    let plan: agentd_domain::plan::SandboxPlan =
+        serde_json::from_str(include_str!("../../tests/fixtures/plan.json")).unwrap();
+    let mut seccomp = plan.seccomp;
+    let ioctl = |filter: &Filter, request: u64| run(filter, &call(libc::SYS_ioctl, &[3, request]));
+    let nvidia = [0xc020_462a, 0x4600, 0xc008_64b2, 0x6400, 0x1, 0x4b, 0x3000_0001];
+    let terminals = [0x5412, 0x541c, 0x5423, 0x5412 | 1 << 32, 0x8933, 0x4004_6602, 0x3000_0003, 0x1_0000];
+    let without = compile(&seccomp).unwrap();
+    for request in nvidia {
+        assert_eq!(ioctl(&without, request), EPERM, "{request:x}");
+    }
+    seccomp.ioctl_types = agentd_domain::nodes::IOCTL_TYPES.to_vec();
+    seccomp.ioctls.extend(agentd_domain::nodes::IOCTLS);
+    let with = compile(&seccomp).unwrap();
+    for request in nvidia {
+        assert_eq!(ioctl(&with, request), ALLOW, "{request:x}");
+    }
+    for request in terminals {
+        assert_eq!(ioctl(&with, request), EPERM, "{request:x}");
     }
 }

@@ -242,7 +242,12 @@ fn fails_closed() -> Outcome {
     let run_id = new_run();
     let error = scene.client().start(run_id, plan).unwrap_err();
     assert!(matches!(&error, LauncherError::Refused(report) if report.code == "wall_missing"), "{error}");
-    let spec = EngineSpec { set: "host".to_owned(), memory_max_bytes: 1 << 30, device_limits: Vec::new() };
+    let spec = EngineSpec {
+        set: "host".to_owned(),
+        memory_max_bytes: 1 << 30,
+        device_limits: Vec::new(),
+        hidden: Vec::new(),
+    };
     assert_eq!(code_of(scene.client().start_engine(spec)), "wall_missing");
     let listing = scene.client().list().unwrap();
     assert!(listing.runs.is_empty() && listing.engines.is_empty() && listing.exits.is_empty());

@@ -25,7 +25,12 @@ fn ask_engine(socket: &std::path::Path, last: &str) -> BTreeMap<String, String> 
 
 pub(crate) fn engine() -> Outcome {
     let scene = scene!();
-    let spec = EngineSpec { set: "host".to_owned(), memory_max_bytes: 1 << 30, device_limits: Vec::new() };
+    let spec = EngineSpec {
+        set: "host".to_owned(),
+        memory_max_bytes: 1 << 30,
+        device_limits: Vec::new(),
+        hidden: Vec::new(),
+    };
     assert!(scene.client().start_engine(spec.clone()).unwrap() > 0);
     let socket = scene.run_dir().join("engines/host.sock");
     let found = ask_engine(&socket, "go on");
@@ -43,7 +48,12 @@ pub(crate) fn engine() -> Outcome {
     assert_eq!(ask_engine(&socket, "go on")["Uid"], "202 202 202 202");
     assert_eq!(scene.client().list().unwrap().engines[0].restarts, 1);
     scene.client().start_engine(spec).unwrap();
-    let foreign = EngineSpec { set: "../x".to_owned(), memory_max_bytes: 1 << 30, device_limits: Vec::new() };
+    let foreign = EngineSpec {
+        set: "../x".to_owned(),
+        memory_max_bytes: 1 << 30,
+        device_limits: Vec::new(),
+        hidden: Vec::new(),
+    };
     assert_eq!(code_of(scene.client().start_engine(foreign)), "plan_refused");
     scene.client().stop_engine("host").unwrap();
     assert!(!socket.exists() && scene.client().list().unwrap().engines.is_empty());
@@ -58,6 +68,7 @@ pub(crate) fn engine_limits() -> Outcome {
         set: "host".to_owned(),
         memory_max_bytes: 1 << 30,
         device_limits: vec![DeviceLimit { by, bytes: 12 << 30 }],
+        hidden: Vec::new(),
     };
     let driver = |uuid: &str| limited(LimitBy::Nvml { uuid: uuid.to_owned() });
     let error = scene.client().start_engine(driver("GPU-tells")).unwrap_err();
@@ -100,7 +111,12 @@ pub(crate) fn engine_limits() -> Outcome {
 /// stayed, some kernels kill whatever is cloned into a group that was killed once, and no engine came up any more.
 pub(crate) fn engine_after_another() -> Outcome {
     let mut scene = scene!();
-    let spec = EngineSpec { set: "host".to_owned(), memory_max_bytes: 1 << 30, device_limits: Vec::new() };
+    let spec = EngineSpec {
+        set: "host".to_owned(),
+        memory_max_bytes: 1 << 30,
+        device_limits: Vec::new(),
+        hidden: Vec::new(),
+    };
     scene.client().start_engine(spec.clone()).unwrap();
     scene.kill_launcher();
     // Deeper than the launcher's own trees: it kills what is here and cannot remove it.
