@@ -276,3 +276,154 @@ async fn an_engine_begins_anew_held_to_its_share_before_it_holds_a_model() {
     assert_eq!(asked.lock().expect("unpoisoned").iter().filter(stops).count(), 1);
     assert_eq!(scene.loads(), ["minilm", "tiny"]);
 }
+
+/// Terms that a test changes.
+#[derive(Default)]
+struct Changing {
+    terms: Mutex<Terms>,
+    in_force: Mutex<Vec<Result<usize, String>>>,
+}
+
+impl Changing {
+    fn set(&self, limits: &[LimitBy], hidden: &[&str]) {
+        let limit = |by: &LimitBy| DeviceLimit { by: by.clone(), bytes: 7 << 30 };
+        let hidden = hidden.iter().map(|path| (*path).to_owned()).collect();
+        *self.terms.lock().expect("unpoisoned") =
+            Terms { limits: limits.iter().map(limit).collect(), hidden };
+    }
+}
+
+impl Gate for Changing {
+    fn admit(&self, _: Ask) -> BoxFuture<'static, Verdict> {
+        async { Verdict::Load }.boxed()
+    }
+
+    fn not_loaded(&self, _: &str) {}
+
+    fn terms(&self, _: &[Device]) -> Terms {
+        self.terms.lock().expect("unpoisoned").clone()
+    }
+
+    fn hidden(&self) -> Vec<String> {
+        self.terms.lock().expect("unpoisoned").hidden.clone()
+    }
+
+    fn limited(&self, by: Result<&[DeviceLimit], &Report>) {
+        let heard = by.map(<[_]>::len).map_err(|report| report.code.clone());
+        self.in_force.lock().expect("unpoisoned").push(heard);
+    }
+}
+
+fn orders(asked: &Mutex<Vec<Request>>) -> Vec<String> {
+    let said = |ask: &Request| match ask {
+        Request::StartEngine(spec) => {
+            Some(format!("start with {} without {}", spec.device_limits.len(), spec.hidden.join(" ")))
+        }
+        Request::StopEngine { .. } => Some("stop".to_owned()),
+        _ => None,
+    };
+    asked.lock().expect("unpoisoned").iter().filter_map(said).collect()
+}
+
+async fn in_time(what: &str, done: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(std::time::Instant::now() < deadline, "{what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn to_be_reset() -> Report {
+    Report::environment("device_unhealthy", "the engine begins anew", "XID 95", "send the request again")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_makes_way_finishes_what_it_has_begun_and_takes_nothing_new() {
+    let mut scene = Scene::new();
+    let asked_launcher = super::testing::fake_launcher(&scene.launcher_socket());
+    let gate = Arc::new(Changing::default());
+    let engine = scene.engine_behind(gate.clone());
+    engine.want(wanted(&["tiny"], &[]));
+    ready(&engine).await;
+    // Somebody is at work, and says nothing on the connection.
+    let inside = engine.have("tiny", super::Asker::default()).await.expect("there");
+    gate.set(&[], &["/dev/nvidia0"]);
+    let draining = tokio::spawn({
+        let engine = engine.clone();
+        async move { engine.drain(Duration::from_secs(60), to_be_reset()).await }
+    });
+    let mut view = engine.watch();
+    view.wait_for(|view| view.stage == Stage::Loading).await.expect("alive");
+    // Who comes now waits for the next one.
+    let next = tokio::spawn({
+        let engine = engine.clone();
+        async move { asked(&engine, "tiny", "late").await }
+    });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!draining.is_finished() && !next.is_finished(), "it was ended with work, or took more");
+    assert!(!orders(&asked_launcher).contains(&"stop".to_owned()));
+    // Its answer begins only now, with the model that it was let in for.
+    let done = engine.generation(of("tiny", "mine", ""), Leaving::Cancels, inside).await.expect("taken");
+    assert_eq!(done.collect::<Vec<_>>().await.len(), 3, "its whole answer");
+    let drained = draining.await.expect("no panic").expect("told");
+    assert_eq!(drained, super::Drained { broken_off: 0 });
+    scene.restart_engine();
+    assert_eq!(next.await.expect("no panic").expect("answered by the next one"), 3);
+    let orders = orders(&asked_launcher);
+    let stop = orders.iter().position(|order| order == "stop").expect("ended");
+    assert!(
+        orders[stop + 1..].iter().all(|order| order == "start with 0 without /dev/nvidia0"),
+        "{orders:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_does_not_finish_in_time_is_told_to_come_again() {
+    let mut scene = Scene::new();
+    let _asked = super::testing::fake_launcher(&scene.launcher_socket());
+    let engine = scene.engine();
+    engine.want(wanted(&["tiny"], &[]));
+    ready(&engine).await;
+    let mut endless =
+        EngineHandle::generate(&engine, of("tiny", "a", "hang"), Leaving::Cancels).await.expect("taken");
+    endless.next().await.expect("a piece").expect("a word");
+    let begun = std::time::Instant::now();
+    let drained = engine.drain(Duration::from_millis(200), to_be_reset()).await.expect("told");
+    assert_eq!(drained, super::Drained { broken_off: 1 });
+    assert!(begun.elapsed() < Duration::from_secs(10), "it has an end");
+    let told = endless.next().await.expect("an end").expect_err("broken off");
+    assert_eq!((told.code.as_str(), told.http_status()), ("device_unhealthy", 503));
+    assert!(told.why.contains("XID 95") && told.fix.contains("again"), "{told}");
+    scene.restart_engine();
+    ready(&engine).await;
+    assert_eq!(asked(&engine, "tiny", "b").await.expect("it came again"), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guarantee_that_comes_later_holds_for_the_engine_that_lives() {
+    let scene = Scene::new();
+    let asked_launcher = super::testing::fake_launcher(&scene.launcher_socket());
+    let gate = Arc::new(Changing::default());
+    let engine = scene.engine_behind(gate.clone());
+    engine.want(wanted(&["tiny"], &[]));
+    ready(&engine).await;
+    let busy =
+        EngineHandle::generate(&engine, of("tiny", "a", "hang"), Leaving::Cancels).await.expect("taken");
+    let last = || gate.in_force.lock().expect("unpoisoned").last().cloned();
+    assert_eq!(last(), Some(Ok(0)));
+    gate.set(&[LimitBy::Nvml { uuid: "GPU-1".to_owned() }], &[]);
+    engine.reconsider().await;
+    in_time("the group's limit is in force", || last() == Some(Ok(1))).await;
+    assert!(!orders(&asked_launcher).contains(&"stop".to_owned()), "with its work going on");
+    // What only a new process sees waits until nobody uses this one, and is not called in force before.
+    gate.set(&[LimitBy::Mig { uuid: "MIG-1".to_owned() }], &[]);
+    engine.reconsider().await;
+    in_time("it is said that it waits", || last() == Some(Err("engine_conflict".to_owned()))).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(!orders(&asked_launcher).contains(&"stop".to_owned()), "it has work");
+    assert_eq!(asked(&engine, "tiny", "b").await.expect("and takes more"), 3);
+    drop(busy);
+    in_time("it begins anew", || orders(&asked_launcher).contains(&"stop".to_owned())).await;
+    in_time("the new one is on its instance", || last() == Some(Ok(1))).await;
+    assert_eq!(asked(&engine, "tiny", "c").await.expect("answered"), 3);
+}

@@ -35,8 +35,13 @@ pub fn fake_launcher(path: &Path) -> Arc<Mutex<Vec<launcher::Request>>> {
             let response = match &request {
                 launcher::Request::List { .. } => launcher::Response::Listing(Default::default()),
                 launcher::Request::StartEngine(spec) => {
-                    let limits = runs_with.get_or_insert_with(|| spec.device_limits.clone());
-                    if *limits == spec.device_limits {
+                    // As the launcher: limits of a group are changed, what a process sees is not.
+                    let seen = |spec: &launcher::EngineSpec| {
+                        let seen = spec.device_limits.iter().filter(|limit| limit.is_seen()).cloned();
+                        (spec.hidden.clone(), seen.collect::<Vec<_>>())
+                    };
+                    let sees = runs_with.get_or_insert_with(|| seen(spec));
+                    if *sees == seen(spec) {
                         launcher::Response::EngineStarted { pid: 1 }
                     } else {
                         let what = "the launcher did not do it";

@@ -285,4 +285,106 @@ mod tests {
         assert!(state.ledger.devices()[0].problem.is_some());
         tending.abort();
     }
+
+    /// A card that needs a reset: its engine makes way, the next one cannot open it, and a new agentd knows it at once.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_engine_leaves_a_device_that_needs_a_reset_and_none_comes_back_until_it_is_well() {
+        use crate::engine::testing::{FakeEngine, Seen, fake_launcher};
+        use crate::engine::{Choice, Links, Planner, Wanted, start};
+        use crate::gpu::AtTheDoor;
+        use crate::gpu::ill::Ill;
+        use crate::store::{Db, Store};
+        use agentd_domain::engine::ModelKind;
+        use agentd_domain::launcher::Request;
+        use std::sync::Mutex;
+
+        let folder = tempfile::tempdir().expect("a folder");
+        let db = Db::new(Store::open(&folder.path().join("system.redb")).expect("a store"));
+        let seen: Arc<Mutex<Seen>> = Arc::default();
+        seen.lock().expect("unpoisoned").devices = vec![card(&[])];
+        let fake = FakeEngine::start(folder.path(), Arc::clone(&seen));
+        let path = folder.path().join("launcher.sock");
+        let (asked, launcher) = (fake_launcher(&path), Launcher::at(&path));
+        let (gpu, board, audit) = (Gpu::new(1 << 30), Arc::new(Board::default()), Audit::default());
+        gpu.open_devices(&db).expect("opened");
+        let gate = |gpu: &Gpu| {
+            let planner = Planner::new(launcher.clone(), folder.path().to_owned(), 1 << 30);
+            let (board, cgroup_root) = (Arc::clone(&board), folder.path().to_owned());
+            Arc::new(AtTheDoor { gpu: gpu.clone(), planner, board, cgroup_root })
+        };
+        let links = |gpu: &Gpu| Links {
+            launcher: launcher.clone(),
+            sockets: folder.path().to_owned(),
+            memory_max_bytes: 1 << 30,
+            load_patience: Duration::from_secs(2),
+            gate: gate(gpu),
+        };
+        let engine = start(links(&gpu), std::future::ready(()));
+        let choice = Choice { name: "m".to_owned(), path: "/m".to_owned(), kind: ModelKind::Chat };
+        let wanted = Wanted { chat: vec![choice], ..Wanted::default() };
+        engine.want(wanted.clone());
+        engine.watch().wait_for(|view| view.stage == Stage::Ready).await.expect("ready");
+        let following = tokio::spawn(gpu.clone().follow(engine.clone()));
+        let tending = tokio::spawn(gpu.clone().tend(
+            engine.clone(),
+            launcher.clone(),
+            Arc::clone(&board),
+            audit.clone(),
+        ));
+        let hidden = || -> Option<Vec<String>> {
+            let asked = asked.lock().expect("unpoisoned");
+            let stop = asked.iter().rposition(|ask| matches!(ask, Request::StopEngine { .. }))?;
+            asked[stop..].iter().find_map(|ask| match ask {
+                Request::StartEngine(spec) if spec.set == "host" => Some(spec.hidden.clone()),
+                _ => None,
+            })
+        };
+        seen.lock().expect("unpoisoned").devices = vec![card(&[DeviceEvent::Xid(95)])];
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while hidden().is_none_or(|hidden| hidden.is_empty()) {
+            assert!(std::time::Instant::now() < deadline, "{:?}", asked.lock().expect("unpoisoned"));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(hidden(), Some(vec!["/dev/nvidia0".to_owned()]));
+        let mut told: Vec<String> = Vec::new();
+        while told.len() < 3 {
+            assert!(std::time::Instant::now() < deadline, "{told:?}");
+            told.extend(audit.reported().into_iter().map(|(entry, _)| entry.action));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(told, ["device.event", "device.drain", "engine.end"]);
+        assert!(board.problems().iter().any(|report| report.code == "gpu_unhealthy"));
+        // The engine that cannot open it does not list it: it is shown all the same, with why.
+        seen.lock().expect("unpoisoned").devices = Vec::new();
+        drop(fake);
+        let fake = FakeEngine::start(folder.path(), Arc::clone(&seen));
+        let gone =
+            || gpu.view(&|_| None).devices.iter().all(|one| one.free_bytes == 0 && one.problem.is_some());
+        while !gone() || gpu.view(&|_| None).devices.len() != 1 {
+            assert!(std::time::Instant::now() < deadline, "{:?}", gpu.view(&|_| None));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let shown = gpu.view(&|_| None).devices.remove(0);
+        assert_eq!(shown.name, "CUDA0");
+        assert!(shown.problem.is_some_and(|report| report.why.contains("95")));
+        tending.abort();
+        following.abort();
+        drop((engine, fake));
+        // The next agentd, in the same start of the machine: from its first order on no engine gets the device.
+        let next = Gpu::new(1 << 30);
+        next.open_devices(&db).expect("opened");
+        assert_eq!(next.hidden(), ["/dev/nvidia0"]);
+        assert_eq!(next.view(&|_| None).devices.len(), 1);
+        // After the machine was started again: an engine looks, nothing is put on it, and it is well.
+        let later = Gpu::new(1 << 30);
+        later.state().ill = Ill::new("another start".to_owned());
+        later.open_devices(&db).expect("opened");
+        assert_eq!(later.hidden(), Vec::<String>::new());
+        later.take_over(&mut later.state(), &[card(&[])], &[]);
+        assert!(later.state().ledger.devices()[0].problem.is_some(), "not before it was looked at");
+        let acts = later.tend_once(&crate::gpu::ill::tests::status(card(&[])));
+        assert!(matches!(acts.as_slice(), [Act::Well { .. }]), "{acts:?}");
+        assert!(later.state().ledger.devices()[0].problem.is_none(), "it takes work again");
+        assert!(db.here().troubles().expect("read").is_empty(), "and nothing is kept of it");
+    }
 }

@@ -31,6 +31,7 @@ pub(crate) fn run(words: &[String]) -> u8 {
         "scene" => print_scene(),
         "copy" => copy(),
         "attempt" => attempt(),
+        "device" => device(),
         other => panic!("the test agent does not know `{other}`"),
     }
     0
@@ -41,6 +42,46 @@ fn copy() {
     let mut text = String::new();
     std::io::stdin().read_to_string(&mut text).unwrap();
     say("read", text.trim());
+}
+
+/// Which nodes there are, what is behind them, and what their drivers may be asked.
+fn device() {
+    use std::os::unix::fs::MetadataExt;
+    let mut nodes: Vec<String> = match std::fs::read_dir("/dev") {
+        Ok(entries) => entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect(),
+        Err(error) => vec![error.to_string()],
+    };
+    nodes.sort();
+    say("dev", nodes.join(" "));
+    let look = |path: &str| -> std::io::Result<String> {
+        let data = std::fs::metadata(path)?;
+        let mut file = std::fs::OpenOptions::new().read(true).write(true).open(path)?;
+        let mut bytes = [1_u8; 4];
+        file.read_exact(&mut bytes)?;
+        let read: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        let written = file.write_all(b"x").is_ok();
+        let (major, minor) = (rustix::fs::major(data.rdev()), rustix::fs::minor(data.rdev()));
+        let mode = data.mode() & 0o777;
+        Ok(format!("{major}:{minor} of {} {mode:o}, reads {read}, writes {written}", data.uid()))
+    };
+    for path in ["/dev/nvidia7", "/dev/dri/renderD200", "/dev/nvidia6"] {
+        say(path, look(path).unwrap_or_else(|error| error.to_string()));
+    }
+    // A request of NVIDIA's driver, and one that puts a character into a terminal.
+    for (name, path, request) in [
+        ("ioctl on /dev/nvidia7", "/dev/nvidia7", 0x4600_u64),
+        ("ioctl on /dev/zero", "/dev/zero", 0x4600),
+        ("terminal's ioctl on /dev/nvidia7", "/dev/nvidia7", 0x5412),
+    ] {
+        let asked = std::fs::File::open(path).and_then(|file| {
+            use std::os::fd::AsRawFd;
+            // SAFETY: the argument is null, so the kernel has nothing to read or write.
+            #[allow(unsafe_code)]
+            let answer = unsafe { libc::ioctl(file.as_raw_fd(), request as _, 0) };
+            if answer == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+        });
+        say(name, asked.map_or_else(|error| error.to_string(), |()| "answered".to_owned()));
+    }
 }
 
 /// What a call may have given up.
@@ -274,7 +315,8 @@ pub(crate) fn engine() -> std::process::ExitCode {
         for line in status.lines().filter(|line| wanted.contains(&line.split(':').next().unwrap())) {
             writeln!(client, "{}", line.split_whitespace().collect::<Vec<_>>().join(" ")).unwrap();
         }
-        for path in ["/etc/passwd", "/proc/1/status", "/dev/kmsg"] {
+        let devices = ["/dev/nvidia6", "/dev/nvidia7", "/dev/dri/renderD200"];
+        for path in ["/etc/passwd", "/proc/1/status", "/dev/kmsg"].into_iter().chain(devices) {
             writeln!(client, "{path}: {}", std::fs::File::open(path).is_ok()).unwrap();
         }
         writeln!(client, "write: {}", std::fs::write("/dev/shm/engine", "x").is_ok()).unwrap();
@@ -318,7 +360,14 @@ pub(crate) fn limiter(words: &[String]) -> std::process::ExitCode {
             std::thread::park();
         }
     }
-    if words.iter().any(|word| word == "GPU-works") {
+    let held = match words.iter().find(|word| word.starts_with("GPU-")).map(String::as_str) {
+        Some("GPU-works" | "GPU-works-too") => Some(1 << 30),
+        // Of twelve gibibytes.
+        Some("GPU-holds-more") => Some(13_u64 << 30),
+        _ => None,
+    };
+    if let Some(used_bytes) = held {
+        println!("{{\"soft_bytes\":0,\"hard_bytes\":12884901888,\"used_bytes\":{used_bytes}}}");
         return std::process::ExitCode::SUCCESS;
     }
     let status = std::fs::read_to_string("/proc/self/status").unwrap();

@@ -31,6 +31,18 @@ fn begin(scene: &Scene, run: &Running, spec: CallSpec) -> CallHandles {
     scene.client().start_call(run.run_id, spec).unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// What a call of the run prints, line by line.
+pub(crate) fn ask(
+    scene: &Scene,
+    run: &Running,
+    spec: CallSpec,
+) -> std::collections::BTreeMap<String, String> {
+    let call = begin(scene, run, spec);
+    let text = all(&call.stdout);
+    assert_eq!(end(&call).cause, ExitCause::Exited { code: 0 }, "{text} {}", all(&call.stderr));
+    crate::cases::results(&text)
+}
+
 /// All that a descriptor brings until its end.
 fn all(fd: &OwnedFd) -> String {
     let mut text = Vec::new();

@@ -1,7 +1,7 @@
 //! The tests. Each starts a launcher of its own and leaves nothing behind.
 
 use crate::scene::{LIMIT, Scene, new_run, readable, until};
-use crate::{Case, Outcome, calls, engines};
+use crate::{Case, Outcome, calls, devices, engines};
 use agentd_domain::launcher::{EngineSpec, ExitCause, Forbidden, Request, Response};
 use agentd_domain::plan::{CgroupLimits, DiskQuota, FsAccess, LandlockRule, Mount, NetworkPlan};
 use agentd_sandbox::client::LauncherError;
@@ -44,6 +44,9 @@ pub(crate) const ALL: &[Case] = &[
     ("an_engine_is_confined_and_started_again", engines::engine),
     ("an_engine_comes_after_one_that_still_ends", engines::engine_after_another),
     ("a_drivers_limit_is_asked_for_behind_walls", engines::engine_limits),
+    ("a_run_sees_the_nodes_that_it_was_given_and_no_other", devices::given),
+    ("a_call_has_no_device_of_its_run", devices::call_has_none),
+    ("a_device_that_is_given_has_one_user", devices::one_user),
     ("a_call_has_its_run_s_walls_and_ends_with_its_word", calls::walls),
     ("a_call_gives_up_what_it_is_told_to", calls::narrower),
     ("a_call_that_eats_memory_takes_nothing_with_it", calls::out_of_memory),

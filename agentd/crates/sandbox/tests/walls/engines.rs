@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 
 /// What the engine tells a client about itself; then it gets `last` and the connection ends.
-fn ask_engine(socket: &std::path::Path, last: &str) -> BTreeMap<String, String> {
+pub(crate) fn ask_engine(socket: &std::path::Path, last: &str) -> BTreeMap<String, String> {
     let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
     stream.set_read_timeout(Some(LIMIT)).unwrap();
     let mut text = String::new();
@@ -101,8 +101,14 @@ pub(crate) fn engine_limits() -> Outcome {
     assert!(scene.client().start_engine(driver("GPU-works")).unwrap() > 0);
     let socket = scene.run_dir().join("engines/host.sock");
     assert_eq!(ask_engine(&socket, "go on")["CapEff"], "0000000000000000");
-    // With other limits it must be another process.
-    assert_eq!(code_of(scene.client().start_engine(driver("GPU-tells"))), "engine_conflict");
+    // Other limits of its group are put in force while it lives, or not at all.
+    assert!(scene.client().start_engine(driver("GPU-works-too")).unwrap() > 0);
+    assert_eq!(code_of(scene.client().start_engine(driver("GPU-holds-more"))), "device_limit_failed");
+    assert_eq!(code_of(scene.client().start_engine(driver("GPU-tells"))), "stub");
+    assert_eq!(scene.client().list().unwrap().engines[0].restarts, 0, "it lives");
+    // What it sees of devices is settled at its start.
+    let instance = limited(LimitBy::Mig { uuid: "MIG-1".to_owned() });
+    assert_eq!(code_of(scene.client().start_engine(instance)), "engine_conflict");
     scene.client().stop_engine("host").unwrap();
     Outcome::Passed
 }

@@ -10,6 +10,7 @@
 mod agent;
 mod calls;
 mod cases;
+mod devices;
 mod engines;
 mod scene;
 
