@@ -122,7 +122,7 @@ impl Gpu {
         }
     }
 
-    fn granted_and_seen(&self) -> Option<String> {
+    pub(super) fn granted_and_seen(&self) -> Option<String> {
         let state = self.state();
         let granted = |device: &&agentd_gpu::ledger::Device| {
             let id = device.gpu.as_ref().and_then(super::ill::id_of);

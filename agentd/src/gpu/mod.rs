@@ -18,7 +18,7 @@ mod lease;
 mod limits;
 mod orders;
 mod plan;
-mod programs;
+pub(crate) mod programs;
 mod room;
 mod served;
 #[cfg(test)]

@@ -185,3 +185,199 @@ fn closed(what: &str) -> Report {
     let fix = "see its state on the local console";
     Report::environment("store_unusable", what, "the data partition is not open", fix)
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::store::Store;
+    use agentd_domain::device::{Mig, MigInstance};
+    use agentd_domain::enforcement::Enforcement;
+    use agentd_domain::engine::Device;
+    use agentd_domain::ledger::DeviceView;
+    use std::collections::BTreeSet;
+    use uuid::Uuid;
+
+    const GIB: u64 = 1 << 30;
+
+    fn agent(number: u128) -> AgentId {
+        AgentId(Uuid::from_u128(number))
+    }
+
+    fn run(number: u128) -> RunId {
+        RunId(Uuid::from_u128(number))
+    }
+
+    /// A card of 8 GiB, of which a reserve of 1 is nobody's.
+    pub(crate) fn card() -> Device {
+        let mut card = super::super::ill::tests::card(&[]);
+        card.gpu.as_mut().expect("readings").pci_address = Some("0000:c1:00.0".to_owned());
+        card
+    }
+
+    fn regions() -> BTreeSet<String> {
+        ["nvidia/0000:c1:00.0/vidmem".to_owned()].into()
+    }
+
+    /// With a store, and an engine on this device.
+    pub(crate) fn with_engine_on(db: &Db, card: &Device) -> Gpu {
+        let gpu = Gpu::new(GIB);
+        gpu.open_devices(db).expect("opened");
+        see(&gpu, std::slice::from_ref(card));
+        gpu
+    }
+
+    fn see(gpu: &Gpu, devices: &[Device]) {
+        let terms = gpu.terms(devices, &regions());
+        gpu.limited(&terms.limits);
+        gpu.take_over(&mut gpu.state(), devices, &[]);
+    }
+
+    fn store(folder: &tempfile::TempDir) -> Db {
+        Db::new(Store::open(&folder.path().join("system.redb")).expect("a store"))
+    }
+
+    fn shown(gpu: &Gpu) -> DeviceView {
+        gpu.view(&|_| Some("painter".parse().expect("a name"))).devices.remove(0)
+    }
+
+    fn code(result: Result<Given, Report>) -> Result<u64, String> {
+        result.map(|given| given.limit().map_or(0, |limit| limit.bytes)).map_err(|report| report.code)
+    }
+
+    #[test]
+    fn a_share_is_nobody_else_s_from_its_lease_to_its_end_whoever_restarts() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let db = store(&folder);
+        let gpu = with_engine_on(&db, &card());
+        assert_eq!(code(gpu.lease(agent(1), run(1), Some(4 * GIB))), Ok(4 * GIB));
+        assert_eq!((shown(&gpu).programs_bytes, shown(&gpu).free_bytes), (4 * GIB, 3 * GIB));
+        assert_eq!(code(gpu.lease(agent(2), run(2), Some(4 * GIB))), Err("device_not_enforced".to_owned()));
+        // The engine is held to what is left of it, from now on.
+        let limits = gpu.terms(&[card()], &regions()).limits;
+        assert_eq!(limits.iter().map(|limit| limit.bytes).collect::<Vec<_>>(), [3 * GIB]);
+        // The next agentd, before it has seen any run.
+        let next = with_engine_on(&db, &card());
+        assert_eq!(shown(&next).programs_bytes, 4 * GIB);
+        assert_eq!(code(next.lease(agent(2), run(2), Some(4 * GIB))), Err("device_not_enforced".to_owned()));
+        next.release_others(&|living| living == run(1));
+        assert_eq!(shown(&next).programs_bytes, 4 * GIB, "its run lives");
+        next.release_others(&|_| false);
+        assert_eq!((shown(&next).programs_bytes, next.has_leases()), (0, false));
+        assert!(db.here().device_leases().expect("read").is_empty());
+        assert!(next.terms(&[card()], &regions()).limits.is_empty(), "nobody is to be kept from anything");
+    }
+
+    #[test]
+    fn a_share_leaves_what_was_guaranteed_to_others() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let db = store(&folder);
+        let gpu = with_engine_on(&db, &card());
+        gpu.open(db, super::super::Configured::default()).expect("opened");
+        let chat = agentd_domain::ledger::Partition {
+            id: "chat".parse().expect("a name"),
+            devices: vec!["CUDA0".to_owned()],
+            bytes: 5 * GIB,
+            priority: 50,
+            weight: 100,
+            sequences_most: 0,
+            guaranteed: true,
+        };
+        gpu.set(chat).expect("set");
+        assert!(gpu.lease(agent(1), run(1), Some(3 * GIB)).is_err(), "2 GiB are left");
+        assert_eq!(code(gpu.lease(agent(1), run(1), Some(2 * GIB))), Ok(2 * GIB));
+        // Its own partition's bytes are its own.
+        gpu.assign(agent(2), &"chat".parse().expect("a name")).expect("assigned");
+        assert_eq!(code(gpu.lease(agent(2), run(2), Some(5 * GIB))), Ok(5 * GIB));
+        assert!(gpu.lease(agent(2), run(3), Some(GIB)).is_err(), "it is full");
+    }
+
+    #[test]
+    fn a_granted_device_is_left_by_the_engine_and_then_one_agent_s() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let db = store(&folder);
+        let gpu = with_engine_on(&db, &card());
+        assert_eq!(code(gpu.lease(agent(1), run(1), None)), Err("device_not_granted".to_owned()));
+        let refused = |result: Result<(), Report>| result.expect_err("refused").code;
+        assert_eq!(refused(gpu.grant(agent(1), Some("CUDA7"))), "not_found");
+        gpu.grant(agent(1), Some("CUDA0")).expect("granted");
+        assert_eq!(gpu.hidden(), ["/dev/nvidia0"]);
+        assert_eq!(gpu.granted_and_seen().as_deref(), Some("CUDA0"), "the engine is to make way");
+        assert_eq!(code(gpu.lease(agent(1), run(1), None)), Err("device_in_use".to_owned()));
+        assert_eq!(refused(gpu.grant(agent(2), Some("CUDA0"))), "conflict");
+        // The next engine does not see it.
+        see(&gpu, &[]);
+        assert_eq!(gpu.granted_and_seen(), None);
+        let one = shown(&gpu);
+        assert_eq!(
+            (one.name.as_str(), one.granted_to.map(String::from)),
+            ("CUDA0", Some("painter".to_owned()))
+        );
+        let given = gpu.lease(agent(1), run(1), None).expect("given");
+        assert_eq!((given.hold, given.nodes.len()), (Hold::Whole, 3));
+        assert_eq!(code(gpu.lease(agent(2), run(2), None)), Err("device_not_granted".to_owned()));
+        assert_eq!(refused(gpu.grant(agent(1), None)), "conflict", "it runs with it");
+        // All of this is on disk.
+        let next = with_engine_on(&db, &card());
+        assert_eq!((next.hidden(), next.has_leases()), (vec!["/dev/nvidia0".to_owned()], true));
+        next.release(run(1));
+        next.grant(agent(1), None).expect("taken back");
+        assert!(next.hidden().is_empty() && db.here().device_grants().expect("read").is_empty());
+    }
+
+    #[test]
+    fn an_engine_is_on_one_instance_and_programs_are_on_others() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let db = store(&folder);
+        let mut cut = card();
+        let instance = |number: u64, gib: u64| MigInstance {
+            uuid: format!("MIG-{number}"),
+            memory_total_bytes: Some(gib * GIB),
+            memory_used_bytes: None,
+            nodes: [2 * number, 2 * number + 1]
+                .map(|minor| format!("/dev/nvidia-caps/nvidia-cap{minor}"))
+                .into(),
+        };
+        let instances = vec![instance(10, 2), instance(20, 4), instance(30, 1)];
+        cut.gpu.as_mut().expect("readings").mig = Some(Mig { enabled: true, pending: None, instances });
+        let gpu = with_engine_on(&db, &cut);
+        let terms = gpu.terms(std::slice::from_ref(&cut), &regions());
+        let by: Vec<_> = terms.limits.iter().map(|limit| (&limit.by, limit.bytes)).collect();
+        assert_eq!(by, [(&LimitBy::Mig { uuid: "MIG-20".to_owned() }, 4 * GIB)], "the largest");
+        let caps = [20, 21, 60, 61].map(|minor| format!("/dev/nvidia-caps/nvidia-cap{minor}"));
+        assert_eq!(terms.hidden, caps);
+        // The ledger counts the instance, and says who keeps it.
+        let one = shown(&gpu);
+        assert_eq!((one.total_bytes, one.enforcement), (4 * GIB, Enforcement::Hardware));
+        let given = gpu.lease(agent(1), run(1), Some(8 * GIB)).expect("another one");
+        assert_eq!(given.limit().map(|limit| &limit.by), Some(&LimitBy::Mig { uuid: "MIG-10".to_owned() }));
+        assert_eq!(code(gpu.lease(agent(2), run(2), Some(8 * GIB))), Ok(GIB));
+        assert_eq!(code(gpu.lease(agent(3), run(3), Some(8 * GIB))), Err("device_not_enforced".to_owned()));
+        assert_eq!(shown(&gpu).programs_bytes, 0, "nothing of the engine's own instance");
+        // The next engine is on the same, though its driver lists it alone, and nothing is asked of it again and again.
+        cut.memory_total_bytes = 4 * GIB;
+        cut.gpu
+            .as_mut()
+            .and_then(|gpu| gpu.mig.as_mut())
+            .expect("cut up")
+            .instances
+            .retain(|one| one.uuid == "MIG-20");
+        assert_eq!(gpu.terms(std::slice::from_ref(&cut), &regions()), terms);
+        assert_eq!(gpu.terms_now(), terms);
+    }
+
+    /// Within a limit a driver says that the device has no more than that.
+    #[test]
+    fn a_limit_is_of_the_whole_device_however_little_of_it_is_seen() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let gpu = with_engine_on(&store(&folder), &card());
+        gpu.lease(agent(1), run(1), Some(2 * GIB)).expect("given");
+        let bytes = |seen: u64| {
+            let held = Device { memory_total_bytes: seen, ..card() };
+            let terms = gpu.terms(std::slice::from_ref(&held), &regions());
+            terms.limits.iter().map(|limit| limit.bytes).collect::<Vec<_>>()
+        };
+        for seen in [8 * GIB, 5 * GIB, 4 * GIB, 8 * GIB] {
+            assert_eq!(bytes(seen), [5 * GIB], "{seen}");
+        }
+    }
+}

@@ -486,6 +486,16 @@ async fn a_plan_needs_no_appliance() {
     let shown = scene.good(&["plan", text(&manifest)]).await;
     let again: agentd_domain::plan::SandboxPlan = toml::from_str(&shown).expect("the text is the whole plan");
     assert_eq!(again, plan);
+    for (share, words) in [("8G", "at most 8 GiB of an accelerator"), ("whole", "a whole accelerator")] {
+        let folder = package(&format!("{MANIFEST}\n[gpu]\nmemory = \"{share}\"\n"), true);
+        let shown = scene.good(&["plan", text(&folder.path().join("agent.toml"))]).await;
+        let again: agentd_domain::plan::SandboxPlan =
+            toml::from_str(&shown).expect("the text is the whole plan");
+        assert!(
+            again.device.is_some_and(|device| device.given.is_none()) && shown.contains(words),
+            "{shown}"
+        );
+    }
     assert_eq!(scene.bad(2, &["plan", text(&manifest), "--remote"], "").await.code, "not_signed_in");
     scene.claim().await;
     scene.json::<agentd_domain::plan::SandboxPlan>(&["plan", text(&manifest), "--remote"]).await;

@@ -174,6 +174,13 @@ impl Scene {
 
     /// The same after runs that ended while no agentd lived.
     async fn after(exits: Vec<ExitRecord>) -> Self {
+        let scene = Self::of(MANIFEST, exits, &|_| crate::gpu::Gpu::new(0)).await;
+        scene.until("the parent runs", |views| running(views, PARENT)).await;
+        scene
+    }
+
+    /// With an agent of this manifest, and devices.
+    async fn of(manifest: &str, exits: Vec<ExitRecord>, gpu: &dyn Fn(&Db) -> crate::gpu::Gpu) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("launcher.sock");
         let fake = Fake::serve(&socket);
@@ -187,7 +194,7 @@ impl Scene {
             name: "parent".parse().expect("a name"),
             version: "1".to_owned(),
             digest: String::new(),
-            manifest: MANIFEST.to_owned(),
+            manifest: manifest.to_owned(),
             uid: db.here().next_uid().expect("a uid"),
             wanted: true,
             bundled: true,
@@ -247,14 +254,12 @@ impl Scene {
             nerves,
             felt,
             cgroup_root: folder.path().join("no-cgroups"),
-            gpu: crate::gpu::Gpu::new(0),
+            gpu: gpu(&db),
             serve,
         };
         let agents = start(links).await.expect("started");
         children.begin(agents.clone());
-        let scene = Self { _folder: folder, fake, db, tokens, audit, agents, children };
-        scene.until("the parent runs", |views| running(views, PARENT)).await;
-        scene
+        Self { _folder: folder, fake, db, tokens, audit, agents, children }
     }
 
     async fn until(&self, what: &str, seen: impl Fn(&Views) -> bool) -> Views {
@@ -477,4 +482,61 @@ async fn a_process_that_seccomp_kills_shows_while_its_run_lives_on() {
     }
     assert!(told.iter().all(|line| line.contains("SIGSYS") && line.contains("ptrace")), "{told:?}");
     assert!(running(&scene.agents.views(), PARENT));
+}
+
+const PAINTER: &str = "[agent]\nname = \"parent\"\nexec = [\"/agent/run\"]\n[gpu]\nmemory = \"4G\"\n\
+                       [agents]\nchildren = 2\ndepth = 1\n";
+
+/// From the manifest through the token to the plan that the launcher gets, and back when the run has ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_s_own_program_gets_a_device_for_as_long_as_its_run_lives() {
+    use agentd_domain::enforcement::LimitBy;
+    let gpu = std::sync::OnceLock::new();
+    let scene = Scene::of(PAINTER, Vec::new(), &|db| {
+        let card = crate::gpu::programs::tests::card();
+        gpu.get_or_init(|| crate::gpu::programs::tests::with_engine_on(db, &card)).clone()
+    })
+    .await;
+    scene.until("it runs", |views| running(views, PARENT)).await;
+    let plan = scene.fake.lock().expect("unpoisoned").plans[0].clone();
+    let wish = plan.device.clone().expect("a device");
+    let given = wish.given.expect("chosen");
+    let limit = given.limit().expect("a share");
+    assert_eq!((&limit.by, limit.bytes), (&LimitBy::Nvml { uuid: "GPU-1".to_owned() }, 4 << 30));
+    assert_eq!(given.nodes, ["/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm"]);
+    agentd_sandbox::check::check(&plan).expect("the launcher would take it");
+    // A child has none unless it asks for some of it, and never more.
+    let child = scene.child_of(PARENT, Narrowing::default()).await.expect("started");
+    let plans = scene.fake.lock().expect("unpoisoned").plans.clone();
+    assert_eq!(plans.iter().find(|plan| plan.agent_id == child).expect("a plan").device, None);
+    let more = Narrowing { limits: [(Limit::GpuBytes, 5 << 30)].into(), ..Narrowing::default() };
+    assert_eq!(scene.child_of(PARENT, more).await.expect_err("more than it has").code, "forbidden");
+    assert!(scene.recorded().iter().any(|record| record.contains("device.lease")), "{:?}", scene.recorded());
+    let gpu = gpu.get().expect("made").clone();
+    assert!(gpu.has_leases());
+    scene.agents.want(PARENT, false).await.expect("stopped");
+    scene.until("it is at rest", |views| !running(views, PARENT)).await;
+    let deadline = Instant::now() + PATIENCE;
+    while gpu.has_leases() {
+        assert!(Instant::now() < deadline, "its device is held");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Nothing holds a program to a share there: no node is given, and no run is asked for.
+#[tokio::test(flavor = "multi_thread")]
+async fn where_nothing_holds_a_program_to_its_share_it_is_not_started() {
+    let scene = Scene::of(PAINTER, Vec::new(), &|db| {
+        let mut card = crate::gpu::programs::tests::card();
+        // The kernel accounts for no region of it.
+        card.gpu.as_mut().expect("readings").pci_address = Some("0000:99:00.0".to_owned());
+        crate::gpu::programs::tests::with_engine_on(db, &card)
+    })
+    .await;
+    let refused = |views: &Views| code(views, PARENT).as_deref() == Some("device_not_enforced");
+    let views = scene.until("it is refused", refused).await;
+    let problem = views[&PARENT].problem.clone().expect("why");
+    assert!(problem.why.contains("nothing there holds a program to a share"), "{problem}");
+    assert!(problem.fix.contains("agentctl gpu grant"), "{problem}");
+    assert!(scene.fake.lock().expect("unpoisoned").plans.is_empty());
 }

@@ -5,6 +5,7 @@ use crate::client;
 use crate::show;
 use agentd_capability::{Difference, Subject, compile, difference, parse_manifest};
 use agentd_domain::fault::Report;
+use agentd_domain::human;
 use agentd_domain::manifest::Manifest;
 use agentd_domain::plan::SandboxPlan;
 use hyper::Method;
@@ -61,13 +62,29 @@ fn read(path: &Path) -> Result<String, Report> {
     })
 }
 
+/// What a plan of no run cannot say yet, as a comment of TOML.
+fn device(plan: &SandboxPlan) -> String {
+    let Some(wish) = &plan.device else { return String::new() };
+    let (what, who) = match wish.memory_bytes {
+        Some(bytes) => (
+            format!("at most {} of an accelerator", human::bytes(bytes)),
+            "hardware (MIG) or kernel (NVIDIA's driver 615, dmem) hold the program to it",
+        ),
+        None => ("a whole accelerator".to_owned(), "its owner has granted one to this agent alone"),
+    };
+    format!(
+        "\n# device: {what}, chosen when a run starts, and only where {who}; else no run is started.\n\
+         # The run then has that device's nodes in /dev, their driver's ioctls, and no other device.\n"
+    )
+}
+
 /// A plan is one value with names and numbers only; TOML shows it whole and readable.
 fn print(plan: &SandboxPlan, json: bool) {
     if json {
         return show::json(plan);
     }
     match toml::to_string_pretty(plan) {
-        Ok(text) => show::out(&text),
+        Ok(text) => show::out(&format!("{text}{}", device(plan))),
         Err(_) => show::json(plan),
     }
 }

@@ -361,6 +361,33 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_of_a_living_group_changes_or_stays_as_it_was() {
+        let groups = Groups::new("drm/0000:03:00.0/vram0 8514437120\n");
+        let options = groups.options();
+        let (one, half) = ([dmem(1 << 30)], [dmem(1 << 29)]);
+        set_all(&options, &one, &groups.leaf()).unwrap();
+        let held = |bytes: u64| {
+            fs::write(groups.leaf().join("dmem.current"), format!("{REGION} {bytes}\n")).unwrap();
+            // A real file holds one value for each region; this one keeps the end of what was longer.
+            fs::write(groups.leaf().join("dmem.max"), "").unwrap();
+        };
+        held(1 << 28);
+        change_all(&options, &one, &half, &groups.leaf()).unwrap();
+        assert_eq!(groups.max(), format!("{REGION} {}", 1 << 29));
+        // It has more than that already: the new limit would be a number that nobody keeps.
+        held((1 << 29) + 1);
+        let report = change_all(&options, &one, &half, &groups.leaf()).unwrap_err();
+        assert!(report.code == "device_limit_failed" && report.why.contains("holds"), "{report}");
+        assert!(groups.max().starts_with(&format!("{REGION} {}", 1 << 30)), "as before: {}", groups.max());
+        held(0);
+        change_all(&options, &one, &[], &groups.leaf()).unwrap();
+        assert_eq!(groups.max(), format!("{REGION} max"));
+        held(0);
+        change_all(&options, &one, &one, &groups.leaf()).unwrap();
+        assert_eq!(groups.max(), "", "what is as it was is not written again");
+    }
+
+    #[test]
     fn when_the_second_limit_fails_the_first_is_taken_back() {
         let groups = Groups::new("drm/0000:03:00.0/vram0 8514437120\n");
         let other = LimitBy::Dmem { region: "drm/0000:09:00.0/vram0".to_owned() };
