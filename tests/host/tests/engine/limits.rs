@@ -75,6 +75,8 @@ fn a_limit_is_set_read_and_cleared() {
     // Soft and hard alike: the share is its own, and nobody is ended for another's need.
     assert_eq!(scene.in_force(), Some(Limit { soft: 12 * GIB, hard: 12 * GIB }));
     assert_eq!(set["hard_bytes"], 12 * GIB);
+    // What the group holds already: by this it is known whether a limit of a living group is in force.
+    assert!(set["used_bytes"].is_u64(), "{set}");
     let (well, read) = scene.limit("get", UUID, &group, None);
     assert!(well && read == set, "{read}");
     let (well, cleared) = scene.limit("clear", UUID, &group, None);
