@@ -11,6 +11,7 @@ pub const UNSAFE_FILES: &[&str] = &[
     "agentd/crates/engine/src/ggml.rs",
     "agentd/crates/engine/src/limits.rs",
     "agentd/crates/engine/src/main.rs",
+    "agentd/crates/engine/src/nodes.rs",
     "agentd/crates/sandbox/src/bin/agent-jail.rs",
     "agentd/crates/sandbox/src/jail/probe.rs",
     "agentd/crates/sandbox/src/sys/kernel.rs",

@@ -1,4 +1,5 @@
-//! The real `agentctl` against a real TLS port with the fake appliance behind it.
+//! Long because every command is driven in one scene: the real `agentctl` against a real TLS port with the fake appliance
+//! behind it.
 
 #[path = "../../console/tests/fake/mod.rs"]
 mod fake;
