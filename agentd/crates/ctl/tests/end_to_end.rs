@@ -487,7 +487,7 @@ async fn a_plan_needs_no_appliance() {
     let shown = scene.good(&["plan", text(&manifest)]).await;
     let again: agentd_domain::plan::SandboxPlan = toml::from_str(&shown).expect("the text is the whole plan");
     assert_eq!(again, plan);
-    for (share, words) in [("8G", "at most 8 GiB of an accelerator"), ("whole", "a whole accelerator")] {
+    for (share, words) in [("8G", "at most 8.0 GiB of an accelerator"), ("whole", "a whole accelerator")] {
         let folder = package(&format!("{MANIFEST}\n[gpu]\nmemory = \"{share}\"\n"), true);
         let shown = scene.good(&["plan", text(&folder.path().join("agent.toml"))]).await;
         let again: agentd_domain::plan::SandboxPlan =
