@@ -7,8 +7,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=build.rs");
     // The dynamic loader looks beside the program; nothing of this machine's paths is baked in.
     println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN");
-    // llama-cpp-2 makes contexts through src/ffi/memory.cpp, which adds what it cannot set.
+    // llama-cpp-2 makes models and contexts through src/ffi/memory.cpp, which adds what it cannot set.
     println!("cargo:rustc-link-arg=-Wl,--wrap=llama_new_context_with_model");
+    println!("cargo:rustc-link-arg=-Wl,--wrap=llama_load_model_from_file");
     // From the build script of llama-cpp-sys-2, feature `dynamic-backends`.
     let backends = PathBuf::from(env::var("DEP_LLAMA_BACKENDS_DIR")?);
     let libraries = backends.parent().ok_or("the back ends' folder has no parent")?.join("lib");

@@ -58,7 +58,7 @@ impl Scene {
         engine.want(Wanted {
             embedder: Some(choice("minilm", ModelKind::Embedding)),
             chat: vec![choice("tiny", ModelKind::Chat)],
-            pinned: Default::default(),
+            ..Wanted::default()
         });
         engine.watch().wait_for(|view| view.stage == Stage::Ready).await.expect("ready");
         let db = Db::new(Store::open(&folder.path().join("system.redb")).expect("opens"));

@@ -5,6 +5,7 @@
 
 use super::plan::Choice;
 use super::waiting::Asker;
+use agentd_domain::device::Placement;
 use agentd_domain::enforcement::DeviceLimit;
 use agentd_domain::engine::{Device, EngineStatus, LoadedModel};
 use agentd_domain::fault::Report;
@@ -45,8 +46,8 @@ pub struct Terms {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// Its memory is held for it.
-    Load,
+    /// Its memory is held for it, there.
+    Load(Option<Placement>),
     /// These go first, in this order; then ask again.
     MakeRoom(Vec<String>),
     Refused(Report),

@@ -84,7 +84,7 @@ impl Task {
     /// One that was to give way, and is wanted again before it went, stays.
     fn let_stay(&mut self, session: &Session, wish: &Wanted) {
         for (model, _) in self.waiting.models() {
-            let choice = wish.chat.iter().find(|choice| choice.name == model);
+            let choice = wish.on_demand().find(|choice| choice.name == model);
             if choice.is_some_and(|choice| session.loaded.iter().any(|one| plan::is(choice, one))) {
                 self.resident.insert(model.clone());
                 self.uses.came(&model, None);
@@ -93,12 +93,12 @@ impl Task {
         }
     }
 
-    /// What an engine that lived on holds stays; so does a new default, and one chat model in any case.
+    /// What an engine that lived on holds stays; so does a new default, and one model in any case.
     fn settle_residents(&mut self, session: &mut Session, wish: &Wanted) {
         if !session.adopted {
             session.adopted = true;
             let known =
-                session.loaded.iter().filter(|model| wish.chat.iter().any(|one| plan::is(one, model)));
+                session.loaded.iter().filter(|model| wish.on_demand().any(|one| plan::is(one, model)));
             self.resident.extend(known.map(|model| model.model.clone()));
         }
         self.resident.retain(|name| wish.has(name) && !self.failed.contains_key(name));
@@ -161,18 +161,19 @@ impl Task {
     pub(super) async fn judged(&mut self, session: &mut Session, verdict: Verdict) -> Result<(), WireError> {
         let Some(Busy::Admitting(choice)) = session.busy.take() else { return Ok(()) };
         match verdict {
-            Verdict::Load if !self.wish.borrow().as_ref().is_some_and(|wish| wish.names(&choice)) => {
+            Verdict::Load(_) if !self.wish.borrow().as_ref().is_some_and(|wish| wish.names(&choice)) => {
                 // Its file was removed meanwhile.
                 self.links.gate.not_loaded(&choice.name);
             }
-            Verdict::Load => {
-                tracing::info!(model = %choice.name, path = %choice.path, "a model is being loaded");
+            Verdict::Load(placement) => {
+                let at = placement.as_ref().map(ToString::to_string).unwrap_or_default();
+                tracing::info!(model = %choice.name, path = %choice.path, placement = at, "a model is being loaded");
                 session.rounds = 0;
                 let file = tokio::fs::metadata(&choice.path).await;
                 let reading = file.map_or(0, |file| file.len() / READ_LEAST_BYTES_PER_S);
                 let patience = self.links.load_patience + Duration::from_secs(reading);
                 session.busy_until = Some(Instant::now() + patience);
-                session.send(Request::Load(plan::load(&choice)), Open::Models).await?;
+                session.send(Request::Load(plan::load(&choice, placement)), Open::Models).await?;
                 session.busy = Some(Busy::Loading(choice, Instant::now()));
             }
             Verdict::MakeRoom(models) => {

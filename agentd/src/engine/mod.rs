@@ -80,7 +80,7 @@ pub struct View {
     pub stage: Stage,
     pub devices: Vec<Device>,
     pub models: Vec<LoadedModel>,
-    /// Chat models that a request may name, loaded or not.
+    /// Models that a request may name, loaded or not, without the embedder.
     pub installed: Vec<Choice>,
     /// The embedder as it was loaded last.
     pub embedder_seen: Option<LoadedModel>,
@@ -111,7 +111,8 @@ pub struct Embedder {
 
 impl View {
     pub fn embedder(&self) -> Option<Embedder> {
-        let model = self.models.iter().find(|model| model.kind == ModelKind::Embedding)?;
+        let seen = self.embedder_seen.as_ref()?;
+        let model = self.models.iter().find(|model| *model == seen)?;
         let digest = hex::decode(&model.sha256).ok()?.try_into().ok()?;
         Some(Embedder { name: model.model.clone(), digest, dimension: model.dimension })
     }
@@ -213,6 +214,17 @@ impl Engine {
         }
     }
 
+    /// The same of any model that makes vectors, which comes first if it is not there.
+    pub async fn embed_for(
+        &self,
+        model: String,
+        inputs: Vec<String>,
+        asker: Asker,
+    ) -> Result<Embeddings, Report> {
+        let _held = self.have(&model, asker).await?;
+        self.embed_with(model, inputs).await
+    }
+
     async fn one(&self, request: Request, limit: Duration) -> Result<Event, Report> {
         let (answer, answered) = oneshot::channel();
         let asked = async {
@@ -286,20 +298,21 @@ impl Drop for GiveUp {
 impl EngineHandle for Engine {
     fn models(&self) -> Vec<ServedModel> {
         let view = self.view();
-        let chat = |name: &str| ServedModel {
+        let served = |name: &str, kind: ModelKind| ServedModel {
             name: name.to_owned(),
-            kind: ModelKind::Chat,
-            default: view.default_chat.as_deref() == Some(name),
-            dimension: 0,
+            kind,
+            default: kind == ModelKind::Chat && view.default_chat.as_deref() == Some(name),
+            // Not known before its first load.
+            dimension: view.models.iter().find(|one| one.model == name).map_or(0, |one| one.dimension),
         };
         let usable = |choice: &&Choice| !view.failed.contains_key(&choice.name);
         let mut models: Vec<ServedModel> =
-            view.installed.iter().filter(usable).map(|choice| chat(&choice.name)).collect();
+            view.installed.iter().filter(usable).map(|choice| served(&choice.name, choice.kind)).collect();
         // Of an engine that lived on, before it is known what is installed.
         let loaded = view.models.iter().filter(|model| model.kind == ModelKind::Chat);
         for model in loaded {
             if !models.iter().any(|one| one.name == model.model) {
-                models.push(chat(&model.model));
+                models.push(served(&model.model, ModelKind::Chat));
             }
         }
         models.extend(view.embedder_seen.as_ref().map(|model| ServedModel {
@@ -319,10 +332,7 @@ impl EngineHandle for Engine {
     }
 
     fn embed(&self, model: String, inputs: Vec<String>) -> Pending<'_, Embeddings> {
-        Box::pin(async move {
-            let _held = self.have(&model, Asker::default()).await?;
-            self.embed_with(model, inputs).await
-        })
+        Box::pin(self.embed_for(model, inputs, Asker::default()))
     }
 }
 

@@ -5,6 +5,7 @@
 //!         elsewhere (`agentd_gpu::evict`): here it is what is not to stay.
 //! Pure.
 
+use agentd_domain::device::Placement;
 use agentd_domain::engine::{LoadModel, LoadedModel, ModelKind};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,17 +17,24 @@ pub struct Wanted {
     /// In order of preference: the first that was not refused is `default`, the others are loaded when somebody asks for
     /// them by name.
     pub chat: Vec<Choice>,
-    /// Of those, the ones that are always loaded and never give way.
+    /// Further models that make vectors, loaded when somebody asks for them by name.
+    pub embedding: Vec<Choice>,
+    /// Of those and of chat models, the ones that are always loaded and never give way.
     pub pinned: BTreeSet<String>,
 }
 
 impl Wanted {
     pub fn has(&self, name: &str) -> bool {
-        self.embedder.iter().chain(&self.chat).any(|choice| choice.name == name)
+        self.embedder.iter().chain(self.on_demand()).any(|choice| choice.name == name)
     }
 
     pub fn names(&self, choice: &Choice) -> bool {
-        self.embedder.iter().chain(&self.chat).any(|one| one == choice)
+        self.embedder.iter().chain(self.on_demand()).any(|one| one == choice)
+    }
+
+    /// All that come when somebody names them, and may go again.
+    pub fn on_demand(&self) -> impl Iterator<Item = &Choice> + Clone {
+        self.chat.iter().chain(&self.embedding)
     }
 
     /// Whether a model never gives way.
@@ -67,9 +75,9 @@ pub fn next<T>(
     stay: Stay<'_>,
 ) -> Next {
     let usable = |choice: &&Choice| !failed.contains_key(&choice.name);
-    let waited = stay.waited_for.iter().filter_map(|name| wanted.chat.iter().find(|one| one.name == *name));
-    let pinned = wanted.chat.iter().filter(|one| wanted.pinned.contains(&one.name));
-    let resident = wanted.chat.iter().filter(|one| stay.resident.contains(&one.name));
+    let waited = stay.waited_for.iter().filter_map(|name| wanted.on_demand().find(|one| one.name == *name));
+    let pinned = wanted.on_demand().filter(|one| wanted.pinned.contains(&one.name));
+    let resident = wanted.on_demand().filter(|one| stay.resident.contains(&one.name));
     let mut keep: Vec<&Choice> = Vec::new();
     for choice in wanted.embedder.iter().chain(waited).chain(pinned).chain(resident).filter(usable) {
         if !keep.contains(&choice) {
@@ -99,13 +107,14 @@ pub fn passes(report: &agentd_domain::fault::Report) -> bool {
 /// Of a file that ended engines.
 pub const ENDED_ENGINE: &str = "model_ended_engine";
 
-pub fn load(choice: &Choice) -> LoadModel {
+pub fn load(choice: &Choice, placement: Option<Placement>) -> LoadModel {
     LoadModel {
         model: choice.name.clone(),
         path: choice.path.clone(),
         kind: choice.kind,
         context_tokens: 0,
         sequences: 0,
+        placement,
     }
 }
 
@@ -136,6 +145,7 @@ mod tests {
             dimension: 0,
             chat_template: None,
             sharing_refused: None,
+            placement: None,
         }
     }
 
@@ -143,6 +153,7 @@ mod tests {
         Wanted {
             embedder: Some(choice("minilm", ModelKind::Embedding)),
             chat: ["big", "tiny", "code", "small"].map(|name| choice(name, ModelKind::Chat)).into(),
+            embedding: vec![choice("bge", ModelKind::Embedding)],
             pinned: BTreeSet::from(["code".to_owned()]),
         }
     }
@@ -182,6 +193,18 @@ mod tests {
     }
 
     #[test]
+    fn a_further_embedding_model_comes_for_who_waits_and_stays_until_it_is_sent_away() {
+        let wanted = wanted();
+        let bge = &wanted.embedding[0];
+        let there = [loaded(wanted.embedder.as_ref().expect("one")), loaded(&wanted.chat[2])];
+        assert_eq!(step(&there, &[], &[]), Next::Settled);
+        assert_eq!(step(&there, &[], &["bge"]), Next::Load(bge.clone()));
+        let with_it = [&there[..], &[loaded(bge)]].concat();
+        assert_eq!(step(&with_it, &["bge"], &[]), Next::Settled);
+        assert_eq!(step(&with_it, &[], &[]), Next::Unload("bge".to_owned()));
+    }
+
+    #[test]
     fn a_refused_model_gives_way_to_the_next() {
         let wanted = wanted();
         let failed = BTreeMap::from([("big".to_owned(), ())]);
@@ -202,13 +225,13 @@ mod tests {
         /// Following the advice ends, and ends with what is to stay and nothing else.
         #[test]
         fn it_settles(
-            before in prop::collection::btree_set(0..6usize, 0..6),
-            refuses in prop::collection::vec(any::<bool>(), 6),
-            stays in prop::collection::btree_set(0..6usize, 0..6),
-            waits in prop::collection::vec(0..6usize, 0..4),
+            before in prop::collection::btree_set(0..7usize, 0..7),
+            refuses in prop::collection::vec(any::<bool>(), 7),
+            stays in prop::collection::btree_set(0..7usize, 0..7),
+            waits in prop::collection::vec(0..7usize, 0..4),
         ) {
             let wanted = wanted();
-            let mut all: Vec<Choice> = wanted.embedder.iter().chain(&wanted.chat).cloned().collect();
+            let mut all: Vec<Choice> = wanted.embedder.iter().chain(wanted.on_demand()).cloned().collect();
             all.push(choice("old", ModelKind::Chat));
             let mut held: Vec<LoadedModel> = before.iter().map(|&at| loaded(&all[at])).collect();
             let resident: BTreeSet<String> = stays.iter().map(|&at| all[at].name.clone()).collect();

@@ -11,7 +11,7 @@ use super::gate::Terms;
 use super::plan::{self, Choice};
 use super::run::{DEATHS_MOST, killed_report, lost_report};
 use super::wire::{self, WireError};
-use agentd_domain::device::MemoryPlan;
+use agentd_domain::device::{MemoryPlan, Placement};
 use agentd_domain::engine::{ClientFrame, Event, PROTOCOL_VERSION, Request};
 use agentd_domain::fault::Report;
 use agentd_domain::launcher::EngineSpec;
@@ -51,12 +51,17 @@ impl Planner {
         Self { launcher, sockets, memory_max_bytes, one: Arc::default() }
     }
 
-    pub async fn plan(&self, choice: &Choice, terms: &Terms) -> Result<MemoryPlan, Unplanned> {
+    pub async fn plan(
+        &self,
+        choice: &Choice,
+        placement: Option<Placement>,
+        terms: &Terms,
+    ) -> Result<MemoryPlan, Unplanned> {
         let _one = self.one.lock().await;
         let mut last = None;
         for _ in 0..DEATHS_MOST {
             self.begin(terms).await?;
-            let asked = tokio::time::timeout(LIMIT, self.ask(choice)).await;
+            let asked = tokio::time::timeout(LIMIT, self.ask(choice, placement.clone())).await;
             self.end().await;
             match asked {
                 Ok(Ok(Event::Plan(plan))) => return Ok(plan),
@@ -99,7 +104,7 @@ impl Planner {
         let _ = tokio::task::spawn_blocking(move || launcher.stop_engine(SET)).await;
     }
 
-    async fn ask(&self, choice: &Choice) -> Result<Event, Ended> {
+    async fn ask(&self, choice: &Choice, placement: Option<Placement>) -> Result<Event, Ended> {
         let away = |error: WireError| Ended::Away(lost_report(&error));
         let (mut reader, mut writer) =
             wire::connect(&self.sockets.join(format!("{SET}.sock"))).await.map_err(away)?;
@@ -110,7 +115,8 @@ impl Planner {
             Event::Hello { version, .. } => return Err(away(WireError::Version { engine: version })),
             _ => return Err(away(WireError::Closed)),
         }
-        writer.send(&ClientFrame { id: 1, body: Request::Plan(plan::load(choice)) }).await.map_err(away)?;
+        let body = Request::Plan(plan::load(choice, placement));
+        writer.send(&ClientFrame { id: 1, body }).await.map_err(away)?;
         // It was well until it looked at the file.
         let died = |_| Ended::OfFile("an engine ended while it counted what the file would take");
         reader.next().await.map(|frame| frame.body).map_err(died)

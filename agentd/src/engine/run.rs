@@ -217,7 +217,7 @@ impl Task {
             stage,
             devices: session.map_or_else(|| self.shown.borrow().devices.clone(), |one| one.devices.clone()),
             models,
-            installed: wish.chat,
+            installed: wish.on_demand().cloned().collect(),
             embedder_seen,
             loading: session.and_then(Session::loading).map(str::to_owned),
             default_chat,

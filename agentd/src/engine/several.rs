@@ -14,24 +14,24 @@ use futures::{FutureExt, StreamExt};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Room for so many chat models; who goes is who was idle longest.
+/// Room for so many models beside the embedder; who goes is who was idle longest.
 struct RoomFor {
-    chats: usize,
+    models: usize,
     asked: Mutex<Vec<Ask>>,
     not_loaded: Mutex<Vec<String>>,
 }
 
 impl RoomFor {
-    fn new(chats: usize) -> Arc<Self> {
-        Arc::new(Self { chats, asked: Mutex::default(), not_loaded: Mutex::default() })
+    fn new(models: usize) -> Arc<Self> {
+        Arc::new(Self { models, asked: Mutex::default(), not_loaded: Mutex::default() })
     }
 }
 
 impl Gate for RoomFor {
     fn admit(&self, ask: Ask) -> BoxFuture<'static, Verdict> {
-        let there = ask.loaded.iter().filter(|model| model.kind == ModelKind::Chat).count();
-        let verdict = if ask.choice.kind == ModelKind::Embedding || there < self.chats {
-            Verdict::Load
+        let there = ask.loaded.iter().filter(|model| model.model != "minilm").count();
+        let verdict = if ask.choice.name == "minilm" || there < self.models {
+            Verdict::Load(None)
         } else {
             let may_go = ask.holders.iter().filter(|one| !one.busy && !one.pinned);
             may_go.max_by_key(|one| one.idle).map_or_else(
@@ -61,6 +61,7 @@ fn wanted(chat: &[&str], pinned: &[&str]) -> Wanted {
     Wanted {
         embedder: Some(choice("minilm", "/minilm", ModelKind::Embedding)),
         chat: chat.iter().map(|name| choice(name, &format!("/{name}"), ModelKind::Chat)).collect(),
+        embedding: Vec::new(),
         pinned: pinned.iter().map(|name| (*name).to_owned()).collect(),
     }
 }
@@ -134,6 +135,40 @@ async fn who_is_idle_gives_way_and_who_works_or_is_pinned_does_not() {
     let holder = |name: &str| last.holders.iter().find(|one| one.model == name).expect("loaded").clone();
     assert!(holder("big").pinned && holder("minilm").pinned && !holder("tiny").pinned);
     assert!(holder("tiny").busy && !holder("big").busy);
+}
+
+#[tokio::test]
+async fn a_further_embedding_model_comes_when_it_is_named_and_gives_way_like_any_other() {
+    let scene = Scene::new();
+    let engine = scene.engine_behind(RoomFor::new(1));
+    let mut models = wanted(&["tiny"], &[]);
+    models.embedding.push(choice("bge", "/bge", ModelKind::Embedding));
+    engine.want(models);
+    ready(&engine).await;
+    assert_eq!(scene.loads(), ["minilm", "tiny"], "nobody named it");
+    let served = |name: &str| engine.models().into_iter().find(|model| model.name == name).expect("served");
+    let before = served("bge");
+    assert_eq!((before.kind, before.default, before.dimension), (ModelKind::Embedding, false, 0));
+    let texts = || vec!["a".to_owned(), "b".to_owned()];
+    let (one, other) = futures::future::join(
+        EngineHandle::embed(&engine, "bge".to_owned(), texts()),
+        EngineHandle::embed(&engine, "bge".to_owned(), texts()),
+    )
+    .await;
+    assert_eq!((one.expect("embedded").vectors.len(), other.expect("embedded").vectors.len()), (2, 2));
+    assert_eq!(
+        (scene.loads(), unloads(&scene)),
+        (["minilm", "tiny", "bge"].map(str::to_owned).into(), vec!["tiny".to_owned()])
+    );
+    assert_eq!(served("bge").dimension, 2);
+    // Memories go on with their own.
+    assert_eq!(engine.view().embedder().expect("loaded").name, "minilm");
+    asked(&engine, "tiny", "a").await.expect("the idle one goes for it");
+    assert_eq!(unloads(&scene), ["tiny", "bge"]);
+    EngineHandle::embed(&engine, "minilm".to_owned(), texts()).await.expect("it never went");
+    let unknown =
+        EngineHandle::embed(&engine, "nobody".to_owned(), texts()).await.expect_err("there is none");
+    assert_eq!((unknown.code.as_str(), unknown.http_status()), ("not_found", 404));
 }
 
 #[tokio::test]
@@ -229,7 +264,7 @@ struct Limiting(Mutex<Vec<Result<usize, String>>>);
 
 impl Gate for Limiting {
     fn admit(&self, _: Ask) -> BoxFuture<'static, Verdict> {
-        async { Verdict::Load }.boxed()
+        async { Verdict::Load(None) }.boxed()
     }
 
     fn not_loaded(&self, _: &str) {}

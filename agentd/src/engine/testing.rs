@@ -67,7 +67,7 @@ pub fn open_gate() -> Arc<dyn Gate> {
     struct Open;
     impl Gate for Open {
         fn admit(&self, _: Ask) -> BoxFuture<'static, Verdict> {
-            async { Verdict::Load }.boxed()
+            async { Verdict::Load(None) }.boxed()
         }
 
         fn not_loaded(&self, _: &str) {}
@@ -224,5 +224,6 @@ pub fn loaded(model: &LoadModel) -> LoadedModel {
         dimension: if model.kind == ModelKind::Embedding { 2 } else { 0 },
         chat_template: None,
         sharing_refused: None,
+        placement: model.placement.clone(),
     }
 }

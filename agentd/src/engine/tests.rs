@@ -66,7 +66,7 @@ fn wanted(chat: &[(&str, &str)]) -> Wanted {
     Wanted {
         embedder: Some(choice("minilm", "/minilm", ModelKind::Embedding)),
         chat: chat.iter().map(|(name, path)| choice(name, path, ModelKind::Chat)).collect(),
-        pinned: Default::default(),
+        ..Wanted::default()
     }
 }
 

@@ -7,23 +7,25 @@
 //!        the engine's own count (kept per file; else asked in a process of its own)
 //!               │           ▶ the file ends the process that counts ───▶ refused: it never meets other models
 //!               ▼
+//!               │           ▶ more than computed, and too much there ──▶ placed again, with that known
 //!        held in the ledger, then loaded
 //! ```
 //!
-//! Always: what is held is the engine's count. Where nobody could be asked it is the formula, an upper estimate, and says so.
+//! Always: what is held is the engine's count, of the very placement that is loaded (`agentd_gpu::place`). Where nobody could
+//!         be asked it is the formula, an upper estimate, and says so.
 //! Source: the formula and why it comes first, `agentd_gpu::plan`; the count, `crates/engine/src/forecast.rs`.
 
-use super::plan::Planned;
-use super::room::{Room, room};
+use super::plan::{Beyond, Planned, Spill};
+use super::room::{Room, Way, room};
 use super::{Gpu, header, limits};
 use crate::engine::{Ask, Gate, Planner, Terms, Unplanned, Verdict};
 use crate::health::{Board, Weight};
 use crate::readings;
-use agentd_domain::device::MemoryPlan;
+use agentd_domain::device::{MemoryPlan, Placement};
 use agentd_domain::enforcement::DeviceLimit;
 use agentd_domain::engine::Device;
 use agentd_domain::fault::Report;
-use agentd_domain::ledger::Need;
+use agentd_domain::ledger::{Need, PartitionId};
 use agentd_gpu::ledger::Ledger;
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -44,9 +46,14 @@ pub(super) enum Count {
 #[derive(Debug)]
 pub(super) enum Judged {
     Verdict(Verdict),
-    /// It fits by the formula: count exactly.
-    Count,
+    /// It fits by the formula: count exactly, placed so.
+    Count(Option<Placement>),
+    /// It does not fit as it was placed: the engine counted more on these devices than the formula says.
+    Beyond(Beyond, Report),
 }
+
+/// How often a model is placed, and counted, anew.
+const COUNTS_MOST: usize = 3;
 
 /// The ledger at the engine's door.
 pub struct AtTheDoor {
@@ -94,27 +101,38 @@ const LIMITS: &str = "device limits";
 
 impl Gpu {
     async fn admit(self, ask: Ask, planner: Planner) -> Verdict {
-        match self.judged(&ask, Count::Unasked).await {
-            Judged::Verdict(verdict) => return verdict,
-            Judged::Count => {}
-        }
-        let count = match planner.plan(&ask.choice, &self.terms_now()).await {
-            Ok(plan) => Count::Exact(Box::new(plan)),
-            Err(Unplanned::Refused(report)) => return Verdict::Refused(report),
-            Err(Unplanned::Away(report)) => {
-                tracing::warn!(model = %ask.choice.name, problem = %report, "a load was not counted by an engine");
-                Count::Away(report.why)
+        let mut beyond = Beyond::new();
+        let mut refused = uncounted(&ask.choice.name);
+        for _ in 0..COUNTS_MOST {
+            let placement = match self.judged(&ask, Count::Unasked, &beyond).await {
+                Judged::Verdict(verdict) => return verdict,
+                Judged::Count(placement) => placement,
+                Judged::Beyond(more, report) => {
+                    (beyond, refused) = (more, report);
+                    continue;
+                }
+            };
+            let count = match planner.plan(&ask.choice, placement, &self.terms_now()).await {
+                Ok(plan) => Count::Exact(Box::new(plan)),
+                Err(Unplanned::Refused(report)) => return Verdict::Refused(report),
+                Err(Unplanned::Away(report)) => {
+                    tracing::warn!(model = %ask.choice.name, problem = %report, "a load was not counted by an engine");
+                    Count::Away(report.why)
+                }
+            };
+            match self.judged(&ask, count, &beyond).await {
+                Judged::Verdict(verdict) => return verdict,
+                Judged::Count(_) => return Verdict::Refused(refused),
+                Judged::Beyond(more, report) => (beyond, refused) = (more, report),
             }
-        };
-        match self.judged(&ask, count).await {
-            Judged::Verdict(verdict) => verdict,
-            Judged::Count => Verdict::Refused(uncounted(&ask.choice.name)),
         }
+        Verdict::Refused(refused)
     }
 
-    async fn judged(&self, ask: &Ask, count: Count) -> Judged {
-        let (this, ask, name) = (self.clone(), ask.clone(), ask.choice.name.clone());
-        let judged = tokio::task::spawn_blocking(move || this.judge(&ask, count)).await;
+    async fn judged(&self, ask: &Ask, count: Count, beyond: &Beyond) -> Judged {
+        let (this, ask, beyond) = (self.clone(), ask.clone(), beyond.clone());
+        let name = ask.choice.name.clone();
+        let judged = tokio::task::spawn_blocking(move || this.judge_beyond(&ask, count, beyond)).await;
         judged.unwrap_or_else(|error| {
             let what = format!("the model {name} was not loaded");
             let report = Report::bug("thread_lost", what, error.to_string(), "try again");
@@ -123,10 +141,15 @@ impl Gpu {
     }
 
     /// One step: by what is known. Blocks for the file's header and the store.
+    #[cfg(test)]
     pub(super) fn judge(&self, ask: &Ask, count: Count) -> Judged {
+        self.judge_beyond(ask, count, Beyond::new())
+    }
+
+    pub(super) fn judge_beyond(&self, ask: &Ask, count: Count, beyond: Beyond) -> Judged {
         let Some(summary) = header(&ask.choice.path) else {
             // The engine says what is wrong with the file.
-            return Judged::Verdict(Verdict::Load);
+            return Judged::Verdict(Verdict::Load(None));
         };
         if let Count::Exact(plan) = &count {
             self.keep_count(ask, plan);
@@ -140,29 +163,33 @@ impl Gpu {
         self.learn(&ask.status);
         let mut state = self.state();
         if state.ledger.devices().is_empty() {
-            return Judged::Verdict(Verdict::Load);
+            return Judged::Verdict(Verdict::Load(None));
         }
-        let count = match count {
-            Count::Unasked => {
-                let kept =
-                    state.counts.get(&ask.choice.path).filter(|kept| kept.holds(&ask.choice, &state.ledger));
-                kept.map_or(Count::Unasked, |kept| Count::Exact(Box::new(kept.plan.clone())))
+        let kept = state.counts.get(&ask.choice.path).filter(|kept| kept.holds(&ask.choice, &state.ledger));
+        let kept = kept.map(|kept| kept.plan.clone());
+        let planned = Planned::of_file(&ask.choice.name, &summary, ask.choice.kind).counting(beyond);
+        let ways =
+            |ledger: &Ledger, id: &PartitionId, spill| way(&planned, ledger, (id, spill), &count, &kept);
+        match room(&state.ledger, &planned, &ways, ask.asker.as_ref(), &ask.holders) {
+            Ok(Room::There(_, way)) if !way.counted && matches!(count, Count::Unasked) => {
+                Judged::Count(way.placement)
             }
-            known => known,
-        };
-        let planned = Planned::of_file(&ask.choice.name, &summary, ask.choice.kind);
-        let need = |ledger: &Ledger| need_by(&planned, ledger, &count);
-        match room(&state.ledger, &planned, &need, ask.asker.as_ref(), &ask.holders) {
-            Ok(Room::There(_)) if matches!(count, Count::Unasked) => Judged::Count,
-            Ok(Room::There(with_it)) => {
+            Ok(Room::There(with_it, way)) => {
                 state.ledger = *with_it;
                 state.coming = Some(ask.choice.name.clone());
-                Judged::Verdict(Verdict::Load)
+                Judged::Verdict(Verdict::Load(way.placement))
             }
             Ok(Room::After(models)) => Judged::Verdict(Verdict::MakeRoom(models)),
             Err(refusal) => {
                 let report = refusal.report(&format!("the model {} was not loaded", ask.choice.name));
-                Judged::Verdict(Verdict::Refused(report))
+                let plan = match &count {
+                    Count::Exact(plan) => Some(&**plan),
+                    Count::Unasked | Count::Away(_) => kept.as_ref(),
+                };
+                match plan.and_then(|plan| beyond_of(&planned, &state.ledger, plan)) {
+                    Some(beyond) => Judged::Beyond(beyond, report),
+                    None => Judged::Verdict(Verdict::Refused(report)),
+                }
             }
         }
     }
@@ -175,16 +202,51 @@ impl Gpu {
     }
 }
 
-fn need_by(planned: &Planned, ledger: &Ledger, count: &Count) -> Need {
-    match count {
-        Count::Unasked => planned.need(ledger),
-        Count::Exact(plan) => planned.counted(plan, ledger),
-        Count::Away(why) => {
-            let mut need = planned.need(ledger);
-            need.assumed.push(format!("the engine did not count it: {why}"));
-            need
+fn way(
+    planned: &Planned,
+    ledger: &Ledger,
+    (id, spill): (&PartitionId, Spill),
+    count: &Count,
+    kept: &Option<MemoryPlan>,
+) -> Option<Way> {
+    let exactly = |plan: &MemoryPlan| Way {
+        need: planned.counted(plan, ledger),
+        placement: plan.placement.clone(),
+        counted: true,
+    };
+    if let Count::Exact(plan) = count {
+        return Some(exactly(plan));
+    }
+    let layout = planned.placed(ledger, id, spill)?;
+    let placement = Planned::placement(&layout, ledger);
+    if let Some(kept) = kept.as_ref().filter(|kept| kept.placement == placement) {
+        return Some(exactly(kept));
+    }
+    let mut need = planned.need_in(ledger, &layout);
+    if let Count::Away(why) = count {
+        need.assumed.push(format!("the engine did not count it: {why}"));
+    }
+    Some(Way { need, placement, counted: false })
+}
+
+/// What the engine counted on devices beyond what was thought, if it did.
+fn beyond_of(planned: &Planned, ledger: &Ledger, plan: &MemoryPlan) -> Option<Beyond> {
+    let placement = plan.placement.as_ref()?;
+    let (counted, thought) = (planned.counted(plan, ledger), planned.need_at(ledger, placement));
+    let bytes = |need: &Need, device: &str| {
+        need.on(device).map_or(0, |part| part.total_bytes().saturating_sub(part.overhead_bytes))
+    };
+    let mut beyond = planned.beyond().clone();
+    let mut grew = false;
+    for stretch in &placement.stretches {
+        let more = bytes(&counted, &stretch.device).saturating_sub(bytes(&thought, &stretch.device));
+        if more > 0 {
+            let known = beyond.entry(stretch.device.clone()).or_default();
+            *known = known.saturating_add(more);
+            grew = true;
         }
     }
+    grew.then_some(beyond)
 }
 
 fn uncounted(model: &str) -> Report {

@@ -44,13 +44,10 @@ pub struct Counted {
 }
 
 impl Counted {
-    /// Whether it is still this file on these devices. Layers go to several GPUs by what is free at that moment: such a
-    /// count holds once.
+    /// Whether it is still this file on these devices. It is a count of one placement (`plan.placement`).
     pub fn holds(&self, choice: &Choice, ledger: &Ledger) -> bool {
-        let gpus = ledger.devices().iter().filter(|device| !device.is_host()).count();
         self.kind == choice.kind
             && self.version == crate::VERSION
-            && gpus <= 1
             && self.devices == sizes(ledger.devices())
             && identity(&choice.path) == Some((self.file_bytes, self.changed_ns))
     }

@@ -17,6 +17,8 @@ mod learned;
 mod lease;
 mod limits;
 mod orders;
+#[cfg(test)]
+mod placing;
 mod plan;
 pub(crate) mod programs;
 mod room;
@@ -355,11 +357,12 @@ fn need_of_loaded(model: &LoadedModel, ledger: &Ledger, counts: &BTreeMap<String
     let of_it = |counted: &&Counted| {
         let same =
             counted.kind == ModelKind::Embedding || counted.plan.context_tokens == model.context_tokens;
-        same && counted.holds(&choice, ledger)
+        same && counted.plan.placement == model.placement && counted.holds(&choice, ledger)
     };
-    match counts.get(&model.path).filter(of_it) {
-        Some(counted) => planned.counted(&counted.plan, ledger),
-        None => planned.need(ledger),
+    match (counts.get(&model.path).filter(of_it), &model.placement) {
+        (Some(counted), _) => planned.counted(&counted.plan, ledger),
+        (None, Some(placement)) => planned.need_at(ledger, placement),
+        (None, None) => planned.need(ledger),
     }
 }
 

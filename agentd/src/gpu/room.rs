@@ -2,10 +2,12 @@
 //!
 //! Pure: a ledger, a need and those that may go in; the ledger with the model in it, or names in the order to unload, or
 //! a refusal that says what would fit.
-//! Always: who goes makes the room: the ledger without them admits the model.
+//! Always: who goes makes the room: the ledger without them admits the model. A model that devices can hold is not put
+//!         into host memory because others hold them now.
 
-use super::plan::Planned;
+use super::plan::{Planned, Spill};
 use crate::engine::{Asker, Holder};
+use agentd_domain::device::Placement;
 use agentd_domain::ledger::{Need, PartitionId};
 use agentd_gpu::admission::Refusal;
 use agentd_gpu::evict::{self, Bytes, Candidate};
@@ -18,18 +20,28 @@ const THE_PARTITION: &str = "";
 
 #[derive(Debug)]
 pub(super) enum Room {
-    There(Box<Ledger>),
+    There(Box<Ledger>, Way),
     /// When these have gone.
     After(Vec<String>),
 }
 
-/// What is known of a need: it may depend on what lies on the devices.
-pub(super) type NeedOf<'a> = &'a dyn Fn(&Ledger) -> Need;
+/// How a model is to be loaded.
+#[derive(Debug, Clone)]
+pub(super) struct Way {
+    pub need: Need,
+    pub placement: Option<Placement>,
+    /// The need is the engine's own count.
+    pub counted: bool,
+}
+
+/// How it could be loaded for a partition: that depends on what lies on the devices. Nothing where only host memory could
+/// take the rest of it and that is not allowed.
+pub(super) type Ways<'a> = &'a dyn Fn(&Ledger, &PartitionId, Spill) -> Option<Way>;
 
 pub(super) fn room(
     ledger: &Ledger,
     planned: &Planned,
-    need: NeedOf<'_>,
+    ways: Ways<'_>,
     asker: Option<&Asker>,
     holders: &[Holder],
 ) -> Result<Room, Refusal> {
@@ -38,10 +50,9 @@ pub(super) fn room(
     let mut gone: Vec<String> = Vec::new();
     let mut first = None;
     loop {
-        let wants = need(&trial);
-        let refusal = match load(&mut trial, planned, &wants, asker) {
-            Ok(()) if gone.is_empty() => return Ok(Room::There(Box::new(trial))),
-            Ok(()) => return Ok(Room::After(gone)),
+        let refusal = match load(&mut trial, planned, ways, asker) {
+            Ok(way) if gone.is_empty() => return Ok(Room::There(Box::new(trial), way)),
+            Ok(_) => return Ok(Room::After(gone)),
             Err(refusal) => refusal,
         };
         let Refusal::BudgetExceeded { partition, short_bytes, device, .. } = &refusal else {
@@ -86,17 +97,46 @@ fn candidate(ledger: &Ledger, holder: &Holder, partition: &PartitionId) -> Optio
     })
 }
 
-/// Holds a model: for the default partition; where that is too small, for its asker's, or without one for the most
-/// important that it fits.
-fn load(ledger: &mut Ledger, planned: &Planned, need: &Need, asker: Option<&Asker>) -> Result<(), Refusal> {
-    let before = ledger.clone();
-    let longest = |fits: &dyn Fn(&Need) -> bool| planned.longest(&before, fits);
-    let default = PartitionId::default_partition();
-    let refused = match ledger.load(planned.model(), &default, need.clone(), &longest) {
-        Ok(()) => return Ok(()),
+/// Holds a model: on devices if any partition that may be has them, else with what they do not take in host memory.
+fn load(
+    ledger: &mut Ledger,
+    planned: &Planned,
+    ways: Ways<'_>,
+    asker: Option<&Asker>,
+) -> Result<Way, Refusal> {
+    let refused = match load_as(ledger, planned, &|ledger, id| ways(ledger, id, Spill::Never), asker) {
+        Ok(way) => return Ok(way),
+        Err(Some(refusal @ Refusal::BudgetExceeded { .. })) => return Err(refusal),
         Err(refusal) => refusal,
     };
-    let mut others: Vec<(u8, PartitionId)> = ledger
+    let spilled = load_as(ledger, planned, &|ledger, id| ways(ledger, id, Spill::Allowed), asker);
+    spilled.map_err(|refusal| {
+        let default = PartitionId::default_partition();
+        refused.or(refusal).unwrap_or(Refusal::UnknownPartition { partition: default })
+    })
+}
+
+/// Holds a model: for the default partition; where that is too small, for its asker's, or without one for the most
+/// important that it fits. Nothing is said where there is no way for any of them.
+fn load_as(
+    ledger: &mut Ledger,
+    planned: &Planned,
+    way_of: &dyn Fn(&Ledger, &PartitionId) -> Option<Way>,
+    asker: Option<&Asker>,
+) -> Result<Way, Option<Refusal>> {
+    let before = ledger.clone();
+    let mut try_for = |id: &PartitionId| {
+        let way = way_of(&before, id)?;
+        let longest = |fits: &dyn Fn(&Need) -> bool| planned.longest(&before, id, fits);
+        Some(ledger.load(planned.model(), id, way.need.clone(), &longest).map(|()| way))
+    };
+    let default = PartitionId::default_partition();
+    let refused = match try_for(&default) {
+        Some(Ok(way)) => return Ok(way),
+        Some(Err(refusal)) => Some(refusal),
+        None => None,
+    };
+    let mut others: Vec<(u8, PartitionId)> = before
         .partitions()
         .iter()
         .filter(|one| asker.is_none_or(|asker| asker.partition == one.id))
@@ -105,15 +145,15 @@ fn load(ledger: &mut Ledger, planned: &Planned, need: &Need, asker: Option<&Aske
     others.sort_by(|a, b| b.0.cmp(&a.0).then_with(|| a.1.cmp(&b.1)));
     let mut own = None;
     for (_, id) in others {
-        match ledger.load(planned.model(), &id, need.clone(), &longest) {
-            Ok(()) => return Ok(()),
+        match try_for(&id) {
+            Some(Ok(way)) => return Ok(way),
             // Others going may help there when it never fits the default.
-            Err(refusal @ Refusal::BudgetExceeded { .. }) if asker.is_some() => own = Some(refusal),
-            Err(_) => {}
+            Some(Err(refusal @ Refusal::BudgetExceeded { .. })) if asker.is_some() => own = Some(refusal),
+            Some(Err(_)) | None => {}
         }
     }
     Err(match refused {
-        Refusal::ModelTooLarge { .. } => own.unwrap_or(refused),
+        Some(Refusal::ModelTooLarge { .. }) | None => own.or(refused),
         refused => refused,
     })
 }

@@ -97,7 +97,11 @@ impl EngineHandle for Served {
     }
 
     fn embed(&self, model: String, inputs: Vec<String>) -> Pending<'_, Embeddings> {
-        EngineHandle::embed(&self.engine, model, inputs)
+        Box::pin(async move {
+            let standing = self.gpu.standing(self.placed().await, &model);
+            let asker = Asker { priority: standing.priority, partition: standing.partition };
+            self.engine.embed_for(model, inputs, asker).await
+        })
     }
 }
 

@@ -10,15 +10,15 @@ use agentd_domain::ledger::{Basis, DEFAULT_PARTITION};
 use std::path::PathBuf;
 use uuid::Uuid;
 
-const MIB: u64 = 1 << 20;
+pub(super) const MIB: u64 = 1 << 20;
 
-struct Scene {
+pub(super) struct Scene {
     folder: tempfile::TempDir,
-    gpu: Gpu,
+    pub(super) gpu: Gpu,
 }
 
 impl Scene {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let scene = Self { gpu: Gpu::new(4096 * MIB), folder };
         scene.gpu.open(scene.db(), Configured::default()).expect("opened");
@@ -30,7 +30,7 @@ impl Scene {
     }
 
     /// What an agentd that was started again has.
-    fn again(self, partitions: Vec<Partition>) -> Self {
+    pub(super) fn again(self, partitions: Vec<Partition>) -> Self {
         self.again_with(Configured { partitions, ..Configured::default() })
     }
 
@@ -43,11 +43,20 @@ impl Scene {
     }
 
     /// A header of a decoder with so many mebibytes of weights behind it, which the file system need not store.
-    fn model(&self, name: &str, mebibytes: u64) -> Choice {
+    pub(super) fn model(&self, name: &str, mebibytes: u64) -> Choice {
         let path: PathBuf = self.folder.path().join(format!("{name}.gguf"));
         let file = File::create(&path).expect("a file");
         file.write_all_at(&header_of(mebibytes), 0).expect("written");
         file.set_len(4096 + mebibytes * MIB).expect("as long as it says");
+        Choice { name: name.to_owned(), path: path.to_string_lossy().into_owned(), kind: ModelKind::Chat }
+    }
+
+    /// The same with so many blocks of that size, each of one tensor.
+    pub(super) fn layered(&self, name: &str, blocks: u32, mebibytes: u64) -> Choice {
+        let path: PathBuf = self.folder.path().join(format!("{name}.gguf"));
+        let file = File::create(&path).expect("a file");
+        file.write_all_at(&header_with(blocks, mebibytes), 0).expect("written");
+        file.set_len(8192 + u64::from(blocks) * mebibytes * MIB).expect("as long as it says");
         Choice { name: name.to_owned(), path: path.to_string_lossy().into_owned(), kind: ModelKind::Chat }
     }
 
@@ -59,18 +68,18 @@ impl Scene {
     fn may_load_on(&self, choice: &Choice, on: &[Device], loaded: &[LoadedModel]) -> Result<(), Report> {
         let ask = ask(choice, on, loaded, &[]);
         match self.gpu.judge(&ask, Count::Away("there is none".to_owned())) {
-            Judged::Verdict(Verdict::Load) => Ok(()),
+            Judged::Verdict(Verdict::Load(_)) => Ok(()),
             Judged::Verdict(Verdict::Refused(report)) => Err(report),
             other => panic!("{other:?}"),
         }
     }
 
-    fn view(&self) -> Devices {
+    pub(super) fn view(&self) -> Devices {
         self.gpu.view(&|_| None)
     }
 }
 
-fn ask(choice: &Choice, on: &[Device], loaded: &[LoadedModel], holders: &[Holder]) -> Ask {
+pub(super) fn ask(choice: &Choice, on: &[Device], loaded: &[LoadedModel], holders: &[Holder]) -> Ask {
     Ask {
         choice: choice.clone(),
         asker: None,
@@ -94,17 +103,26 @@ fn status(on: &[Device], rss_bytes: u64) -> EngineStatus {
     }
 }
 
-/// The header of a small decoder.
+/// The header of a small decoder, whose one tensor is of its first block.
 pub(crate) fn header_of(mebibytes: u64) -> Vec<u8> {
+    header_made(4, &[mebibytes])
+}
+
+/// One tensor of each block.
+fn header_with(blocks: u32, mebibytes: u64) -> Vec<u8> {
+    header_made(blocks, &vec![mebibytes; blocks as usize])
+}
+
+fn header_made(blocks: u32, mebibytes: &[u64]) -> Vec<u8> {
     let text = |into: &mut Vec<u8>, text: &str| {
         into.extend((text.len() as u64).to_le_bytes());
         into.extend(text.as_bytes());
     };
     let mut bytes = b"GGUF".to_vec();
     bytes.extend(3u32.to_le_bytes());
-    bytes.extend(1u64.to_le_bytes());
+    bytes.extend((mebibytes.len() as u64).to_le_bytes());
     let numbers = [
-        ("llama.block_count", 4u32),
+        ("llama.block_count", blocks),
         ("llama.embedding_length", 256),
         ("llama.context_length", 8192),
         ("llama.attention.head_count", 4),
@@ -119,16 +137,20 @@ pub(crate) fn header_of(mebibytes: u64) -> Vec<u8> {
         bytes.extend(value.to_le_bytes());
     }
     // Bytes: type I8.
-    text(&mut bytes, "blk.0.ffn_up.weight");
-    bytes.extend(2u32.to_le_bytes());
-    bytes.extend(MIB.to_le_bytes());
-    bytes.extend(mebibytes.to_le_bytes());
-    bytes.extend(24u32.to_le_bytes());
-    bytes.extend(0u64.to_le_bytes());
+    let mut at: u64 = 0;
+    for (block, mebibytes) in mebibytes.iter().enumerate() {
+        text(&mut bytes, &format!("blk.{block}.ffn_up.weight"));
+        bytes.extend(2u32.to_le_bytes());
+        bytes.extend(MIB.to_le_bytes());
+        bytes.extend(mebibytes.to_le_bytes());
+        bytes.extend(24u32.to_le_bytes());
+        bytes.extend(at.to_le_bytes());
+        at += mebibytes * MIB;
+    }
     bytes
 }
 
-fn devices() -> Vec<Device> {
+pub(super) fn devices() -> Vec<Device> {
     vec![Device {
         name: "CPU".to_owned(),
         description: "a processor".to_owned(),
@@ -139,11 +161,11 @@ fn devices() -> Vec<Device> {
     }]
 }
 
-fn loaded(choice: &Choice) -> LoadedModel {
-    crate::engine::testing::loaded(&crate::engine::load(choice))
+pub(super) fn loaded(choice: &Choice) -> LoadedModel {
+    crate::engine::testing::loaded(&crate::engine::load(choice, None))
 }
 
-fn partition(id: &str, mebibytes: u64) -> Partition {
+pub(super) fn partition(id: &str, mebibytes: u64) -> Partition {
     Partition {
         id: id.parse().expect("a name"),
         devices: vec!["CPU".to_owned()],
@@ -370,7 +392,7 @@ fn what_the_engine_uses_beyond_its_plan_is_shown_and_kept_free() {
 }
 
 /// The engine's count of a model: so many mebibytes of weights on the host, 32 of cache, 8 for computing, 4 beside.
-fn count(choice: &Choice, weights_mib: u64) -> MemoryPlan {
+pub(super) fn count(choice: &Choice, weights_mib: u64) -> MemoryPlan {
     MemoryPlan {
         path: choice.path.clone(),
         architecture: "llama".to_owned(),
@@ -384,6 +406,7 @@ fn count(choice: &Choice, weights_mib: u64) -> MemoryPlan {
             context_bytes: 32 * MIB,
             compute_bytes: 8 * MIB,
         }],
+        placement: None,
         row_bytes: 1024,
         rows_least: 1024,
         overhead_bytes: 2 * MIB,
@@ -396,10 +419,10 @@ fn the_engines_count_is_held_and_known_the_next_time() {
     let scene = Scene::new();
     let choice = scene.model("m", 100);
     let asked = ask(&choice, &devices(), &[], &[]);
-    assert!(matches!(scene.gpu.judge(&asked, Count::Unasked), Judged::Count), "it fits: count it");
+    assert!(matches!(scene.gpu.judge(&asked, Count::Unasked), Judged::Count(_)), "it fits: count it");
     assert!(scene.view().models.is_empty(), "nothing is held for a question");
     let exact = Count::Exact(Box::new(count(&choice, 90)));
-    assert!(matches!(scene.gpu.judge(&asked, exact), Judged::Verdict(Verdict::Load)));
+    assert!(matches!(scene.gpu.judge(&asked, exact), Judged::Verdict(Verdict::Load(_))));
     let held = |scene: &Scene| {
         let need = scene.view().models[0].need.clone();
         (need.basis, need.devices[0].clone())
@@ -413,7 +436,7 @@ fn the_engines_count_is_held_and_known_the_next_time() {
     assert_eq!((scene.view().models.len(), scene.gpu.holds("m")), (0, None));
     // Another agentd asks nobody: for a load, and for a model that an engine holds from before.
     let scene = scene.again(Vec::new());
-    assert!(matches!(scene.gpu.judge(&asked, Count::Unasked), Judged::Verdict(Verdict::Load)));
+    assert!(matches!(scene.gpu.judge(&asked, Count::Unasked), Judged::Verdict(Verdict::Load(_))));
     assert_eq!(held(&scene), (Basis::Engine, need.clone()));
     let scene = scene.again(Vec::new());
     let living = LoadedModel { context_tokens: 4096, sequences: 8, ..loaded(&choice) };
@@ -423,7 +446,7 @@ fn the_engines_count_is_held_and_known_the_next_time() {
     // Another file under that name is counted anew.
     let scene = scene.again(Vec::new());
     let larger = scene.model("m", 101);
-    assert!(matches!(scene.gpu.judge(&ask(&larger, &devices(), &[], &[]), Count::Unasked), Judged::Count));
+    assert!(matches!(scene.gpu.judge(&ask(&larger, &devices(), &[], &[]), Count::Unasked), Judged::Count(_)));
 }
 
 #[test]
@@ -466,7 +489,7 @@ fn what_was_learned_of_a_device_outlives_agentd_and_is_believed_in_bounds() {
     assert_eq!(scene.view().devices[0].planned.overhead_bytes, 0);
 }
 
-fn holder(choice: &Choice, idle_s: u64) -> Holder {
+pub(super) fn holder(choice: &Choice, idle_s: u64) -> Holder {
     Holder {
         model: choice.name.clone(),
         busy: false,
@@ -491,7 +514,7 @@ fn room_is_made_by_the_idle_and_never_by_the_busy_or_the_pinned() {
         let ask = Ask { asker, ..ask(&new, &devices(), &there, holders) };
         match scene.gpu.judge(&ask, Count::Away(String::new())) {
             Judged::Verdict(verdict) => verdict,
-            Judged::Count => panic!("it was counted"),
+            other => panic!("it was counted: {other:?}"),
         }
     };
     let idle = [holder(&all[0], 10), holder(&all[1], 600), holder(&all[2], 60)];

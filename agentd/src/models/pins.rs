@@ -4,6 +4,7 @@
 //! Always: a pin is on disk before it holds. It is a name's: a model that comes later under it is pinned too.
 
 use super::Models;
+use super::plan::EMBEDDER;
 use crate::appliance::Machine;
 use crate::audit::Order;
 use crate::health::{Board, Weight};
@@ -12,7 +13,6 @@ use crate::store::Db;
 use agentd_console::Residence;
 use agentd_domain::api::{Model, ModelName};
 use agentd_domain::config;
-use agentd_domain::engine::ModelKind;
 use agentd_domain::fault::Report;
 use std::collections::BTreeSet;
 use std::sync::{MutexGuard, PoisonError};
@@ -82,9 +82,9 @@ impl Models {
                 let why = format!("there is no model `{name}`");
                 return Err(Report::caller("not_found", what, why, "`agentctl model ls` shows the models"));
             }
-            Some(model) if model.kind == ModelKind::Embedding => {
-                let why = format!("`{name}` makes vectors: the one that memories need is always loaded");
-                return Err(Report::caller("conflict", what, why, "pin models that chat"));
+            Some(model) if model.name == EMBEDDER => {
+                let why = format!("`{name}` makes the vectors of memories: it is always loaded");
+                return Err(Report::caller("conflict", what, why, "pin other models"));
             }
             _ => {}
         }

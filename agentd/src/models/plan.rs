@@ -69,8 +69,8 @@ pub fn name(mut files: Vec<Found>) -> Vec<Named> {
     named
 }
 
-/// The embedder is the image's own: what stands in memories was made by it. For chat the owner's models come
-/// first, those on an extra medium before all, because they were put in for this boot.
+/// The embedder is the image's own: what stands in memories was made by it; others make vectors for who names them. For chat
+/// the owner's models come first, those on an extra medium before all, because they were put in for this boot.
 pub fn wanted(models: &[Named], pinned: &BTreeSet<String>) -> Wanted {
     let choice = |model: &Named| Choice {
         name: model.name.clone(),
@@ -82,9 +82,12 @@ pub fn wanted(models: &[Named], pinned: &BTreeSet<String>) -> Wanted {
         models.iter().filter(|model| model.found.good && model.found.kind == ModelKind::Chat).collect();
     chat.sort_by_key(|model| (model.found.origin, model.name == TINY));
     let chat: Vec<Choice> = chat.into_iter().map(choice).collect();
+    let others = models.iter().filter(|model| model.found.good && model.found.kind == ModelKind::Embedding);
+    let embedding: Vec<Choice> = others.filter(|model| model.name != EMBEDDER).map(choice).collect();
     // A pin outlives its model: it holds again when one of that name comes back.
-    let pinned = chat.iter().map(|one| &one.name).filter(|name| pinned.contains(*name)).cloned().collect();
-    Wanted { embedder, chat, pinned }
+    let names = chat.iter().chain(&embedding).map(|one| &one.name);
+    let pinned = names.filter(|name| pinned.contains(*name)).cloned().collect();
+    Wanted { embedder, chat, embedding, pinned }
 }
 
 /// As `api::ModelName` allows it.
@@ -134,7 +137,12 @@ mod tests {
         files.push(found(Origin::Medium, "usb.gguf", ModelKind::Chat));
         files.push(found(Origin::Data, "e.gguf", ModelKind::Embedding));
         files.push(Found { good: false, ..found(Origin::Data, "broken.gguf", ModelKind::Chat) });
-        assert_eq!(names(&wanted(&name(files), &BTreeSet::new())), ["usb", "a", "b", TINY]);
+        let wanted = wanted(&name(files), &BTreeSet::from(["e".to_owned(), "gone".to_owned()]));
+        assert_eq!(names(&wanted), ["usb", "a", "b", TINY]);
+        // A further embedding model is nobody's memory: it comes when it is named, or is pinned.
+        assert_eq!(wanted.embedder.as_ref().map(|choice| choice.name.as_str()), Some(EMBEDDER));
+        assert_eq!(wanted.embedding.iter().map(|choice| choice.name.as_str()).collect::<Vec<_>>(), ["e"]);
+        assert_eq!(wanted.pinned, BTreeSet::from(["e".to_owned()]));
     }
 
     #[test]

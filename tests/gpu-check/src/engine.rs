@@ -69,8 +69,14 @@ impl Engine {
 
     pub fn load(&mut self, file: &Path, context_tokens: u32, sequences: u32) -> Result<()> {
         let path = file.to_string_lossy().into_owned();
-        let load =
-            LoadModel { model: "model".to_owned(), path, kind: ModelKind::Chat, context_tokens, sequences };
+        let load = LoadModel {
+            model: "model".to_owned(),
+            path,
+            kind: ModelKind::Chat,
+            context_tokens,
+            sequences,
+            placement: None,
+        };
         match self.ask(Request::Load(load))? {
             Event::Loaded(_) => Ok(()),
             Event::Error(report) => Err(anyhow!("{report}")),

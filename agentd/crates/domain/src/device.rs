@@ -10,6 +10,8 @@ use crate::engine::GpuReadings;
 use crate::fault::Report;
 use crate::human;
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
 
 /// A process that holds memory of a device. A number of a process may be another's a moment later: this says who held
 /// what when it was read, and nothing about earlier or later readings.
@@ -137,6 +139,65 @@ pub struct Region {
     pub agents_bytes: u64,
 }
 
+/// Where a model's layers go: its blocks in their order and, as the last one, its output layer. The first are computed on
+/// the processor, from host memory; the last [`Placement::layers`] on devices, one stretch after the other.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Placement {
+    /// Without any, all of the model is in host memory.
+    pub stretches: Vec<Stretch>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stretch {
+    /// llama.cpp's name.
+    pub device: String,
+    pub layers: u32,
+}
+
+impl Placement {
+    /// How many layers are on devices.
+    pub fn layers(&self) -> u32 {
+        self.stretches.iter().fold(0, |sum, stretch| sum.saturating_add(stretch.layers))
+    }
+}
+
+/// `CUDA0:12,CUDA1:9`, or `host`.
+impl fmt::Display for Placement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.stretches.is_empty() {
+            return f.write_str(HOST);
+        }
+        for (index, Stretch { device, layers }) in self.stretches.iter().enumerate() {
+            write!(f, "{}{device}:{layers}", if index == 0 { "" } else { "," })?;
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Placement {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == HOST {
+            return Ok(Self::default());
+        }
+        let stretch = |part: &str| {
+            let (device, layers) = part.rsplit_once(':')?;
+            let layers = layers.parse().ok().filter(|layers| *layers > 0)?;
+            (!device.is_empty()).then(|| Stretch { device: device.to_owned(), layers })
+        };
+        let stretches = text.split(',').map(stretch).collect::<Option<Vec<_>>>();
+        let stretches =
+            stretches.ok_or_else(|| format!("`{text}` is not `DEVICE:LAYERS,...` and not `{HOST}`"))?;
+        Ok(Self { stretches })
+    }
+}
+
+/// What plans call host memory.
+const HOST: &str = "host";
+
 /// What a model with its context will take, counted by llama.cpp itself without taking it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryPlan {
@@ -146,6 +207,9 @@ pub struct MemoryPlan {
     pub sequences: u32,
     /// Host memory first, then those devices that get something.
     pub devices: Vec<PlannedDevice>,
+    /// Where its layers were put; absent where that was left to llama.cpp.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
     /// One row of logits, in host memory.
     pub row_bytes: u64,
     /// So many rows are kept from the start, one for each sequence id.
@@ -180,7 +244,7 @@ impl MemoryPlan {
     pub fn bytes_on(&self, device: &str, rows: u64) -> u64 {
         let buffers = self.devices.iter().find(|planned| planned.device == device);
         let buffers = buffers.map_or(0, PlannedDevice::sum_bytes);
-        if device != "host" {
+        if device != HOST {
             return buffers;
         }
         buffers + self.overhead_bytes + self.cells_bytes + rows.max(self.rows_least) * self.row_bytes

@@ -8,7 +8,7 @@
 //! Invariant: the first frame of each side is `Hello`; another version ends the connection with an error that
 //! names both versions.
 
-use crate::device::{DeviceHealth, EccCounters, GpuProcess, MemoryPlan, Mig};
+use crate::device::{DeviceHealth, EccCounters, GpuProcess, MemoryPlan, Mig, Placement};
 use crate::fault::Report;
 use serde::{Deserialize, Serialize};
 
@@ -86,6 +86,9 @@ pub struct LoadModel {
     /// Most sequences at once; 0 takes the engine's default.
     #[serde(default)]
     pub sequences: u32,
+    /// Where its layers go; without it llama.cpp decides by what is free at that moment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -331,6 +334,9 @@ pub struct LoadedModel {
     /// Why prompts of this model are not kept and shared, where its cache cannot be cut at any token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sharing_refused: Option<String>,
+    /// Where its layers are, if its load said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

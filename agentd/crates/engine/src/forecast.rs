@@ -8,7 +8,7 @@
 //! Where:  in a process that has nothing to lose. llama.cpp answers a file whose content lies with `abort()`, and no
 //!         handler brings a process back from that.
 
-use crate::ggml::{Allocation, Buffer, Memory};
+use crate::ggml::{Allocation, Buffer, Memory, Split};
 use crate::model::{self, Settings};
 use crate::{chat, devices, embed};
 use agentd_domain::device::{MemoryMeasured, MemoryPlan, PlannedDevice};
@@ -29,8 +29,9 @@ const CELL_BYTES: u64 = 2 * 48;
 
 pub(crate) fn plan(request: &LoadModel) -> Result<MemoryPlan, Report> {
     let (summary, settings, parameters) = examine(request)?;
+    let split = model::split(request, &summary)?;
     let before = devices::anonymous_bytes();
-    let memory = open(request, settings, &parameters, Allocation::Counted)?;
+    let memory = open(request, split.as_ref(), settings, &parameters, Allocation::Counted)?;
     let grown_bytes = devices::anonymous_bytes().saturating_sub(before);
     let row_bytes = u64::from(memory.vocabulary()) * LOGIT_BYTES;
     // llama.cpp makes these at once, also where nothing else is taken.
@@ -41,6 +42,7 @@ pub(crate) fn plan(request: &LoadModel) -> Result<MemoryPlan, Report> {
         context_tokens: tokens(request, &parameters),
         sequences: settings.sequences,
         devices: named(memory.buffers()),
+        placement: request.placement.clone(),
         row_bytes,
         rows_least,
         overhead_bytes: grown_bytes.saturating_sub(rows_least * row_bytes),
@@ -54,11 +56,12 @@ pub(crate) fn plan(request: &LoadModel) -> Result<MemoryPlan, Report> {
 /// Loads it without mapping its file, fills its context and says what that took: what plans are compared with. Only in
 /// a process that has loaded nothing before, whose memory grows by this alone.
 pub(crate) fn measure(request: &LoadModel, threads: u32) -> Result<MemoryMeasured, Report> {
-    let (_, settings, parameters) = examine(request)?;
+    let (summary, settings, parameters) = examine(request)?;
+    let split = model::split(request, &summary)?;
     let threads = i32::try_from(threads).unwrap_or(1);
     let parameters = parameters.with_n_threads(threads).with_n_threads_batch(threads);
     let before = devices::anonymous_bytes();
-    let mut memory = open(request, settings, &parameters, Allocation::Taken)?;
+    let mut memory = open(request, split.as_ref(), settings, &parameters, Allocation::Taken)?;
     let rows = memory.fill(tokens(request, &parameters)).map_err(|why| refused(request, &why))?;
     let grown_bytes = devices::anonymous_bytes().saturating_sub(before);
     Ok(MemoryMeasured { devices: named(memory.buffers()), rows, grown_bytes })
@@ -90,6 +93,7 @@ fn tokens(request: &LoadModel, parameters: &LlamaContextParams) -> u32 {
 
 fn open(
     request: &LoadModel,
+    split: Option<&Split>,
     settings: Settings,
     parameters: &LlamaContextParams,
     allocation: Allocation,
@@ -99,7 +103,7 @@ fn open(
         ModelKind::Chat => chat::outputs(settings),
         ModelKind::Embedding => 0,
     };
-    Memory::open(Path::new(&request.path), parameters, outputs, allocation).map_err(|why| {
+    Memory::open(Path::new(&request.path), split, parameters, outputs, allocation).map_err(|why| {
         let why = crate::logging::take_error().map_or_else(|| why.clone(), |error| format!("{why}: {error}"));
         refused(request, &why)
     })

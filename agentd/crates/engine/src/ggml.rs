@@ -1,17 +1,21 @@
 //! What does ggml know that `llama-cpp-2` does not pass on?
 //!
 //! The PCI addresses of devices, the memory of a model with its context by device ([`Memory`], through
-//! ffi/memory.cpp), and how many rows of logits a context has room for ([`with_outputs`]). The contexts made by [`Memory`]
+//! ffi/memory.cpp), how many rows of logits a context has room for ([`with_outputs`]), and which part of a model each
+//! device gets ([`Split`]). The contexts made by [`Memory`]
 //! are nobody else's: the two ways to llama.cpp never share one.
 //!
 //! Call only after the back ends are loaded (`LlamaBackend::init`).
 #![expect(unsafe_code, reason = "llama.cpp's functions that have no safe wrapper")]
 
+use agentd_domain::device::Placement;
 use llama_cpp_2::context::params::LlamaContextParams;
+use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_sys_2::{
     GGML_BACKEND_DEVICE_TYPE_CPU, LLAMA_LOAD_MODE_NONE, ggml_backend_dev_count, ggml_backend_dev_get,
-    ggml_backend_dev_get_props, ggml_backend_dev_type, llama_context_default_params, llama_context_params,
-    llama_model_default_params, llama_model_params,
+    ggml_backend_dev_get_props, ggml_backend_dev_name, ggml_backend_dev_t, ggml_backend_dev_type,
+    llama_context_default_params, llama_context_params, llama_max_devices, llama_model_default_params,
+    llama_model_params,
 };
 use std::ffi::{CStr, CString, c_char};
 use std::path::Path;
@@ -46,6 +50,7 @@ unsafe extern "C" {
     fn agentd_memory_vocabulary(memory: *const Raw) -> u32;
     fn agentd_memory_fill(memory: *mut Raw, tokens: u32) -> i64;
     fn agentd_outputs_of_next(rows: u32);
+    fn agentd_split_of_next(shares: *const f32, count: usize);
 }
 
 /// Room for a reason, which C++ cuts to it.
@@ -71,6 +76,63 @@ pub(crate) fn with_outputs<T>(rows: u32, make: impl FnOnce() -> T) -> T {
     made
 }
 
+/// A [`Placement`] as llama.cpp takes it (`load_tensors` in `llama-model.cpp`): the layer `n` of so many that go to devices is
+/// the first device's whose share and those before it are more than `n`. With numbers of layers as shares that is exact.
+pub(crate) struct Split {
+    /// In ggml's list.
+    devices: Vec<usize>,
+    shares: Vec<f32>,
+    layers: u32,
+}
+
+impl Split {
+    pub(crate) fn of(placement: &Placement) -> Result<Self, String> {
+        // SAFETY: takes nothing and returns a number.
+        let most = unsafe { llama_max_devices() };
+        if placement.stretches.len() > most {
+            return Err(format!("llama.cpp takes {most} devices at most"));
+        }
+        let place = |name: &str| {
+            let found = (0..device_count()).find(|index| {
+                // SAFETY: the index is below the count; devices are never removed from ggml's list, and by ggml's contract
+                // a name lives as long as its device.
+                let own = unsafe { CStr::from_ptr(ggml_backend_dev_name(ggml_backend_dev_get(*index))) };
+                own.to_bytes() == name.as_bytes()
+            });
+            found.ok_or_else(|| format!("there is no device {name}"))
+        };
+        let devices: Result<Vec<usize>, String> =
+            placement.stretches.iter().map(|stretch| place(&stretch.device)).collect();
+        let shares = placement.stretches.iter().map(|stretch| stretch.layers as f32).collect();
+        Ok(Self { devices: devices?, shares, layers: placement.layers() })
+    }
+
+    /// What `load` loads is split like this.
+    pub(crate) fn with<T>(&self, load: impl FnOnce(LlamaModelParams) -> T) -> Result<T, String> {
+        let parameters = LlamaModelParams::default().with_n_gpu_layers(self.layers);
+        let parameters = parameters.with_devices(&self.devices).map_err(|error| error.to_string())?;
+        // SAFETY: the numbers are as many as is said; C++ copies them into a variable of this thread.
+        unsafe { agentd_split_of_next(self.shares.as_ptr(), self.shares.len()) };
+        let loaded = load(parameters);
+        // SAFETY: of no numbers none is read. Nothing is left for a model that somebody else loads.
+        unsafe { agentd_split_of_next(self.shares.as_ptr(), 0) };
+        Ok(loaded)
+    }
+
+    /// The same for llama.cpp's own parameters: its list of devices, closed by a null, and as many shares as it reads.
+    fn raw(&self) -> (Vec<ggml_backend_dev_t>, Vec<f32>) {
+        let address = |index: &usize| {
+            // SAFETY: the index was below the count when it was found, and devices are never removed.
+            unsafe { ggml_backend_dev_get(*index) }
+        };
+        let devices = self.devices.iter().map(address).chain([std::ptr::null_mut()]).collect();
+        // SAFETY: takes nothing and returns a number.
+        let most = unsafe { llama_max_devices() };
+        let shares = self.shares.iter().copied().chain(std::iter::repeat(0.0)).take(most).collect();
+        (devices, shares)
+    }
+}
+
 /// A model and a context that exist to be measured.
 pub(crate) struct Memory(*mut Raw);
 
@@ -79,6 +141,7 @@ impl Memory {
     /// [`with_outputs`].
     pub(crate) fn open(
         path: &Path,
+        split: Option<&Split>,
         context: &LlamaContextParams,
         outputs: u32,
         allocation: Allocation,
@@ -88,12 +151,18 @@ impl Memory {
         let mut model = unsafe { llama_model_default_params() };
         model.no_alloc = allocation == Allocation::Counted;
         model.load_mode = LLAMA_LOAD_MODE_NONE;
+        let mut placed = split.map(Split::raw);
+        if let (Some(split), Some((devices, shares))) = (split, &mut placed) {
+            model.n_gpu_layers = i32::try_from(split.layers).unwrap_or(i32::MAX);
+            model.devices = devices.as_mut_ptr();
+            model.tensor_split = shares.as_ptr();
+        }
         let mut context = raw(context);
         context.n_outputs_max = outputs;
         let mut error: [c_char; ERROR_BYTES] = [0; ERROR_BYTES];
         // SAFETY: the path ends with a zero byte; both structures are the ones of llama.cpp's header, made by its own
-        // defaults, and hold no pointer of ours; `error` has the room that is said. All outlive the call, and C++
-        // keeps none of them.
+        // defaults; the lists they point to end as llama.cpp wants it (`Split::raw`); `error` has the room that is
+        // said. All outlive the call, and C++ keeps none of them.
         let opened = unsafe {
             agentd_memory_open(
                 path.as_ptr(),

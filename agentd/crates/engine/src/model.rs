@@ -8,7 +8,7 @@
 use crate::chat::{self, ChatJob};
 use crate::devices;
 use crate::embed::{self, EmbedJob};
-use crate::ggml;
+use crate::ggml::{self, Split};
 use crate::grammar::Matcher;
 use crate::logging;
 use crate::shape::Grammars;
@@ -109,10 +109,11 @@ pub(crate) fn load(
     check_kind(request, &summary)?;
     let sizes = sizes(request, &summary);
     check_memory(request, &summary, &sizes)?;
+    let split = split(request, &summary)?;
 
     let (llama, sha256) = std::thread::scope(|scope| {
         let hashing = scope.spawn(|| sha256(&file));
-        let llama = load_weights(backend, request);
+        let llama = load_weights(backend, request, split.as_ref());
         (llama, hashing.join())
     });
     let llama = Arc::new(llama?);
@@ -304,10 +305,35 @@ fn check_memory(request: &LoadModel, summary: &Summary, sizes: &Settings) -> Res
     ))
 }
 
-fn load_weights(backend: &LlamaBackend, request: &LoadModel) -> Result<LlamaModel, Report> {
+/// How llama.cpp is told where the layers go, if the request says it.
+pub(crate) fn split(request: &LoadModel, summary: &Summary) -> Result<Option<Split>, Report> {
+    let Some(placement) = &request.placement else { return Ok(None) };
+    // The blocks, and the output layer.
+    let layers = summary.block_count.unwrap_or(0).saturating_add(1);
+    let split = if u64::from(placement.layers()) > layers {
+        Err(format!("{placement} are more layers than it has, which is {layers}"))
+    } else {
+        Split::of(placement)
+    };
+    split.map(Some).map_err(|why| {
+        let fix = "place it on devices that the engine lists, with as many layers as it has at most";
+        Report::caller("placement_wrong", not_loaded(request), why, fix)
+    })
+}
+
+fn load_weights(
+    backend: &LlamaBackend,
+    request: &LoadModel,
+    split: Option<&Split>,
+) -> Result<LlamaModel, Report> {
     let _older = logging::take_error();
-    LlamaModel::load_from_file(backend, &request.path, &LlamaModelParams::default()).map_err(|error| {
-        let why = logging::take_error().unwrap_or_else(|| error.to_string());
+    let load = |parameters| LlamaModel::load_from_file(backend, &request.path, &parameters);
+    let loaded = match split {
+        Some(split) => split.with(load).map(|loaded| loaded.map_err(|error| error.to_string())).flatten(),
+        None => load(LlamaModelParams::default()).map_err(|error| error.to_string()),
+    };
+    loaded.map_err(|error| {
+        let why = logging::take_error().unwrap_or(error);
         Report::caller(
             "model_refused",
             not_loaded(request),
@@ -352,6 +378,7 @@ fn describe(request: &LoadModel, summary: &Summary, llama: Arc<LlamaModel>, load
         dimension: u32::try_from(llama.n_embd_out()).unwrap_or(0),
         chat_template: chat.then(|| template.origin.clone()),
         sharing_refused: loaded.refused.filter(|_| chat),
+        placement: request.placement.clone(),
     };
     Model {
         info,

@@ -7,6 +7,7 @@
 //! Who starts it: a person or a script; `limit` the launcher, as root, before it puts an engine into its group.
 
 use crate::{devices, forecast, limits, nvml};
+use agentd_domain::device::Placement;
 use agentd_domain::engine::{LoadModel, ModelKind};
 use agentd_domain::fault::Report;
 use agentd_domain::paths;
@@ -34,6 +35,10 @@ pub(crate) struct PlanArguments {
     context: u32,
     #[arg(long, value_name = "N", default_value_t = 0)]
     sequences: u32,
+    /// Where its layers go, the output layer as the last one: `CUDA0:12,CUDA1:9`, the rest to host memory; `host` for all
+    /// of it there. Without it llama.cpp decides.
+    #[arg(long, value_name = "DEVICE:LAYERS,...")]
+    placement: Option<Placement>,
     /// Load it, fill its context, and print what that took instead.
     #[arg(long)]
     real: bool,
@@ -93,6 +98,7 @@ fn plan_of(arguments: &PlanArguments) -> Result<String, Report> {
         kind: if arguments.embedding { ModelKind::Embedding } else { ModelKind::Chat },
         context_tokens: arguments.context,
         sequences: arguments.sequences,
+        placement: arguments.placement.clone(),
     };
     let printed = if arguments.real {
         forecast::measure(&request, devices::physical_cores() as u32).map(|measured| json(&measured))

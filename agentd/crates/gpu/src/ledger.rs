@@ -21,7 +21,7 @@ mod view;
 
 use crate::admission::Refusal;
 use crate::partition::{self, Room};
-use crate::plan::Layout;
+use agentd_domain::device::DeviceAction;
 use agentd_domain::engine::{GpuReadings, HolderUsage, ModelUsage};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentId;
@@ -33,6 +33,13 @@ const BENEATH_MOST: usize = 4096;
 
 /// Asked with what fits, says which context would: [`crate::plan::longest_context`] with a plan's numbers.
 pub type Longest<'a> = &'a dyn Fn(&dyn Fn(&Need) -> bool) -> u64;
+
+/// Room on devices: beside what they hold, or were all else gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    Now,
+    Alone,
+}
 
 /// A device as the engine reports it.
 #[derive(Debug, Clone, PartialEq)]
@@ -305,15 +312,49 @@ impl Ledger {
         self.devices.iter().map(room).collect()
     }
 
-    /// Where llama.cpp puts layers on these devices, if nobody says otherwise.
-    pub fn layout(&self) -> Layout {
-        let host = self.devices.iter().find(|device| device.is_host());
-        let others = self.devices.iter().filter(|device| matches!(device.kind.as_str(), "gpu" | "igpu"));
-        Layout {
-            host: host.map_or("CPU", |device| device.name.as_str()).to_owned(),
-            devices: others.map(|device| (device.name.clone(), self.free_on(&device.name))).collect(),
-            offloaded: None,
+    /// llama.cpp's name of host memory.
+    pub fn host(&self) -> &str {
+        self.devices.iter().find(|device| device.is_host()).map_or("CPU", |device| device.name.as_str())
+    }
+
+    /// Devices that a model of this partition may be placed on, in the engine's order, with the bytes it may have there.
+    /// Those with memory of their own; where there are none, those that compute in the host's. One that is ill takes
+    /// nothing new, unless all are: then a load is refused for that.
+    pub fn rooms_for(&self, id: &PartitionId, when: When) -> Vec<(String, u64)> {
+        let Some(partition) = self.partition(id) else { return Vec::new() };
+        let of_kind = |kind: &str| {
+            let of =
+                self.devices.iter().filter(|one| one.kind == kind && partition.devices.contains(&one.name));
+            of.collect::<Vec<_>>()
+        };
+        let own = of_kind("gpu");
+        let mut devices = if own.is_empty() { of_kind("igpu") } else { own };
+        if devices.iter().any(|device| device.problem.is_none()) {
+            devices.retain(|device| device.problem.is_none());
         }
+        // After a bad link nothing is put on both of its ends: the first stands for those that are left.
+        let linked = |device: &Device| {
+            device.gpu.as_ref().is_none_or(|gpu| gpu.health.action != DeviceAction::AvoidSplit)
+        };
+        if devices.len() > 1 && !devices.iter().all(|device| linked(device)) {
+            let any = devices.first().copied();
+            devices.retain(|device| linked(device));
+            if devices.is_empty() {
+                devices.extend(any);
+            }
+        }
+        let room = |device: &Device| {
+            let name = device.name.as_str();
+            match when {
+                When::Alone => self.room_alone(&partition, name),
+                When::Now => self
+                    .free_on(name)
+                    .saturating_sub(self.overhead_due(name))
+                    .saturating_sub(self.kept_for_others(id, name))
+                    .min(partition.bytes.saturating_sub(self.charged(id))),
+            }
+        };
+        devices.into_iter().map(|device| (device.name.clone(), room(device).min(partition.bytes))).collect()
     }
 
     /// What would have to be paid for a device's runtime by a model that is its first.

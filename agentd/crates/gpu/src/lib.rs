@@ -3,6 +3,7 @@
 //! | module | question |
 //! |---|---|
 //! | [`plan`] | what does a GGUF file need, device by device, before it is loaded? |
+//! | [`place`] | which of its layers go to which device? |
 //! | [`partition`] | may a partition be defined so? |
 //! | [`ledger`] | who holds what, and does one more thing fit? |
 //! | [`admission`] | what is said to who does not get it? |
@@ -20,4 +21,5 @@ pub mod admission;
 pub mod evict;
 pub mod ledger;
 pub mod partition;
+pub mod place;
 pub mod plan;

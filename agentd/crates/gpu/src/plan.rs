@@ -12,6 +12,7 @@ mod architecture;
 #[cfg(test)]
 mod tests;
 
+use agentd_domain::device::{Placement, Stretch};
 use agentd_domain::engine::ModelKind;
 use agentd_domain::gguf::{Block, Shape};
 use agentd_domain::ledger::{BLOCK_CELLS, Basis, DeviceNeed, Need};
@@ -181,6 +182,24 @@ pub struct Layout {
 impl Layout {
     pub fn host_alone(host: &str) -> Self {
         Self { host: host.to_owned(), devices: Vec::new(), offloaded: None }
+    }
+
+    pub fn of_placement(host: &str, placement: &Placement) -> Self {
+        let stretches = placement.stretches.iter();
+        Self {
+            host: host.to_owned(),
+            devices: stretches.map(|one| (one.device.clone(), one.layers.into())).collect(),
+            offloaded: Some(placement.layers().into()),
+        }
+    }
+
+    /// Where shares are numbers of layers, as [`crate::place`] makes them.
+    pub fn placement(&self) -> Placement {
+        let stretch = |(device, layers): &(String, u64)| Stretch {
+            device: device.clone(),
+            layers: u32::try_from(*layers).unwrap_or(u32::MAX),
+        };
+        Placement { stretches: self.devices.iter().map(stretch).collect() }
     }
 
     fn name(&self, place: usize) -> &str {

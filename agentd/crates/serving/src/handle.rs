@@ -45,12 +45,12 @@ pub struct ServedModel {
     pub kind: ModelKind,
     /// Whether `default` means this model, among those of its kind.
     pub default: bool,
-    /// Length of an embedding vector.
+    /// Length of an embedding vector; 0 while nobody knows, because the model was not loaded yet.
     pub dimension: u32,
 }
 
 pub trait EngineHandle: Send + Sync + 'static {
-    /// The models that are loaded now; empty while the engine starts. Never waits.
+    /// The models that are there or come when they are named; empty while the engine starts. Never waits.
     fn models(&self) -> Vec<ServedModel>;
 
     /// Answers when the engine has taken the request. A key whose generation is alive attaches to it.

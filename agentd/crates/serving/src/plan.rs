@@ -40,6 +40,8 @@ pub struct PlannedEmbed {
     pub model: String,
     pub inputs: Vec<String>,
     pub encoding: Encoding,
+    /// The length of vectors that the client asked for.
+    pub dimensions: Option<i64>,
 }
 
 pub fn chat(request: ChatRequest, models: &[ServedModel], key: String) -> Result<Planned, ApiError> {
@@ -104,11 +106,9 @@ pub fn embeddings(request: EmbeddingsRequest, models: &[ServedModel]) -> Result<
         let message = format!("`input` must hold 1 to {MAX_EMBED_INPUTS} texts, it holds {}", inputs.len());
         return Err(ApiError::invalid("input", "input_count", message));
     }
-    if let Some(wanted) = request.dimensions
-        && wanted != i64::from(model.dimension)
-    {
-        let message = format!("`{}` gives vectors of {} numbers, not {wanted}", model.name, model.dimension);
-        return Err(ApiError::invalid("dimensions", "dimensions_unsupported", message));
+    // Of a model that was never loaded it shows with its first vector.
+    if model.dimension > 0 {
+        check_dimension(request.dimensions, &model.name, model.dimension as usize)?;
     }
     let encoding = match request.encoding_format.as_deref() {
         None | Some("float") => Encoding::Float,
@@ -118,7 +118,18 @@ pub fn embeddings(request: EmbeddingsRequest, models: &[ServedModel]) -> Result<
             return Err(ApiError::invalid("encoding_format", "encoding_format", message));
         }
     };
-    Ok(PlannedEmbed { model: model.name.clone(), inputs, encoding })
+    Ok(PlannedEmbed { model: model.name.clone(), inputs, encoding, dimensions: request.dimensions })
+}
+
+/// A model's vectors have one length.
+pub fn check_dimension(wanted: Option<i64>, model: &str, dimension: usize) -> Result<(), ApiError> {
+    match wanted {
+        Some(wanted) if usize::try_from(wanted) != Ok(dimension) => {
+            let message = format!("`{model}` gives vectors of {dimension} numbers, not {wanted}");
+            Err(ApiError::invalid("dimensions", "dimensions_unsupported", message))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The model of this kind that a request means; nothing and `default` mean the default one.

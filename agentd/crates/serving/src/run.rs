@@ -83,6 +83,9 @@ async fn embeddings(
     let request: EmbeddingsRequest = parse(body)?;
     let planned = plan::embeddings(request, &front.engine.models())?;
     let got = front.engine.embed(planned.model.clone(), planned.inputs).await?;
+    if let Some(vector) = got.vectors.first() {
+        plan::check_dimension(planned.dimensions, &planned.model, vector.len())?;
+    }
     let answer = response::embeddings(&planned.model, &got.vectors, got.tokens, planned.encoding);
     let meter = Meter::default();
     meter.fill(Used {

@@ -164,6 +164,7 @@ fn load(socket: &Path, name: &str, path: &Path, cells: u32, sequences: u32) -> R
         kind: ModelKind::Chat,
         context_tokens: cells,
         sequences,
+        placement: None,
     };
     match engine.ask(Request::Load(load))? {
         Event::Loaded(loaded) if loaded.context_tokens >= cells => Ok(()),

@@ -204,7 +204,8 @@ impl Client {
         (context_tokens, sequences): (u32, u32),
     ) -> Result<LoadedModel, Report> {
         let path = path.to_str().expect("a plain path").to_owned();
-        let load = LoadModel { model: model.to_owned(), path, kind, context_tokens, sequences };
+        let load =
+            LoadModel { model: model.to_owned(), path, kind, context_tokens, sequences, placement: None };
         match self.ask(Request::Load(load)) {
             Event::Loaded(info) => Ok(info),
             Event::Error(report) => Err(report),

@@ -75,7 +75,14 @@ fn an_engine_plans_while_it_holds_nothing() {
     let mut client = engine.connect();
     let path = engine.tiny().to_str().expect("a plain path").to_owned();
     let kind = ModelKind::Chat;
-    let load = LoadModel { model: "tiny".to_owned(), path, kind, context_tokens: 2048, sequences: 2 };
+    let load = LoadModel {
+        model: "tiny".to_owned(),
+        path,
+        kind,
+        context_tokens: 2048,
+        sequences: 2,
+        placement: None,
+    };
     let plan = match client.ask(Request::Plan(load.clone())) {
         Event::Plan(plan) => plan,
         other => panic!("expected a plan, got {other:?}"),

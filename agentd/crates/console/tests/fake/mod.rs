@@ -687,6 +687,7 @@ fn loaded(model: &Model, parameters: u64, dimension: u32) -> LoadedModel {
         dimension,
         chat_template: None,
         sharing_refused: None,
+        placement: None,
     }
 }
 

@@ -1,7 +1,7 @@
 // What memory does a model with its context take, buffer by buffer, and how much of it is for logits?
 //
 // llama.cpp says the first in C++ only (a std::map in its staging header), so this is C++ as well: nothing else is. The
-// second is a parameter that llama-cpp-2 does not pass on. The caller is src/ggml.rs. Exceptions end here; an assertion
+// second is a parameter that llama-cpp-2 does not pass on, as is the part of a model that each device gets. The caller is src/ggml.rs. Exceptions end here; an assertion
 // of llama.cpp ends the process, whose caller knows that.
 
 #include "llama-ext.h"
@@ -129,12 +129,33 @@ int64_t agentd_memory_fill(agentd_memory * memory, uint32_t tokens) {
     }
 }
 
+static thread_local std::vector<float> split_of_next;
+
+// The next model that this thread loads through llama_load_model_from_file lies on its devices in these parts.
+void agentd_split_of_next(const float * shares, size_t count) {
+    // llama.cpp reads as many as it could have devices.
+    split_of_next.assign(count == 0 ? 0 : llama_max_devices(), 0.0f);
+    std::copy_n(shares, std::min(count, split_of_next.size()), split_of_next.begin());
+}
+
+// The linker calls llama.cpp's function this and ours the other name (build.rs, --wrap).
+llama_model * __real_llama_load_model_from_file(const char * path, llama_model_params params);
+
+llama_model * __wrap_llama_load_model_from_file(const char * path, llama_model_params params) {
+    std::vector<float> shares;
+    shares.swap(split_of_next);
+    if (!shares.empty()) {
+        params.tensor_split = shares.data();
+    }
+    return __real_llama_load_model_from_file(path, params);
+}
+
 static thread_local uint32_t outputs_of_next = 0;
 
 // The next context that this thread makes through llama_new_context_with_model has room for so many rows of logits.
 void agentd_outputs_of_next(uint32_t rows) { outputs_of_next = rows; }
 
-// The linker calls llama.cpp's function this and ours the other name (build.rs, --wrap).
+// As above.
 llama_context * __real_llama_new_context_with_model(llama_model * model, llama_context_params params);
 
 llama_context * __wrap_llama_new_context_with_model(llama_model * model, llama_context_params params) {
