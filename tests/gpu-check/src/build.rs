@@ -1,20 +1,17 @@
-//! Where does the CUDA back end come from?
+//! Where does the back end for this device come from?
 //!
 //! From the very llama.cpp that the engine was built of: its folder in cargo's registry, as CMake's record beside the
-//! engine's build says. Only the back end is compiled, only for this card, and not longer than a step may take:
-//! another run goes on with the same build folder.
+//! engine's build says. Only the back end is compiled, CUDA's only for this card's architecture, and not longer than a step
+//! may take: another run goes on with the same build folder. CUDA's needs no card to be compiled ([`compile_cuda`]).
 
-use crate::Arguments;
-use crate::card::Card;
+use crate::{Arguments, Backend};
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// A step of less than eight minutes, with what comes before it.
 const BUILD_LIMIT_S: u32 = 420;
-const BACKEND: &str = "libggml-cuda.so";
-
 pub enum Built {
     /// A folder with the engine's own back ends and this one.
     Ready(PathBuf),
@@ -22,33 +19,77 @@ pub enum Built {
     Cannot(String),
 }
 
-pub fn backends(arguments: &Arguments, card: &Card) -> Result<Built> {
+/// `compute` is a card's capability as `nvidia-smi` says it, `9.0`.
+pub fn backends(arguments: &Arguments, compute: &str) -> Result<Built> {
+    let file = arguments.backend.file();
     let folder = arguments.cache.join("gpu-check/backends");
+    if folder.exists() {
+        // Of a run with another back end.
+        fs::remove_dir_all(&folder)?;
+    }
     let own = arguments.engine.parent().context("the engine's folder")?.join("backends");
     fs::create_dir_all(&folder)?;
     for entry in fs::read_dir(&own).with_context(|| own.display().to_string())? {
         let entry = entry?;
         fs::copy(entry.path(), folder.join(entry.file_name()))?;
     }
-    if let Some(given) = &arguments.cuda {
-        fs::copy(given, folder.join(BACKEND)).with_context(|| given.display().to_string())?;
-        return Ok(Built::Ready(folder));
-    }
-    if Command::new("nvcc").arg("--version").output().is_err() {
-        return Ok(Built::Cannot(
-            "there is no nvcc in PATH; install CUDA's compiler, or give --cuda".to_owned(),
-        ));
-    }
-    let Some(source) = source(&arguments.engine)? else {
-        return Ok(Built::Cannot("the engine's build folder does not say where llama.cpp is".to_owned()));
+    let built = match (&arguments.given, arguments.backend) {
+        (Some(given), _) => Ok(given.clone()),
+        (None, Backend::Cuda) => compile_cuda(arguments, compute)?,
+        (None, Backend::Vulkan) => compile_vulkan(arguments)?,
     };
-    let build = arguments.cache.join("gpu-check/cuda");
-    if !compile(&source, &build, card)? {
-        return Ok(Built::NotYet);
+    match built {
+        Ok(built) => {
+            fs::copy(&built, folder.join(file)).with_context(|| built.display().to_string())?;
+            Ok(Built::Ready(folder))
+        }
+        Err(not) => Ok(not),
     }
-    let built = find(&build, BACKEND).context("the build made no back end")?;
-    fs::copy(built, folder.join(BACKEND))?;
-    Ok(Built::Ready(folder))
+}
+
+/// The back end for this architecture (`9.0` or `90`), or what keeps it from being there.
+pub fn compile_cuda(arguments: &Arguments, compute: &str) -> Result<Result<PathBuf, Built>> {
+    if Command::new("nvcc").arg("--version").output().is_err() {
+        let why = "there is no nvcc in PATH; install CUDA's compiler, or give --cuda";
+        return Ok(Err(Built::Cannot(why.to_owned())));
+    }
+    let architecture = compute.replace('.', "");
+    // One folder for each: another card's objects are not this one's.
+    let build = arguments.cache.join(format!("gpu-check/cuda-{architecture}"));
+    let options = [
+        "-DGGML_CUDA=ON".to_owned(),
+        // A library that only some machines have; one card needs none.
+        "-DGGML_CUDA_NCCL=OFF".to_owned(),
+        format!("-DCMAKE_CUDA_ARCHITECTURES={architecture}"),
+    ];
+    compiled(arguments, &build, "ggml-cuda", &options)
+}
+
+/// In the folder of `scripts/test long vulkan`, with the same options, so that it is compiled once for both.
+fn compile_vulkan(arguments: &Arguments) -> Result<Result<PathBuf, Built>> {
+    if Command::new("glslc").arg("--version").output().is_err() {
+        let why = "there is no glslc in PATH; install the shader compiler, or give --vulkan";
+        return Ok(Err(Built::Cannot(why.to_owned())));
+    }
+    let header = arguments.source.join("tests/host/tests/engine/vulkan.hpp");
+    let options = ["-DGGML_VULKAN=ON".to_owned(), format!("-DCMAKE_CXX_FLAGS=-include {}", header.display())];
+    compiled(arguments, &arguments.cache.join("vulkan/build"), "ggml-vulkan", &options)
+}
+
+fn compiled(
+    arguments: &Arguments,
+    build: &Path,
+    target: &str,
+    options: &[String],
+) -> Result<Result<PathBuf, Built>> {
+    let Some(source) = source(&arguments.engine)? else {
+        let why = "the engine's build folder does not say where llama.cpp is";
+        return Ok(Err(Built::Cannot(why.to_owned())));
+    };
+    if !compile(&source, build, target, options)? {
+        return Ok(Err(Built::NotYet));
+    }
+    find(build, arguments.backend.file()).context("the build made no back end").map(Ok)
 }
 
 /// `build/llama-cpp-sys-2-*/out/build/CMakeCache.txt` beside the engine: the newest, should there be several.
@@ -72,7 +113,7 @@ fn home(record: &str) -> Option<&str> {
 }
 
 /// True when the back end is complete.
-fn compile(source: &Path, build: &Path, card: &Card) -> Result<bool> {
+fn compile(source: &Path, build: &Path, target: &str, options: &[String]) -> Result<bool> {
     let configured = Command::new("cmake")
         .arg("-S")
         .arg(source)
@@ -84,7 +125,6 @@ fn compile(source: &Path, build: &Path, card: &Card) -> Result<bool> {
             "-DGGML_BACKEND_DL=ON",
             "-DGGML_NATIVE=OFF",
             "-DGGML_CPU=OFF",
-            "-DGGML_CUDA=ON",
             "-DLLAMA_CURL=OFF",
             "-DLLAMA_BUILD_COMMON=OFF",
             "-DLLAMA_BUILD_TESTS=OFF",
@@ -94,23 +134,24 @@ fn compile(source: &Path, build: &Path, card: &Card) -> Result<bool> {
             // The crate leaves its folder out.
             "-DLLAMA_BUILD_APP=OFF",
         ])
-        .arg(format!("-DCMAKE_CUDA_ARCHITECTURES={}", card.compute.replace('.', "")))
+        .args(options)
+        .stdout(Stdio::null())
         .status()
         .context("cmake does not run")?;
-    ensure!(configured.success(), "cmake could not configure llama.cpp with CUDA");
+    ensure!(configured.success(), "cmake could not configure {target} of llama.cpp");
     let jobs = std::thread::available_parallelism().map_or(1, usize::from).to_string();
     let status = Command::new("timeout")
         .arg(BUILD_LIMIT_S.to_string())
         .args(["cmake", "--build"])
         .arg(build)
-        .args(["--target", "ggml-cuda", "--parallel", &jobs])
+        .args(["--target", target, "--parallel", &jobs])
         .status()
         .context("timeout does not run")?;
     // What `timeout` gives when it ended the command.
     if status.code() == Some(124) {
         return Ok(false);
     }
-    ensure!(status.success(), "the CUDA back end does not compile");
+    ensure!(status.success(), "{target} does not compile");
     Ok(true)
 }
 

@@ -4,20 +4,23 @@ use agentd_domain::engine::{
     ClientFrame, Device, EngineStatus, Event, Generate, LoadModel, ModelKind, PROTOCOL_VERSION, Prompt,
     Request, Sampling, ServerFrame,
 };
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// For a load or an answer; more means that the card or its driver hangs.
+/// For a load or an answer; more means that the card or its driver hangs. A step's own end may come before.
 const DEADLINE: Duration = Duration::from_secs(300);
+const START_LIMIT: Duration = Duration::from_secs(60);
 
 pub struct Engine {
     process: Child,
     stream: UnixStream,
     last_id: u64,
+    /// The end of the step.
+    until: Instant,
     pub devices: Vec<Device>,
     _folder: tempfile::TempDir,
 }
@@ -32,7 +35,7 @@ pub struct Answer {
 }
 
 impl Engine {
-    pub fn start(program: &Path, backends: &Path) -> Result<Self> {
+    pub fn start(program: &Path, backends: &Path, until: Instant) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let socket = folder.path().join("engine.sock");
         let mut process = Command::new(program)
@@ -48,14 +51,13 @@ impl Engine {
         let stream = loop {
             match UnixStream::connect(&socket) {
                 Ok(stream) => break stream,
-                Err(_) if begun.elapsed() < DEADLINE && process.try_wait()?.is_none() => {
+                Err(_) if begun.elapsed() < START_LIMIT && process.try_wait()?.is_none() => {
                     std::thread::sleep(Duration::from_millis(20));
                 }
                 Err(error) => bail!("the engine did not come up: {error}"),
             }
         };
-        stream.set_read_timeout(Some(DEADLINE))?;
-        let mut engine = Self { process, stream, last_id: 0, devices: Vec::new(), _folder: folder };
+        let mut engine = Self { process, stream, last_id: 0, until, devices: Vec::new(), _folder: folder };
         match engine.ask(Request::Hello { version: PROTOCOL_VERSION })? {
             Event::Hello { devices, .. } => engine.devices = devices,
             other => bail!("expected a hello, got {other:?}"),
@@ -134,6 +136,23 @@ impl Engine {
         Ok(answers.into_iter().map(|(_, answer, _)| answer).collect())
     }
 
+    pub fn tokenize(&mut self, text: &str) -> Result<Vec<i32>> {
+        match self.ask(Request::Tokenize { model: "model".to_owned(), text: text.to_owned() })? {
+            Event::Tokens { tokens } => Ok(tokens),
+            other => bail!("expected tokens, got {other:?}"),
+        }
+    }
+
+    /// After the last of these tokens.
+    pub fn logits(&mut self, tokens: &[i32]) -> Result<Vec<f32>> {
+        let model = "model".to_owned();
+        match self.ask(Request::Logits { model, tokens: tokens.to_vec(), share: None })? {
+            Event::Logits { logits } => Ok(logits),
+            Event::Error(report) => Err(anyhow!("{report}")),
+            other => bail!("expected logits, got {other:?}"),
+        }
+    }
+
     fn ask(&mut self, request: Request) -> Result<Event> {
         self.send(request)?;
         Ok(self.receive()?.body)
@@ -148,6 +167,9 @@ impl Engine {
     }
 
     fn receive(&mut self) -> Result<ServerFrame> {
+        let left = self.until.saturating_duration_since(Instant::now()).min(DEADLINE);
+        ensure!(!left.is_zero(), "the step's time is over");
+        self.stream.set_read_timeout(Some(left))?;
         let mut length = [0; 4];
         self.stream.read_exact(&mut length).context("the engine ended or hangs")?;
         let mut body = vec![0; u32::from_le_bytes(length) as usize];

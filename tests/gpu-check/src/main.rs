@@ -1,11 +1,14 @@
 //! `scripts/gpu-check`: what of our promises about GPUs holds on the card of this machine?
 //!
-//! In:     a machine with an NVIDIA card, its driver and `nvcc`, or with back ends that were built elsewhere; a model.
+//! In:     a machine with an NVIDIA card, its driver and `nvcc`, or with a GPU that Vulkan sees and `glslc`, or with back
+//!         ends that were built elsewhere; a model. A software device of Vulkan for a rehearsal: all steps' machinery, no
+//!         GPU's numbers, and a report of its own that says so.
 //! Out:    one line for each step as it ends, and a row of `tests/results/gpu-check.md` with all of them.
 //! Steps:  each takes less than eight minutes and is kept when it is done, so that a session that is cut short goes on
 //!         where it was; the most telling first.
 //! Exit:   0 all steps passed or were skipped with a reason; 1 one failed; 75 time was up, run it again; 77 there is no
 //!         GPU here, so that nothing was measured and nothing was written.
+//! Also:   `--compile` builds the CUDA back end for an architecture on a machine without a card, for `--cuda` elsewhere.
 //! Never:  a number that was not measured here, a setting of the card, a GPU that somebody else computes on.
 #![forbid(unsafe_code)]
 
@@ -16,11 +19,13 @@ mod progress;
 mod steps;
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
+use engine::Engine;
 use progress::{Outcome, Progress};
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const AGAIN: u8 = 75;
 const NO_GPU: u8 = 77;
@@ -40,13 +45,47 @@ struct Arguments {
     /// A chat model (GGUF). Larger ones tell more.
     #[arg(long, value_name = "FILE")]
     model: PathBuf,
-    /// A CUDA back end that is built already (libggml-cuda.so of the same llama.cpp).
+    #[arg(long, value_enum, default_value_t = Backend::Cuda)]
+    backend: Backend,
+    /// The back end, if it is built already (libggml-cuda.so or libggml-vulkan.so of the same llama.cpp).
     #[arg(long, value_name = "FILE")]
-    cuda: Option<PathBuf>,
+    given: Option<PathBuf>,
+    /// Take a software device of Vulkan: nothing that is measured is a GPU's.
+    #[arg(long)]
+    rehearse: bool,
+    /// Compile the CUDA back end for this architecture (90), and end.
+    #[arg(long, value_name = "ARCHITECTURE")]
+    compile: Option<String>,
     /// Do all steps again.
     #[arg(long)]
     again: bool,
 }
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+enum Backend {
+    Cuda,
+    Vulkan,
+}
+
+impl Backend {
+    fn file(self) -> &'static str {
+        match self {
+            Self::Cuda => "libggml-cuda.so",
+            Self::Vulkan => "libggml-vulkan.so",
+        }
+    }
+
+    /// Of llama.cpp's names of its devices.
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Cuda => "CUDA",
+            Self::Vulkan => "Vulkan",
+        }
+    }
+}
+
+/// Of a step, with its engines' starts and ends.
+const STEP_LIMIT: Duration = Duration::from_secs(450);
 
 fn main() -> ExitCode {
     match run(&Arguments::parse()) {
@@ -59,38 +98,51 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<u8> {
-    let card = match card::find() {
-        Ok(card) => card,
-        Err(why) => {
-            println!("no GPU here: {why}");
-            println!("skipped: {}", steps::ALL.map(|step| step.name).join(", "));
-            println!("nothing was measured, and no report was written");
-            return Ok(NO_GPU);
+    if let Some(architecture) = &arguments.compile {
+        return match build::compile_cuda(arguments, architecture)? {
+            Ok(built) => {
+                println!("compiled: {}", built.display());
+                Ok(0)
+            }
+            Err(not) => Ok(unbuilt(arguments, not)),
+        };
+    }
+    // NVIDIA's card says what is to be compiled; Vulkan's back end says which card there is.
+    let nvidia = match arguments.backend {
+        Backend::Cuda => match card::find() {
+            Ok(card) => Some(card),
+            Err(why) => return Ok(no_gpu(&why)),
+        },
+        Backend::Vulkan => None,
+    };
+    let compute = nvidia.as_ref().map(|card| card.compute.clone()).unwrap_or_default();
+    let backends = match build::backends(arguments, &compute)? {
+        build::Built::Ready(backends) => backends,
+        not => return Ok(unbuilt(arguments, not)),
+    };
+    let card = match nvidia {
+        Some(card) => card,
+        None => {
+            let engine = Engine::start(&arguments.engine, &backends, Instant::now() + STEP_LIMIT)?;
+            match card::of_vulkan(&engine.devices, arguments.rehearse) {
+                Ok(card) => card,
+                Err(why) => return Ok(no_gpu(&why)),
+            }
         }
     };
     println!("card: {card}");
     let commit = progress::commit(&arguments.source)?;
     let mut progress = Progress::open(&arguments.cache, &commit, &card, &arguments.model, arguments.again)?;
-    let backends = match build::backends(arguments, &card)? {
-        build::Built::Ready(backends) => backends,
-        build::Built::NotYet => {
-            println!("the CUDA back end is not built yet; run this again, it goes on where it was");
-            return Ok(AGAIN);
-        }
-        build::Built::Cannot(why) => {
-            println!("no CUDA back end: {why}");
-            println!("skipped: {}", steps::ALL.map(|step| step.name).join(", "));
-            return Ok(NO_GPU);
-        }
-    };
-    let scene =
-        steps::Scene { card, engine: arguments.engine.clone(), backends, model: arguments.model.clone() };
+    let sizes = if card.software { steps::REHEARSED } else { steps::REAL };
+    let (engine, model) = (arguments.engine.clone(), arguments.model.clone());
+    let mut scene = steps::Scene { card, engine, backends, model, sizes, until: Instant::now() };
     for step in steps::ALL {
         if let Some(done) = progress.of(step.name) {
             println!("{}: {done} (kept)", step.name);
             continue;
         }
         let begun = Instant::now();
+        scene.until = begun + STEP_LIMIT;
         let outcome = (step.run)(&scene).unwrap_or_else(|error| Outcome::Failed(format!("{error:#}")));
         println!("{}: {outcome} ({} s)", step.name, begun.elapsed().as_secs());
         progress.keep(step.name, outcome, begun.elapsed()).context("keeping what was done")?;
@@ -98,4 +150,26 @@ fn run(arguments: &Arguments) -> Result<u8> {
     let report = progress.report(&arguments.source)?;
     println!("written: {}", report.display());
     Ok(u8::from(progress.failed()))
+}
+
+fn no_gpu(why: &str) -> u8 {
+    println!("no GPU here: {why}");
+    println!("skipped: {}", steps::ALL.map(|step| step.name).join(", "));
+    println!("nothing was measured, and no report was written");
+    NO_GPU
+}
+
+fn unbuilt(arguments: &Arguments, not: build::Built) -> u8 {
+    let name = arguments.backend.file();
+    match not {
+        build::Built::Cannot(why) => {
+            println!("no {name}: {why}");
+            println!("skipped: {}", steps::ALL.map(|step| step.name).join(", "));
+            NO_GPU
+        }
+        build::Built::NotYet | build::Built::Ready(_) => {
+            println!("{name} is not built yet; run this again, it goes on where it was");
+            AGAIN
+        }
+    }
 }

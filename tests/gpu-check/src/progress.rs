@@ -1,7 +1,7 @@
 //! What was done already, and what is written down of it?
 //!
 //! Owns: `<cache>/gpu-check/done.json`, the outcomes of one commit on one card with one model; another of these begins
-//!       anew. Out: a row of `tests/results/gpu-check.md`.
+//!       anew. Out: a row of `tests/results/gpu-check.md`; of a rehearsal, of `gpu-check-rehearsal.md`.
 
 use crate::card::Card;
 use anyhow::{Context, Result};
@@ -14,7 +14,11 @@ use std::process::Command;
 use std::time::Duration;
 
 const REPORT: &str = "tests/results/gpu-check.md";
-const HEAD: &str = "# Our promises on a real GPU
+const TITLE: &str = "# Our promises on a real GPU";
+const REHEARSAL: &str = "tests/results/gpu-check-rehearsal.md";
+const REHEARSAL_TITLE: &str =
+    "# `scripts/gpu-check` rehearsed on a software device: no GPU, and no GPU's numbers";
+const HEAD: &str = "
 
 Covers: agentd/crates/engine tests/gpu-check
 
@@ -92,8 +96,9 @@ impl Progress {
 
     /// Appends the row.
     pub fn report(&self, source: &Path) -> Result<PathBuf> {
-        let path = source.join(REPORT);
-        let text = fs::read_to_string(&path).unwrap_or_else(|_| HEAD.to_owned());
+        let (file, title) = if self.card.software { (REHEARSAL, REHEARSAL_TITLE) } else { (REPORT, TITLE) };
+        let path = source.join(file);
+        let text = fs::read_to_string(&path).unwrap_or_else(|_| format!("{title}{HEAD}"));
         let date = jiff::Timestamp::now().strftime("%Y-%m-%d").to_string();
         fs::write(&path, format!("{text}{}\n", self.row(&date)))
             .with_context(|| path.display().to_string())?;
@@ -133,6 +138,8 @@ mod tests {
 
     fn card() -> Card {
         Card {
+            backend: crate::Backend::Cuda,
+            software: false,
             name: "A | card".to_owned(),
             uuid: "GPU-1".to_owned(),
             driver: "1".to_owned(),

@@ -71,9 +71,13 @@ impl Line {
 
 /// To `/v1/completions`.
 pub fn send(stream: &mut UnixStream, body: &Value) {
+    send_to(stream, "/v1/completions", body);
+}
+
+pub fn send_to(stream: &mut UnixStream, path: &str, body: &Value) {
     let body = body.to_string();
     let head = format!(
-        "POST /v1/completions HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\n\
+        "POST {path} HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\n\
          content-length: {}\r\n\r\n",
         body.len()
     );

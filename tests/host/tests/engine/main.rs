@@ -19,5 +19,6 @@ mod rude;
 mod seeded;
 mod shapes;
 mod sharing;
+mod spread;
 mod turns;
 mod vulkan;

@@ -14,13 +14,19 @@ use tests_models::{Layout, SMALL};
 const TOLERANCE: f32 = 0.05;
 /// The root of the mean square of all differences, as a part of the logits' standard deviation, where weights are in 8 bits:
 /// the processor rounds what it multiplies with them to 8 bits too, Vulkan does not.
-const ROUNDED_TOLERANCE: f32 = 0.1;
+pub const ROUNDED_TOLERANCE: f32 = 0.1;
+
+/// The folder of back ends, if Vulkan's was built.
+pub fn folder() -> Option<PathBuf> {
+    let folder = std::env::var_os("AGENTD_VULKAN_BACKENDS").map(PathBuf::from);
+    if folder.is_none() {
+        println!("SKIP: vulkan: there is no such back end here; `scripts/test long vulkan` builds one");
+    }
+    folder
+}
 
 fn with_vulkan(arguments: &[&str]) -> Option<(Engine, Client)> {
-    let Some(folder) = std::env::var_os("AGENTD_VULKAN_BACKENDS").map(PathBuf::from) else {
-        println!("SKIP: vulkan: there is no such back end here; `scripts/test long vulkan` builds one");
-        return None;
-    };
+    let folder = folder()?;
     let engine = Engine::start_on(&folder, |command, empty| {
         let empty = empty.to_str().expect("a plain path");
         // A device that computes on the processor is left out unless it is named.
@@ -32,7 +38,7 @@ fn with_vulkan(arguments: &[&str]) -> Option<(Engine, Client)> {
 }
 
 /// Logits have a mean near zero, so of them this is the standard deviation.
-fn root_mean_square(values: &[f32]) -> f32 {
+pub fn root_mean_square(values: &[f32]) -> f32 {
     (values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32).sqrt()
 }
 

@@ -11,7 +11,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use tests_host::line::{Line, send};
+use tests_host::line::{Line, answer, send, send_to};
 use tests_host::scene::{LIMIT, Package, Programs, Scene};
 use tests_models::{Layout, SMALL, Shape};
 
@@ -48,7 +48,8 @@ fn way() -> Option<Way> {
     let cache = tests_models::cache().expect("a cache");
     let made = |name, seed| tests_models::ensure(&cache, &shape(name, seed), Layout::Q8_0).expect("a model");
     let (alpha, beta) = (made("several-alpha", 1), made("several-beta", 2));
-    for (from, name) in [(&alpha, "alpha.gguf"), (&beta, "beta.gguf")] {
+    let second = programs.models.join("all-minilm-l6-v2.q8_0.gguf");
+    for (from, name) in [(&alpha, "alpha.gguf"), (&beta, "beta.gguf"), (&second, "second.gguf")] {
         fs::copy(from, scene.at("data/models").join(name)).expect("copied");
     }
     let chat = counted(&programs, &alpha, &[]);
@@ -153,12 +154,38 @@ fn models_come_on_demand_go_when_idle_and_are_back_after_a_crash() {
         swapped.as_millis()
     );
     assert!(way.scene.tail().contains("room is made for a model"), "{}", way.scene.tail());
+    vectors(&way);
     busy(&way);
     together(&way);
     crash(&mut way);
     assert_eq!(way.ask("gamma").0, 404);
     way.scene.kill_agentd();
     kept(&way);
+}
+
+/// A further embedding model comes when it is named, beside the one of memories. It is the same file, so its vectors are.
+fn vectors(way: &Way) {
+    let embed = |model: &str, more: Value| {
+        let mut body = json!({ "model": model, "input": ["a cat", "a dog"] });
+        body.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        let mut stream = way.line.connect();
+        send_to(&mut stream, "/v1/embeddings", &body);
+        let answer = answer(&mut stream);
+        (answer.status, answer.json())
+    };
+    let loads = |way: &Way| way.scene.said("a model is being loaded");
+    let before = loads(way);
+    let (status, second) = embed("second", json!({}));
+    assert_eq!(status, 200, "{second}\n{}", way.scene.tail());
+    assert!(loads(way) > before, "it was not there");
+    let (status, own) = embed("minilm", json!({}));
+    assert_eq!(status, 200, "{own}");
+    assert_eq!(second["data"], own["data"]);
+    assert_eq!(embed("default", json!({})).1["model"], "minilm", "nobody else is the default");
+    let (status, refused) = embed("second", json!({ "dimensions": 7 }));
+    assert_eq!((status, &refused["error"]["code"]), (400, &"dimensions_unsupported".into()), "{refused}");
+    assert_eq!(embed("alpha", json!({})).0, 404, "it chats");
+    println!("RESULT: a further embedding model was loaded when it was named");
 }
 
 /// A model with work stays, and who wants its room is told what is short.
