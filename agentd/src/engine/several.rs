@@ -330,7 +330,7 @@ impl Changing {
 
 impl Gate for Changing {
     fn admit(&self, _: Ask) -> BoxFuture<'static, Verdict> {
-        async { Verdict::Load }.boxed()
+        async { Verdict::Load(None) }.boxed()
     }
 
     fn not_loaded(&self, _: &str) {}

@@ -71,7 +71,12 @@ fn compile_vulkan(arguments: &Arguments) -> Result<Result<PathBuf, Built>> {
         let why = "there is no glslc in PATH; install the shader compiler, or give --vulkan";
         return Ok(Err(Built::Cannot(why.to_owned())));
     }
-    let header = arguments.source.join("tests/host/tests/engine/vulkan.hpp");
+    let own = fs::read(arguments.source.join("tests/host/tests/engine/vulkan.hpp"))?;
+    let header = arguments.cache.join("vulkan/vulkan.hpp");
+    if fs::read(&header).ok().as_ref() != Some(&own) {
+        fs::create_dir_all(arguments.cache.join("vulkan"))?;
+        fs::write(&header, own)?;
+    }
     let options = ["-DGGML_VULKAN=ON".to_owned(), format!("-DCMAKE_CXX_FLAGS=-include {}", header.display())];
     compiled(arguments, &arguments.cache.join("vulkan/build"), "ggml-vulkan", &options)
 }
