@@ -39,7 +39,7 @@ pub const REAL: Sizes =
     Sizes { small_context: 2048, large_context: 32_768, answer_tokens: 128, shared_sentences: 120 };
 /// A software device reads some hundred tokens a second.
 pub const REHEARSED: Sizes =
-    Sizes { small_context: 512, large_context: 1024, answer_tokens: 16, shared_sentences: 20 };
+    Sizes { small_context: 512, large_context: 1024, answer_tokens: 16, shared_sentences: 8 };
 
 #[derive(Clone, Copy)]
 pub struct Step {
