@@ -9,6 +9,7 @@ pub mod bombs;
 pub mod boot;
 pub mod debian;
 pub mod idle;
+pub mod memory;
 pub mod plan;
 pub mod report;
 pub mod rights;

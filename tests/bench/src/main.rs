@@ -4,7 +4,8 @@
 use anyhow::Result;
 use clap::Parser;
 use image::source::Checkout;
-use tests_bench::{bombs, boot, idle, plan, report, rights, serve, size, spawn};
+use std::path::PathBuf;
+use tests_bench::{bombs, boot, idle, memory, plan, report, rights, serve, size, spawn};
 use tests_models::Layout;
 
 /// Measures promises with numbers. Run it on an otherwise idle machine.
@@ -60,9 +61,18 @@ enum Arguments {
     },
     /// What a model takes, beside what was planned for it
     Plan,
+    /// What recall finds on LoCoMo, and what each of its signals costs and brings
+    Memory {
+        /// LoCoMo's `data/locomo10.json`, which its licence keeps out of this repository
+        #[arg(long, value_name = "FILE")]
+        locomo: PathBuf,
+        /// Fits the weights of `rank/weights.rs` anew, prints them, and measures nothing else
+        #[arg(long)]
+        fit: bool,
+    },
     /// Copies results of earlier runs to tests/results/bench and writes README's table
     Keep {
-        /// boot, size, rights, spawn, idle, bombs, plan, serve-0 to serve-9, serve-18
+        /// boot, size, rights, spawn, idle, bombs, plan, memory, serve-0 to serve-9, serve-18
         #[arg(required = true)]
         names: Vec<String>,
     },
@@ -86,6 +96,10 @@ fn main() -> Result<()> {
             let options = serve::Options { workloads: workload, quick, layout, pairs: pairs.max(1), native };
             serve::measure(options)?.iter().try_for_each(|bench| report::publish(bench, &checkout))
         }
+        Arguments::Memory { locomo, fit } => match memory::measure(&memory::Options { locomo, fit })? {
+            Some(bench) => report::publish(&bench, &checkout),
+            None => Ok(()),
+        },
         Arguments::Plan => report::publish(&plan::measure()?, &checkout),
         Arguments::Keep { names } => report::keep(&checkout, &names),
         Arguments::Readme => report::readme(&checkout),

@@ -60,6 +60,7 @@ mod file;
 mod index;
 pub mod plan;
 mod postings;
+pub mod rank;
 mod read;
 mod record;
 mod run;

@@ -1,0 +1,300 @@
+//! In which order do records answer a question?
+//!
+//! In:     a [`Question`] that was read, how near its vector is to each record's ([`Nearness`]), and a [`Corpus`]:
+//!         postings, neighbours and facts, from whatever index holds them.
+//! Out:    records, best first, each with every [`Signal`] that it was judged by.
+//! Steps:  words score every record that has one ([`words`]); the best few hundred by words and meaning are the pool;
+//!         all signals are taken of these; the weighted sum decides; from the sixth place on, a neighbour of
+//!         what is listed already waits ([`diverse`]).
+//! Always: a signal of a record depends on the question, the record, its neighbours and its session, so nothing is
+//!         recomputed when a record is added. The sum is linear: what is explained is what was counted.
+//! Never:  a file, a clock, a model, a thread; no weight from a person's taste ([`weights`] says how they were found).
+//! Cost:   one pass over the postings of the question's words and their kin, one over the nearness of all records.
+
+mod dates;
+mod diverse;
+mod kin;
+mod plain;
+mod question;
+mod told;
+mod weights;
+mod words;
+
+#[cfg(test)]
+mod tests;
+
+pub use dates::Span;
+pub use kin::{KIN_MOST, KinTable};
+pub use plain::Plain;
+pub use question::{Question, Term, as_told};
+pub use told::{Facts, WINDOW_BEFORE, speaker, speaker_id, window};
+pub use weights::{SIGNALS, Signal, Signals, Weights};
+
+use std::collections::HashMap;
+use words::Found;
+
+/// All signals are taken of so many records. On LoCoMo 128 lose nothing at 50 places; the rest is for larger stores.
+pub const POOL: usize = 256;
+
+/// A session is judged by so many of its records, the best ones.
+const SESSION_BEST: usize = 3;
+
+/// What must be known of the stored records. A slot is a number below [`Corpus::slots`]; which record it stands for
+/// is the caller's affair.
+pub trait Corpus {
+    type Error;
+
+    fn slots(&self) -> usize;
+
+    /// Content words of a record, on average.
+    fn mean_words(&self) -> f32;
+
+    /// Calls `each` with the slot of every record that has the term, and how often; each record once.
+    fn postings(&self, term: &str, each: &mut dyn FnMut(usize, u32)) -> Result<(), Self::Error>;
+
+    /// Calls `each` with terms of like meaning and how like they are, above 0 and below 1. None where no term has
+    /// a vector: the signal is then the words' own.
+    fn kin(&self, _term: &str, _each: &mut dyn FnMut(&str, f32)) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    /// Is somebody called so the speaker of some record?
+    fn speaks(&self, term: &str) -> bool;
+
+    fn facts(&self, slot: usize) -> Facts;
+
+    /// The record told before it in its session.
+    fn before(&self, slot: usize) -> Option<usize>;
+
+    /// The record told after it in its session.
+    fn after(&self, slot: usize) -> Option<usize>;
+
+    /// May it be part of the answer? Others still count as neighbours.
+    fn may_answer(&self, _slot: usize) -> bool {
+        true
+    }
+}
+
+/// How near each record's vector is to the question's: cosines by slot, NaN where there is no vector.
+#[derive(Debug, Clone, Copy)]
+pub struct Nearness<'a> {
+    cosines: &'a [f32],
+    mean: f32,
+    /// 0 when there is nothing to compare.
+    per_cosine: f32,
+}
+
+impl<'a> Nearness<'a> {
+    /// Cosines of short texts differ little, and by how much depends on the question: they count as what they are above
+    /// the mean, in units of four standard deviations, which is the range of the other signals.
+    pub fn new(cosines: &'a [f32]) -> Self {
+        let known = || cosines.iter().filter(|cosine| cosine.is_finite()).map(|cosine| f64::from(*cosine));
+        let count = known().count().max(1) as f64;
+        let mean = known().sum::<f64>() / count;
+        let deviation = (known().map(|cosine| (cosine - mean).powi(2)).sum::<f64>() / count).sqrt();
+        let per_cosine = if deviation > 1e-6 { (0.25 / deviation) as f32 } else { 0.0 };
+        Self { cosines, mean: mean as f32, per_cosine }
+    }
+
+    /// No vector at all.
+    pub fn none() -> Self {
+        Self::new(&[])
+    }
+
+    fn of(&self, slot: usize) -> f32 {
+        match self.cosines.get(slot) {
+            Some(cosine) if cosine.is_finite() => (cosine - self.mean) * self.per_cosine,
+            _ => 0.0,
+        }
+    }
+
+    fn knows(&self, slot: usize) -> bool {
+        self.per_cosine > 0.0 && self.cosines.get(slot).is_some_and(|cosine| cosine.is_finite())
+    }
+}
+
+/// A record and what it was judged by.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ranked {
+    pub slot: usize,
+    /// The sum of its signals by weight. Comparable within one answer.
+    pub score: f32,
+    pub signals: Signals,
+}
+
+/// The best `most`, best first; of equals the later slot.
+///
+/// # Errors
+/// The corpus's own.
+pub fn rank<C: Corpus>(
+    corpus: &C,
+    question: &Question,
+    nearness: Nearness<'_>,
+    weights: &Weights,
+    most: usize,
+) -> Result<Vec<Ranked>, C::Error> {
+    let mut judged: Vec<Ranked> = candidates(corpus, question, nearness)?
+        .into_iter()
+        .map(|(slot, signals)| Ranked { slot, score: weights.sum(&signals), signals })
+        .collect();
+    judged.sort_unstable_by(|a, b| b.score.total_cmp(&a.score).then(b.slot.cmp(&a.slot)));
+    Ok(diverse::spread(judged, most, |slot| [corpus.before(slot), corpus.after(slot)]))
+}
+
+/// The pool with its signals, in no order. What weights are fitted to.
+///
+/// # Errors
+/// The corpus's own.
+pub fn candidates<C: Corpus>(
+    corpus: &C,
+    question: &Question,
+    nearness: Nearness<'_>,
+) -> Result<Vec<(usize, Signals)>, C::Error> {
+    let found = words::search(corpus, question)?;
+    let pool = pool(corpus, &found, nearness);
+    let sessions = Sessions::of(corpus, &pool, &found, nearness);
+    let asked = Asked { named: only_speaker(corpus, question), question };
+    Ok(pool
+        .into_iter()
+        .map(|slot| (slot, asked.signals(corpus, slot, &found, nearness, &sessions)))
+        .collect())
+}
+
+/// Which records are worth a closer look? Rough on purpose: it must be cheap for every record that has a word.
+fn pool<C: Corpus>(corpus: &C, found: &Found, nearness: Nearness<'_>) -> Vec<usize> {
+    let mut rough: HashMap<usize, f32> = HashMap::new();
+    // A record without a word of the question may stand beside one that has all.
+    for &slot in found.touched() {
+        let value = found.own(slot) + found.kin(slot);
+        let (before, after) = (corpus.before(slot), corpus.after(slot));
+        let spread = [
+            (Some(slot), 1.0),
+            (after, 0.5),
+            (before, 0.3),
+            (after.and_then(|slot| corpus.after(slot)), 0.15),
+        ];
+        for (slot, share) in spread {
+            if let Some(slot) = slot {
+                *rough.entry(slot).or_insert(0.0) += value * share;
+            }
+        }
+    }
+    if nearness.per_cosine > 0.0 {
+        for slot in 0..corpus.slots() {
+            if nearness.knows(slot) {
+                *rough.entry(slot).or_insert(0.0) += nearness.of(slot);
+            }
+        }
+    }
+    let mut rough: Vec<(usize, f32)> =
+        rough.into_iter().filter(|(slot, _)| corpus.may_answer(*slot)).collect();
+    let order = |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(b.0.cmp(&a.0));
+    if rough.len() > POOL {
+        rough.select_nth_unstable_by(POOL, order);
+        rough.truncate(POOL);
+    }
+    rough.into_iter().map(|(slot, _)| slot).collect()
+}
+
+/// The one speaker whom the question names; nobody when it names two.
+fn only_speaker<C: Corpus>(corpus: &C, question: &Question) -> Option<u32> {
+    let mut named = question.terms.iter().filter(|term| corpus.speaks(&term.text));
+    match (named.next(), named.next()) {
+        (Some(one), None) => Some(told::speaker_id(&one.text)),
+        _ => None,
+    }
+}
+
+/// How well whole sessions answer, by the best of their records in the pool.
+struct Sessions {
+    best: HashMap<u64, [f32; 2]>,
+}
+
+impl Sessions {
+    fn of<C: Corpus>(corpus: &C, pool: &[usize], found: &Found, nearness: Nearness<'_>) -> Self {
+        let mut values: HashMap<u64, Vec<[f32; 2]>> = HashMap::new();
+        for &slot in pool {
+            let session = corpus.facts(slot).session;
+            if session != 0 {
+                values.entry(session).or_default().push([around(corpus, found, slot), nearness.of(slot)]);
+            }
+        }
+        let best = values
+            .into_iter()
+            .map(|(session, values)| (session, [best_mean(&values, |v| v[0]), best_mean(&values, |v| v[1])]));
+        Self { best: best.collect() }
+    }
+}
+
+fn best_mean(values: &[[f32; 2]], part: impl Fn(&[f32; 2]) -> f32) -> f32 {
+    let mut parts: Vec<f32> = values.iter().map(part).collect();
+    parts.sort_unstable_by(|a, b| b.total_cmp(a));
+    parts.truncate(SESSION_BEST);
+    parts.iter().sum::<f32>() / parts.len().max(1) as f32
+}
+
+/// Words of a record and, less, of its neighbours; the shares are those of the study that found neighbours to matter.
+fn around<C: Corpus>(corpus: &C, found: &Found, slot: usize) -> f32 {
+    let [before, after, two_before, two_after] = neighbours(corpus, slot);
+    let own = |slot: Option<usize>| slot.map_or(0.0, |slot| found.own(slot));
+    found.own(slot) + 0.5 * own(before) + 0.3 * own(after) + 0.15 * own(two_before) + 0.1 * own(two_after)
+}
+
+/// Before, after, two before, two after.
+fn neighbours<C: Corpus>(corpus: &C, slot: usize) -> [Option<usize>; 4] {
+    let (before, after) = (corpus.before(slot), corpus.after(slot));
+    let two_before = before.and_then(|slot| corpus.before(slot));
+    let two_after = after.and_then(|slot| corpus.after(slot));
+    [before, after, two_before, two_after]
+}
+
+struct Asked<'a> {
+    question: &'a Question,
+    /// Of the speaker.
+    named: Option<u32>,
+}
+
+impl Asked<'_> {
+    fn signals<C: Corpus>(
+        &self,
+        corpus: &C,
+        slot: usize,
+        found: &Found,
+        nearness: Nearness<'_>,
+        sessions: &Sessions,
+    ) -> Signals {
+        let facts = corpus.facts(slot);
+        let near = neighbours(corpus, slot);
+        let [before, after, two_before, two_after] = near.map(|n| n.map_or(0.0, |slot| found.own(slot)));
+        let was_asked = near[0].is_some_and(|slot| corpus.facts(slot).asks);
+        let matched =
+            near.into_iter().flatten().fold(found.matched(slot), |all, slot| all | found.matched(slot));
+        let [session_words, session_meaning] = sessions
+            .best
+            .get(&facts.session)
+            .copied()
+            .unwrap_or_else(|| [around(corpus, found, slot), nearness.of(slot)]);
+        let yes = |yes: bool| f32::from(u8::from(yes));
+        let mut signals = Signals::default();
+        for (signal, value) in [
+            (Signal::Words, found.own(slot)),
+            (Signal::Before, before),
+            (Signal::After, after),
+            (Signal::TwoBefore, two_before),
+            (Signal::TwoAfter, two_after),
+            (Signal::Answer, if was_asked { before } else { 0.0 }),
+            (Signal::Kin, found.kin(slot)),
+            (Signal::Coverage, found.share(matched)),
+            (Signal::SessionWords, session_words),
+            (Signal::Meaning, nearness.of(slot)),
+            (Signal::SessionMeaning, session_meaning),
+            (Signal::Speaker, yes(self.named.is_some_and(|named| named == facts.speaker))),
+            (Signal::Asks, yes(facts.asks)),
+            (Signal::TellsTime, yes(self.question.asks_when && facts.tells_time)),
+            (Signal::Time, self.question.span.map_or(0.0, |span| span.holds(facts.event_unix_ms))),
+        ] {
+            signals.set(signal, value);
+        }
+        signals
+    }
+}
