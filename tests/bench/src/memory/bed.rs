@@ -55,7 +55,6 @@ impl Tokens {
 }
 
 pub struct Asked {
-    pub text: String,
     pub question: Question,
     pub category: Category,
     evidence: Vec<String>,
@@ -137,7 +136,6 @@ impl Bed {
             tokens.told += u64::from(vectors.tokens(&told)?);
             let alone = vectors.of(&question.text)?.to_vec();
             asked.push(Asked {
-                text: question.text.clone(),
                 question: read,
                 category: question.category,
                 evidence: question.evidence.clone(),

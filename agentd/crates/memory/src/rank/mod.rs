@@ -10,6 +10,15 @@
 //!         recomputed when a record is added. The sum is linear: what is explained is what was counted.
 //! Never:  a file, a clock, a model, a thread; no weight from a person's taste ([`weights`] says how they were found).
 //! Cost:   one pass over the postings of the question's words and their kin, one over the nearness of all records.
+//!
+//! # How a store feeds it
+//!
+//! When a record is stored: the embedder gets [`window`] of it and the two before it in its session instead of its
+//! text alone, so there is still one vector for each record, and none is made again; [`Facts::read`] of the text is
+//! kept beside the record. For words of like meaning each new term is embedded once, alone, and goes to
+//! [`KinTable::add`]; without that [`Corpus::kin`] stays as it is and nothing else changes.
+//! When a question comes: [`Question::read`]; the embedder gets the question and [`as_told`] of it in one request, the
+//! sum of both vectors, divided by its length, is compared with all records; [`rank`] gets the cosines.
 
 mod dates;
 mod diverse;
@@ -160,40 +169,73 @@ pub fn candidates<C: Corpus>(
         .collect())
 }
 
-/// Which records are worth a closer look? Rough on purpose: it must be cheap for every record that has a word.
+/// Which records are worth a closer look? Rough on purpose: it must be cheap for every record of the store.
 fn pool<C: Corpus>(corpus: &C, found: &Found, nearness: Nearness<'_>) -> Vec<usize> {
-    let mut rough: HashMap<usize, f32> = HashMap::new();
+    // NaN: nothing speaks for it yet.
+    let mut rough = vec![f32::NAN; corpus.slots()];
+    let mut add = |slot: usize, value: f32| {
+        let sum = &mut rough[slot];
+        *sum = if sum.is_nan() { value } else { *sum + value };
+    };
     // A record without a word of the question may stand beside one that has all.
     for &slot in found.touched() {
         let value = found.own(slot) + found.kin(slot);
         let (before, after) = (corpus.before(slot), corpus.after(slot));
-        let spread = [
-            (Some(slot), 1.0),
-            (after, 0.5),
-            (before, 0.3),
-            (after.and_then(|slot| corpus.after(slot)), 0.15),
-        ];
-        for (slot, share) in spread {
+        let two_after = after.and_then(|slot| corpus.after(slot));
+        add(slot, value);
+        for (slot, share) in [(after, 0.5), (before, 0.3), (two_after, 0.15)] {
             if let Some(slot) = slot {
-                *rough.entry(slot).or_insert(0.0) += value * share;
+                add(slot, value * share);
             }
         }
     }
     if nearness.per_cosine > 0.0 {
-        for slot in 0..corpus.slots() {
-            if nearness.knows(slot) {
-                *rough.entry(slot).or_insert(0.0) += nearness.of(slot);
-            }
+        (0..corpus.slots())
+            .filter(|slot| nearness.knows(*slot))
+            .for_each(|slot| add(slot, nearness.of(slot)));
+    }
+    let mut best = Best::default();
+    for (slot, value) in rough.into_iter().enumerate() {
+        if value > best.floor && corpus.may_answer(slot) {
+            best.push(slot, value);
         }
     }
-    let mut rough: Vec<(usize, f32)> =
-        rough.into_iter().filter(|(slot, _)| corpus.may_answer(*slot)).collect();
-    let order = |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(b.0.cmp(&a.0));
-    if rough.len() > POOL {
-        rough.select_nth_unstable_by(POOL, order);
-        rough.truncate(POOL);
+    best.finish()
+}
+
+/// Keeps the best [`POOL`] of many without sorting them all.
+struct Best {
+    kept: Vec<(usize, f32)>,
+    /// What is not above this is not among the best.
+    floor: f32,
+}
+
+impl Default for Best {
+    fn default() -> Self {
+        Self { kept: Vec::with_capacity(4 * POOL), floor: f32::NEG_INFINITY }
     }
-    rough.into_iter().map(|(slot, _)| slot).collect()
+}
+
+impl Best {
+    fn push(&mut self, slot: usize, value: f32) {
+        self.kept.push((slot, value));
+        if self.kept.len() == 4 * POOL {
+            self.cut();
+        }
+    }
+
+    fn cut(&mut self) {
+        if self.kept.len() > POOL {
+            self.kept.select_nth_unstable_by(POOL - 1, |a, b| b.1.total_cmp(&a.1).then(b.0.cmp(&a.0)));
+            self.kept.truncate(POOL);
+            self.floor = self.kept.last().map_or(self.floor, |(_, value)| *value);
+        }
+    }
+
+    fn finish(mut self) -> Vec<usize> {
+        self.cut();
+        self.kept.into_iter().map(|(slot, _)| slot).collect()
+    }
 }
 
 /// The one speaker whom the question names; nobody when it names two.

@@ -32,31 +32,31 @@ pub const SIGNALS: usize = 15;
 
 signals! {
     /// BM25 of the record's own words, as a share of what the question asks.
-    Words, "words", 0.75;
+    Words, "words", 0.69;
     /// The same of the record before it in its session.
-    Before, "before", -0.3;
-    After, "after", -0.2;
-    TwoBefore, "two_before", 0.2;
-    TwoAfter, "two_after", -0.2;
+    Before, "before", 0.09;
+    After, "after", -0.04;
+    TwoBefore, "two_before", 0.03;
+    TwoAfter, "two_after", -0.13;
     /// The words of the record before, if that one asks something: this one probably answers.
-    Answer, "answer", 3.0;
+    Answer, "answer", 2.73;
     /// The question's words, or ones of like meaning.
-    Kin, "kin", 3.1;
+    Kin, "kin", 3.33;
     /// How much of the question is said in the record and two on each side.
-    Coverage, "coverage", 3.4;
+    Coverage, "coverage", 3.79;
     /// Words of the session's best records.
-    SessionWords, "session_words", 0.7;
+    SessionWords, "session_words", 0.53;
     /// The vector of the record and the two before it, beside the question's.
-    Meaning, "meaning", 1.6;
-    SessionMeaning, "session_meaning", 2.1;
+    Meaning, "meaning", 1.94;
+    SessionMeaning, "session_meaning", 2.28;
     /// It is said by the one speaker whom the question names.
-    Speaker, "speaker", 1.1;
+    Speaker, "speaker", 1.03;
     /// It asks; who asks tells little.
-    Asks, "asks", -0.9;
+    Asks, "asks", -0.91;
     /// The question asks when, and the record has words of time.
-    TellsTime, "tells_time", 1.7;
+    TellsTime, "tells_time", 1.69;
     /// It was told when the question's date says, or soon after.
-    Time, "time", 3.2;
+    Time, "time", 2.48;
 }
 
 /// One number for each signal; 0 where it says nothing.
