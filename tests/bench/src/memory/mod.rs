@@ -37,7 +37,7 @@ const GOAL_MULTI_HOP: f64 = 52.0;
 const GOAL_OPEN_DOMAIN: f64 = 45.0;
 
 /// Signals that are one idea, and what it is called.
-const IDEAS: [(&str, &[Signal]); 10] = [
+const IDEAS: [(&str, &[Signal]); 11] = [
     ("the record's own words", &[Signal::Words]),
     (
         "neighbours' words",
@@ -45,7 +45,8 @@ const IDEAS: [(&str, &[Signal]); 10] = [
     ),
     ("words of the question it answers", &[Signal::Answer]),
     ("words of like meaning", &[Signal::Kin]),
-    ("meaning of three turns", &[Signal::Meaning]),
+    ("meaning of three turns", &[Signal::Meaning, Signal::MeaningAfter]),
+    ("the vector of the turn after", &[Signal::MeaningAfter]),
     ("its session", &[Signal::SessionWords, Signal::SessionMeaning]),
     ("who speaks", &[Signal::Speaker]),
     ("asking or telling", &[Signal::Asks]),

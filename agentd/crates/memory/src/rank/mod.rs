@@ -329,6 +329,7 @@ impl Asked<'_> {
             (Signal::Coverage, found.share(matched)),
             (Signal::SessionWords, session_words),
             (Signal::Meaning, nearness.of(slot)),
+            (Signal::MeaningAfter, near[1].map_or(0.0, |slot| nearness.of(slot))),
             (Signal::SessionMeaning, session_meaning),
             (Signal::Speaker, yes(self.named.is_some_and(|named| named == facts.speaker))),
             (Signal::Asks, yes(facts.asks)),

@@ -152,7 +152,7 @@ proptest! {
             for signal in Signal::ALL {
                 let value = signals.get(signal);
                 let range = match signal {
-                    Signal::Meaning | Signal::SessionMeaning => -10.0..=10.0,
+                    Signal::Meaning | Signal::MeaningAfter | Signal::SessionMeaning => -10.0..=10.0,
                     Signal::Words | Signal::Before | Signal::After | Signal::TwoBefore | Signal::TwoAfter
                     | Signal::Answer => 0.0..=2.2,
                     Signal::SessionWords => 0.0..=2.2 * 2.05,

@@ -28,33 +28,35 @@ macro_rules! signals {
 }
 
 /// How many there are.
-pub const SIGNALS: usize = 15;
+pub const SIGNALS: usize = 16;
 
 signals! {
     /// BM25 of the record's own words, as a share of what the question asks.
-    Words, "words", 0.69;
+    Words, "words", 0.57;
     /// The same of the record before it in its session.
-    Before, "before", 0.09;
-    After, "after", -0.04;
-    TwoBefore, "two_before", 0.03;
-    TwoAfter, "two_after", -0.13;
+    Before, "before", -0.12;
+    After, "after", -0.35;
+    TwoBefore, "two_before", 0.17;
+    TwoAfter, "two_after", -0.18;
     /// The words of the record before, if that one asks something: this one probably answers.
-    Answer, "answer", 2.73;
+    Answer, "answer", 2.63;
     /// The question's words, or ones of like meaning.
-    Kin, "kin", 3.33;
+    Kin, "kin", 3.18;
     /// How much of the question is said in the record and two on each side.
-    Coverage, "coverage", 3.79;
+    Coverage, "coverage", 3.78;
     /// Words of the session's best records.
-    SessionWords, "session_words", 0.53;
+    SessionWords, "session_words", 0.60;
     /// The vector of the record and the two before it, beside the question's.
-    Meaning, "meaning", 1.94;
-    SessionMeaning, "session_meaning", 2.28;
+    Meaning, "meaning", 1.40;
+    /// The same of the record after it, whose vector has this one in its middle.
+    MeaningAfter, "meaning_after", 1.25;
+    SessionMeaning, "session_meaning", 1.81;
     /// It is said by the one speaker whom the question names.
-    Speaker, "speaker", 1.03;
+    Speaker, "speaker", 1.13;
     /// It asks; who asks tells little.
-    Asks, "asks", -0.91;
+    Asks, "asks", -0.92;
     /// The question asks when, and the record has words of time.
-    TellsTime, "tells_time", 1.69;
+    TellsTime, "tells_time", 1.71;
     /// It was told when the question's date says, or soon after.
     Time, "time", 2.48;
 }
