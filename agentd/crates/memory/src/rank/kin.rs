@@ -8,9 +8,10 @@
 
 use std::collections::HashMap;
 
-/// Of each term. On LoCoMo all instead of 24 brings nothing.
+/// Of each term. All instead of 24 changed the mean recall on LoCoMo by less than 0.1 points.
 pub const KIN_MOST: usize = 24;
-/// Cosine of two words below which they only sound alike: MiniLM gives two unrelated words about 0.25.
+/// Cosine of two words below which they are not kin. Set by hand for all-MiniLM-L6-v2 and not
+/// fitted; with another embedder it has to be looked at again.
 const COSINE_LEAST: f32 = 0.45;
 /// A likeness of nothing. A cosine of 1 is the likeness 1.
 const COSINE_NONE: f32 = 0.35;

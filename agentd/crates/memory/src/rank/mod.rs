@@ -42,7 +42,7 @@ pub use weights::{SIGNALS, Signal, Signals, Weights};
 use std::collections::HashMap;
 use words::Found;
 
-/// All signals are taken of so many records. On LoCoMo 128 lose nothing at 50 places; the rest is for larger stores.
+/// All signals are taken of so many records: five times the longest answer. More cost time in proportion.
 pub const POOL: usize = 256;
 
 /// A session is judged by so many of its records, the best ones.
@@ -275,7 +275,8 @@ fn best_mean(values: &[[f32; 2]], part: impl Fn(&[f32; 2]) -> f32) -> f32 {
     parts.iter().sum::<f32>() / parts.len().max(1) as f32
 }
 
-/// Words of a record and, less, of its neighbours; the shares are those of the study that found neighbours to matter.
+/// Words of a record and, less, of its neighbours. The shares were set by hand and not fitted: what is fitted is how much
+/// the whole counts.
 fn around<C: Corpus>(corpus: &C, found: &Found, slot: usize) -> f32 {
     let [before, after, two_before, two_after] = neighbours(corpus, slot);
     let own = |slot: Option<usize>| slot.map_or(0.0, |slot| found.own(slot));

@@ -3,8 +3,8 @@
 //! Found, not chosen: `scripts/bench memory --fit` maximises, for the questions of three of LoCoMo's conversations
 //! (conv-26, conv-30, conv-41), the probability of each evidence turn among the 200 other turns that look best to
 //! words and meaning together (a softmax over them, with an L2 penalty of 0.005). One weight for each signal and
-//! nothing else is fitted. What it brings on conversations that it was not fitted to stands in
-//! `tests/results/bench/memory.json`, with what is lost when a signal is left out.
+//! nothing else is fitted. `scripts/bench memory` says what they bring on conversations that they were not fitted to,
+//! and what is lost when a signal is left out.
 
 /// A closed list with a name for people; its order is that of [`Signals`].
 macro_rules! signals {
