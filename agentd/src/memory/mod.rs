@@ -1,6 +1,6 @@
 //! How do an agent's texts get their vectors, and its questions theirs?
 //!
-//! Owns:  the open memory store of each agent (`/data/agents/<id>/memory.redb`).
+//! Owns:  the pool of open memory stores (`/data/agents/<id>/memory.redb`): the lately used ones are open.
 //! In:    `remember` and `recall` of agents; the engine's embedder as it comes and goes.
 //! Out:   what `agentd_memory` answers.
 //! Always: a text is stored whether or not the engine answers; without a vector it is found by its words, and gets
@@ -15,10 +15,13 @@ use crate::engine::{Embedder, Engine, Stage};
 use agentd_domain::agent_api::{EmbedState, Recall, Recalled, Remember, Remembered, Signals, Tier};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, OwnerId, RecordId};
-use agentd_memory::{Budgets, Embedding, Identity, NewRecord, Options, Pending, Store, StoreError};
+use agentd_memory::{
+    Budgets, Embedding, Identity, Limits, NewRecord, Options, Pending, Pool, Store, StoreError,
+};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::{Mutex, Notify};
 use tokio::time::timeout;
@@ -43,13 +46,18 @@ struct Inner {
     folder: PathBuf,
     owner: OwnerId,
     engine: Engine,
-    open: Mutex<HashMap<AgentId, Arc<Memory>>>,
+    pool: Pool,
+    known: Mutex<HashMap<AgentId, Arc<Memory>>>,
     /// Somewhere a record waits for its vector.
     waiting: Notify,
 }
 
 struct Memory {
-    store: Arc<Store>,
+    path: PathBuf,
+    identity: Identity,
+    pool: Pool,
+    /// A record may wait for its vector: since a restart, or because it was told while the engine was away.
+    waits: AtomicBool,
     /// The embedder that the store was told of.
     embedder: Mutex<Option<Embedder>>,
     /// Held while vectors are being made for what waits.
@@ -60,8 +68,8 @@ struct Memory {
 impl Memories {
     /// Starts the task that completes what waits, on the current runtime.
     pub fn start(folder: PathBuf, owner: OwnerId, engine: Engine) -> Self {
-        let open = Mutex::default();
-        let memories = Self(Arc::new(Inner { folder, owner, engine, open, waiting: Notify::new() }));
+        let (pool, known) = (Pool::new(Limits::default()), Mutex::default());
+        let memories = Self(Arc::new(Inner { folder, owner, engine, pool, known, waiting: Notify::new() }));
         tokio::spawn(memories.clone().complete_all());
         memories
     }
@@ -80,6 +88,7 @@ impl Memories {
         let new = NewRecord { request, recorded_unix_ms: clock::unix_ms(), idempotency_key: key };
         let remembered = blocking(&memory, move |store| store.remember(new, embedding)).await?;
         if remembered.state == EmbedState::Pending {
+            memory.waits.store(true, Ordering::SeqCst);
             self.0.waiting.notify_one();
         }
         Ok(remembered)
@@ -101,37 +110,35 @@ impl Memories {
 
     /// Closes an agent's store, because its files are about to be removed.
     pub async fn close(&self, agent: AgentId) {
-        let closed = self.0.open.lock().await.remove(&agent);
-        // Dropping waits for the writer's thread.
-        let _ = tokio::task::spawn_blocking(move || drop(closed)).await;
+        let Some(memory) = self.0.known.lock().await.remove(&agent) else { return };
+        // Waits for who uses it, and for the writer's thread.
+        let closed = tokio::task::spawn_blocking(move || memory.pool.close(&memory.path)).await;
+        if !matches!(closed, Ok(true)) {
+            tracing::warn!(agent_id = %agent, "a memory store was still in use when its files were removed");
+        }
     }
 
     async fn memory(&self, agent: AgentId) -> Result<Arc<Memory>, Report> {
-        let mut open = self.0.open.lock().await;
-        if let Some(memory) = open.get(&agent) {
-            return Ok(Arc::clone(memory));
+        let (memory, is_new) = {
+            let mut known = self.0.known.lock().await;
+            let is_new = !known.contains_key(&agent);
+            let memory = known.entry(agent).or_insert_with(|| {
+                Arc::new(Memory {
+                    path: self.0.folder.join(agent.to_string()).join("memory.redb"),
+                    identity: Identity { agent_id: agent, owner_id: self.0.owner },
+                    pool: self.0.pool.clone(),
+                    waits: AtomicBool::new(true),
+                    embedder: Mutex::default(),
+                    completing: Mutex::default(),
+                    vectors: Vectors::default(),
+                })
+            });
+            (Arc::clone(memory), is_new)
+        };
+        if is_new {
+            // Its records may wait since before a restart.
+            self.0.waiting.notify_one();
         }
-        let path = self.0.folder.join(agent.to_string()).join("memory.redb");
-        let options = Options {
-            identity: Identity { agent_id: agent, owner_id: self.0.owner },
-            budgets: Budgets::agent(),
-        };
-        let opened = tokio::task::spawn_blocking(move || Store::open(&path, options)).await;
-        let store = match opened {
-            Ok(Ok(store)) => store,
-            Ok(Err(error)) => return Err(error.report()),
-            Err(_) => return Err(thread_lost()),
-        };
-        let memory = Arc::new(Memory {
-            store: Arc::new(store),
-            embedder: Mutex::default(),
-            completing: Mutex::default(),
-            vectors: Vectors::default(),
-        });
-        open.insert(agent, Arc::clone(&memory));
-        drop(open);
-        // Its records may wait since before a restart.
-        self.0.waiting.notify_one();
         Ok(memory)
     }
 
@@ -181,6 +188,8 @@ impl Memories {
         self.introduce(memory, &embedder).await?;
         let _alone = memory.completing.lock().await;
         loop {
+            // Before the look: what is told after it sets this again.
+            memory.waits.store(false, Ordering::SeqCst);
             let batch = blocking(memory, |store| store.pending_batch(BATCH)).await?;
             if batch.is_empty() {
                 return Ok(());
@@ -233,9 +242,13 @@ impl Memories {
             let embedder = view.borrow_and_update().embedder();
             let mut failed = false;
             if embedder.is_some() {
-                let open: Vec<_> = self.0.open.lock().await.values().cloned().collect();
-                for memory in open {
+                let known: Vec<_> = self.0.known.lock().await.values().cloned().collect();
+                for memory in known {
+                    if embedder == last && !memory.waits.load(Ordering::SeqCst) {
+                        continue;
+                    }
                     if let Err(report) = self.complete(&memory).await {
+                        memory.waits.store(true, Ordering::SeqCst);
                         tracing::warn!(problem = %report, "records wait longer for their vectors");
                         failed = true;
                     }
@@ -261,8 +274,12 @@ async fn blocking<T: Send + 'static>(
     memory: &Memory,
     work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, Report> {
-    let store = Arc::clone(&memory.store);
-    match tokio::task::spawn_blocking(move || work(&store)).await {
+    let (pool, path, identity) = (memory.pool.clone(), memory.path.clone(), memory.identity);
+    let done = tokio::task::spawn_blocking(move || {
+        let store = pool.lease(&path, || Options::new(identity, Budgets::agent()))?;
+        work(&store)
+    });
+    match done.await {
         Ok(result) => result.map_err(|error| error.report()),
         Err(_) => Err(thread_lost()),
     }

@@ -47,6 +47,8 @@ pub enum OpenError {
     OtherAgent { path: PathBuf, found: AgentId, expected: AgentId },
     #[error("{path}: {damage}")]
     Damaged { path: PathBuf, damage: Damage },
+    #[error("{path}: {open} stores are open and all of them busy")]
+    NoRoom { path: PathBuf, open: usize },
     #[error("{path}: no thread for its writer: {source}")]
     Thread { path: PathBuf, source: Arc<std::io::Error> },
 }
@@ -164,6 +166,12 @@ impl OpenError {
                 WHAT,
                 why,
                 "`agentctl status` shows the data partition's state; nothing was changed in the file",
+            ),
+            Self::NoRoom { .. } => Report::environment(
+                "memory_busy",
+                WHAT,
+                why,
+                "try again in some seconds; fewer agents at once, or a larger limit of open stores, help for long",
             ),
             Self::InUse { .. } => Report::environment(
                 "memory_in_use",

@@ -18,10 +18,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// redb's page cache per store. Its default is 1 GiB; a thousand agents must fit into a small machine, and what
-/// questions need of every record is in the index anyway.
-const CACHE_BYTES: usize = 4 * 1024 * 1024;
-
 /// So many openings in a row may end the program before the file is left alone for [`REST_AFTER_FATAL_OPENINGS`].
 /// A kill or power cut in the few milliseconds of an opening counts, too, so one alone must not.
 const FATAL_OPENINGS_MOST: u8 = 3;
@@ -72,13 +68,17 @@ fn age(path: &Path) -> io::Result<Duration> {
 }
 
 /// Opens the file at this path, after making it if there is none.
-pub(crate) fn open_or_create(path: &Path, identity: Identity) -> Result<Database, OpenError> {
+pub(crate) fn open_or_create(
+    path: &Path,
+    identity: Identity,
+    cache_bytes: usize,
+) -> Result<Database, OpenError> {
     // Not `exists`: it says no when the directory cannot be read.
     if !path.try_exists().map_err(|source| file_error(path, source))? {
-        create(path, identity)?;
+        create(path, identity, cache_bytes)?;
     }
     let file = open_file(path, path)?;
-    open_database(path, |builder| builder.create_file(file))
+    open_database(path, cache_bytes, |builder| builder.create_file(file))
 }
 
 /// Every transaction of a store is written like this: on disk before `commit` returns, in two phases because
@@ -92,7 +92,7 @@ pub(crate) fn begin_write(database: &Database) -> Result<WriteTransaction, Store
 }
 
 /// Makes a new store beside its place and moves it there, so that a power cut leaves a whole store or none.
-fn create(path: &Path, identity: Identity) -> Result<(), OpenError> {
+fn create(path: &Path, identity: Identity, cache_bytes: usize) -> Result<(), OpenError> {
     let failed = |source| file_error(path, source);
     let beside = path.with_extension("redb.new");
     match std::fs::remove_file(&beside) {
@@ -100,7 +100,7 @@ fn create(path: &Path, identity: Identity) -> Result<(), OpenError> {
         _ => {}
     }
     let file = open_file(&beside, path)?;
-    let database = open_database(path, |builder| builder.create_file(file))?;
+    let database = open_database(path, cache_bytes, |builder| builder.create_file(file))?;
     initialise(&database, path, identity)?;
     drop(database);
     use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -167,9 +167,10 @@ fn open_file(path: &Path, named: &Path) -> Result<File, OpenError> {
 
 pub(crate) fn open_database(
     path: &Path,
+    cache_bytes: usize,
     open: impl FnOnce(&mut Builder) -> Result<Database, redb::DatabaseError>,
 ) -> Result<Database, OpenError> {
-    open(Builder::new().set_cache_size(CACHE_BYTES)).map_err(|error| match error {
+    open(Builder::new().set_cache_size(cache_bytes)).map_err(|error| match error {
         redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
         other => OpenError::Database { path: path.to_owned(), source: Arc::new(other.into()) },
     })

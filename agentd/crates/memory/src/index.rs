@@ -125,6 +125,15 @@ impl Index {
             .map(|(slot, (values, scale))| (slot, dot(&query.values, values) as f32 * query.scale * scale))
     }
 
+    /// What it takes in memory.
+    pub(crate) fn bytes(&self) -> usize {
+        self.seqs.capacity() * 8
+            + self.tiers.capacity()
+            + self.words.capacity() * 4
+            + self.scales.capacity() * 4
+            + self.values.capacity()
+    }
+
     fn reserve(&mut self, records: usize) {
         self.seqs.reserve(records);
         self.tiers.reserve(records);

@@ -23,7 +23,7 @@
 //! # let (agent_id, owner_id) = (agentd_domain::ids::AgentId(Default::default()), agentd_domain::ids::OwnerId(Default::default()));
 //! # let (digest, dimension, now_unix_ms) = ([0; 32], 384, 0);
 //! // Once per agent, on a blocking thread; keep it in an Arc.
-//! let options = Options { identity: Identity { agent_id, owner_id }, budgets: Budgets::agent() };
+//! let options = Options::new(Identity { agent_id, owner_id }, Budgets::agent());
 //! let store = Store::open("/data/agents/ID/memory.redb".as_ref(), options)?;
 //!
 //! // Whenever the embedding model is loaded: digest and dimension are the engine's `LoadedModel`.
@@ -59,6 +59,7 @@ mod error;
 mod file;
 mod index;
 pub mod plan;
+mod pool;
 mod postings;
 pub mod rank;
 mod read;
@@ -69,14 +70,16 @@ mod tables;
 mod tests;
 pub mod text;
 mod vector;
+mod work;
 mod write;
 
 pub use check::Checked;
 pub use error::{Damage, OpenError, Refusal, RefusedVector, StoreError};
 pub use plan::{Budget, Budgets};
+pub use pool::{Lease, Limits, Pool, PoolUse};
 pub use read::{Pending, Stored};
 pub use record::{Role, SourceKind};
-pub use run::{NewRecord, Options, Store};
+pub use run::{NewRecord, Options, Store, Tuning};
 pub use tables::{Counters, FORMAT_VERSION, Identity, TierCounts};
 pub use vector::BadVector;
 pub use write::{Completed, EmbedderDigest, EmbedderUse, Embedding};

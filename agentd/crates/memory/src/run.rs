@@ -12,22 +12,24 @@
 //! Never:   an await. agentd calls from its blocking threads.
 //! Not here: how the file is made and opened, and how a transaction is begun: `file.rs`.
 
-use crate::error::{Damage, OpenError, StoreError};
+use crate::error::{Damage, OpenError, Refusal, StoreError};
 use crate::file::{self, begin_write};
 use crate::index::{Change, Index, read_counters};
 use crate::plan::{self, Budgets};
 use crate::read::{self, Pending, Stored};
 use crate::tables::{Counters, Identity, IdentityRow};
 use crate::text::WORDS_VERSION;
+use crate::work::{Job, Work};
 use crate::write::{Batch, Completed, EmbedderDigest, EmbedderUse, Embedding, RememberWork};
 use agentd_domain::agent_api::{Recall, Recalled, Remember, Remembered};
 use agentd_domain::ids::RecordId;
 use redb::{Database, ReadTransaction, ReadableDatabase};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// Works that may wait; the next caller blocks. As many as one transaction takes, so the queue never grows
 /// while the disk is busy.
@@ -37,8 +39,6 @@ const QUEUE: usize = 512;
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// Refused below this: redb must be able to write the pages of a commit, and the owner to sign in and delete.
 const DISK_RESERVE_BYTES: u64 = 16 * 1024 * 1024;
-/// Old idempotency keys are dropped at every so many-th transaction.
-const COMMITS_PER_CLEANING: u64 = 1024;
 /// The writer encodes records and walks trees of a few levels; records of 32 KiB fit in a debug build, too.
 const WRITER_STACK_BYTES: usize = 512 * 1024;
 
@@ -55,13 +55,40 @@ pub struct NewRecord {
 pub struct Options {
     pub identity: Identity,
     pub budgets: Budgets,
+    pub tuning: Tuning,
+}
+
+/// What may differ between stores without changing what they hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tuning {
+    /// How long a commit waits for more works to share its two fsyncs. With zero it takes what queued while the
+    /// commit before it was on its way: a lone writer waits for nothing, and many share all the same. More than
+    /// zero spares the disk where single writers come at their own pace; every one of them waits for it.
+    pub group_window: Duration,
+    /// redb's page cache; its own default is 1 GiB. What questions need of every record is in the index anyway.
+    pub cache_bytes: usize,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self { group_window: Duration::ZERO, cache_bytes: 4 * 1024 * 1024 }
+    }
+}
+
+/// A window is for sharing, not for losing patience: an acknowledgement never waits longer for others than this.
+const GROUP_WINDOW_MOST: Duration = Duration::from_millis(50);
+
+impl Options {
+    pub fn new(identity: Identity, budgets: Budgets) -> Self {
+        Self { identity, budgets, tuning: Tuning::default() }
+    }
 }
 
 /// One store: an agent's own, or the shared one. `Send` and `Sync`; share it in an `Arc`. Dropping it finishes
 /// what is queued and closes the file.
 pub struct Store {
     shared: Arc<Shared>,
-    queue: Mutex<Option<SyncSender<Job>>>,
+    queue: Mutex<Option<SyncSender<Box<dyn Job>>>>,
     writer: Option<JoinHandle<()>>,
 }
 
@@ -77,6 +104,8 @@ struct Shared {
     directory: Option<PathBuf>,
     file: RwLock<Handle>,
     index: RwLock<Option<Index>>,
+    /// What the index takes; readable while somebody loads it.
+    index_bytes: AtomicUsize,
     /// Transactions whose works were acknowledged: what a reopened file must hold at least.
     acknowledged: AtomicU64,
 }
@@ -87,23 +116,12 @@ struct Handle {
     opened: u64,
 }
 
-enum Work {
-    Remember(RememberWork, Reply<Remembered>),
-    Complete(EmbedderDigest, Vec<(RecordId, Vec<f32>)>, Reply<Completed>),
-    UseEmbedder(EmbedderDigest, u32, Reply<EmbedderUse>),
-}
-
-type Reply<T> = SyncSender<Result<T, StoreError>>;
-type Job = Work;
-/// Tells a caller how its work ended; called once, after the transaction's own end is known.
-type Acknowledge = Box<dyn FnOnce(Result<(), StoreError>)>;
-
 impl Store {
     /// Opens the store, or creates it with an own identity. Blocks: a new file is four fsyncs, an old one is
     /// open in milliseconds, whatever its size and however it was closed.
     pub fn open(path: &Path, options: Options) -> Result<Self, OpenError> {
-        let (file_path, identity) = (path.to_owned(), options.identity);
-        let opener: Opener = Box::new(move || file::open_or_create(&file_path, identity));
+        let (file_path, identity, cache) = (path.to_owned(), options.identity, options.tuning.cache_bytes);
+        let opener: Opener = Box::new(move || file::open_or_create(&file_path, identity, cache));
         let directory = path.parent().map(Path::to_owned);
         let _returned = file::OpeningNote::leave(path)?;
         Self::open_with(path, opener, directory, options)
@@ -123,32 +141,45 @@ impl Store {
             directory,
             file: RwLock::new(Handle { database: None, opened: 0 }),
             index: RwLock::new(None),
+            index_bytes: AtomicUsize::new(0),
             acknowledged: AtomicU64::new(0),
         });
         shared.reopen(0)?;
         let (queue, works) = sync_channel(QUEUE);
         let for_writer = Arc::clone(&shared);
+        let window = options.tuning.group_window.min(GROUP_WINDOW_MOST);
         let writer = std::thread::Builder::new()
             .name("memory-writer".to_owned())
             .stack_size(WRITER_STACK_BYTES)
-            .spawn(move || write_until_closed(&for_writer, &works))
+            .spawn(move || write_until_closed(&for_writer, &works, window))
             .map_err(|source| OpenError::Thread { path: path.to_owned(), source: Arc::new(source) })?;
         Ok(Self { shared, queue: Mutex::new(Some(queue)), writer: Some(writer) })
     }
 
     /// Stores one record; returns when it is on disk. Without a usable embedding it is stored as pending.
     pub fn remember(&self, new: NewRecord, embedding: Option<Embedding>) -> Result<Remembered, StoreError> {
+        let work = self.check_new(new, embedding)?;
+        self.submit(work.record.text.len(), move |batch| batch.remember(&work))
+    }
+
+    /// Stores many records in one transaction; returns when all are on disk. Each has its own outcome: one that
+    /// is refused keeps no other from being stored.
+    pub fn remember_many(
+        &self,
+        news: Vec<(NewRecord, Option<Embedding>)>,
+    ) -> Result<Vec<Result<Remembered, Refusal>>, StoreError> {
+        let works: Vec<_> = news.into_iter().map(|(new, embedding)| self.check_new(new, embedding)).collect();
+        let bytes = works.iter().flatten().map(|work| work.record.text.len()).sum();
+        self.submit(bytes, move |batch| works.iter().map(|work| outcome_of(batch, work)).collect())
+    }
+
+    fn check_new(&self, new: NewRecord, embedding: Option<Embedding>) -> Result<RememberWork, Refusal> {
         let record = plan::check_remember(new.request, &self.shared.budgets)?;
         if let Some(key) = &new.idempotency_key {
             plan::check_key(key)?;
         }
-        let work = RememberWork {
-            record,
-            recorded_unix_ms: new.recorded_unix_ms,
-            key: new.idempotency_key,
-            embedding,
-        };
-        self.submit(|reply| Work::Remember(work, reply))
+        let (recorded_unix_ms, key) = (new.recorded_unix_ms, new.idempotency_key);
+        Ok(RememberWork { record, recorded_unix_ms, key, embedding })
     }
 
     /// Answers a question on the caller's thread. Without a usable embedding of it, by words alone.
@@ -167,7 +198,7 @@ impl Store {
         if let Some(found) = in_use {
             return Ok(found);
         }
-        self.submit(|reply| Work::UseEmbedder(embedder, dimension, reply))
+        self.submit(0, move |batch| batch.use_embedder(&embedder, dimension))
     }
 
     /// The oldest records without a vector of the current embedder, at most so many.
@@ -181,7 +212,8 @@ impl Store {
         embedder: EmbedderDigest,
         vectors: Vec<(RecordId, Vec<f32>)>,
     ) -> Result<Completed, StoreError> {
-        self.submit(|reply| Work::Complete(embedder, vectors, reply))
+        let bytes = vectors.iter().map(|(_, vector)| vector.len() * 4).sum();
+        self.submit(bytes, move |batch| batch.complete(&embedder, &vectors))
     }
 
     pub fn get(&self, id: RecordId) -> Result<Option<Stored>, StoreError> {
@@ -197,11 +229,41 @@ impl Store {
         self.shared.with_database(|database| crate::check::check(&database.begin_read()?))
     }
 
-    fn submit<T>(&self, work: impl FnOnce(Reply<T>) -> Work) -> Result<T, StoreError> {
+    /// What the index in memory takes now; 0 until the first question.
+    pub fn index_bytes(&self) -> usize {
+        self.shared.index_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Frees the index; the next question loads it again.
+    pub fn drop_index(&self) {
+        self.shared.set_index(&mut write(&self.shared.index), None);
+    }
+
+    fn submit<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnMut(&mut Batch<'_>) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
         let (reply, answer) = sync_channel(1);
         let queue = lock(&self.queue).clone().ok_or(StoreError::Closing)?;
-        queue.send(work(reply)).map_err(|_| StoreError::Closing)?;
+        queue.send(Box::new(Work::new(bytes, work, reply))).map_err(|_| StoreError::Closing)?;
         answer.recv().map_err(|_| StoreError::Closing)?
+    }
+}
+
+/// One record of many: a refusal is its own, anything else ends the transaction.
+fn outcome_of(
+    batch: &mut Batch<'_>,
+    work: &Result<RememberWork, Refusal>,
+) -> Result<Result<Remembered, Refusal>, StoreError> {
+    let stored = match work {
+        Ok(work) => batch.remember(work),
+        Err(refusal) => return Ok(Err(refusal.clone())),
+    };
+    match stored {
+        Ok(remembered) => Ok(Ok(remembered)),
+        Err(StoreError::Refused(refusal)) => Ok(Err(refusal)),
+        Err(error) => Err(error),
     }
 }
 
@@ -261,7 +323,7 @@ impl Shared {
         if handle.opened != failed && handle.database.is_some() {
             return Ok(());
         }
-        *write(&self.index) = None;
+        self.set_index(&mut write(&self.index), None);
         handle.database = None;
         let database = (self.opener)()?;
         self.look_over(&database)?;
@@ -330,7 +392,8 @@ impl Shared {
             }
             let mut index = write(&self.index);
             if index.is_none() {
-                *index = Some(Index::load(&database.begin_read()?)?);
+                let loaded = Index::load(&database.begin_read()?)?;
+                self.set_index(&mut index, Some(loaded));
             }
             match index.as_ref() {
                 Some(index) => use_it(index, &database.begin_read()?),
@@ -339,44 +402,38 @@ impl Shared {
         })
     }
 
-    fn commit(&self, jobs: Vec<Job>) {
-        let mut acknowledgements = Vec::with_capacity(jobs.len());
-        let result = self.check_reserve().and_then(|()| {
-            self.with_database(|database| self.commit_to(database, &jobs, &mut acknowledgements))
-        });
-        // Works that the transaction did not reach still need an answer: that of the transaction.
-        for job in jobs.into_iter().skip(acknowledgements.len()) {
-            acknowledgements.push(fail(job));
-        }
-        for acknowledge in acknowledgements {
-            acknowledge(result.clone());
+    fn commit(&self, mut jobs: Vec<Box<dyn Job>>) {
+        let result = self
+            .check_reserve()
+            .and_then(|()| self.with_database(|database| self.commit_to(database, &mut jobs)));
+        for job in jobs {
+            job.acknowledge(result.clone());
         }
     }
 
-    fn commit_to(
-        &self,
-        database: &Database,
-        jobs: &[Job],
-        acknowledgements: &mut Vec<Acknowledge>,
-    ) -> Result<(), StoreError> {
+    fn commit_to(&self, database: &Database, jobs: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
         let txn = begin_write(database)?;
         let (counters, changes) = {
             let mut batch = Batch::begin(&txn, self.identity.owner_id, &self.budgets)?;
             for job in jobs {
-                acknowledgements.push(apply(&mut batch, job)?);
+                job.apply(&mut batch)?;
             }
-            batch.clean_at(COMMITS_PER_CLEANING, jobs.iter().filter_map(told_at).max())?;
             batch.finish()?
         };
         txn.commit()?;
         self.acknowledged.fetch_max(counters.commits, Ordering::SeqCst);
-        if let Some(index) = write(&self.index).as_mut() {
+        let mut slot = write(&self.index);
+        let mut index = slot.take().filter(|_| !changes.contains(&Change::Rebuild));
+        if let Some(index) = &mut index {
             changes.iter().for_each(|change| index.apply(change));
         }
-        if changes.contains(&Change::Rebuild) {
-            *write(&self.index) = None;
-        }
+        self.set_index(&mut slot, index);
         Ok(())
+    }
+
+    fn set_index(&self, slot: &mut Option<Index>, index: Option<Index>) {
+        self.index_bytes.store(index.as_ref().map_or(0, Index::bytes), Ordering::Relaxed);
+        *slot = index;
     }
 
     fn check_reserve(&self) -> Result<(), StoreError> {
@@ -391,67 +448,20 @@ impl Shared {
     }
 }
 
-fn write_until_closed(shared: &Shared, works: &Receiver<Job>) {
+fn write_until_closed(shared: &Shared, works: &Receiver<Box<dyn Job>>, window: Duration) {
     while let Ok(first) = works.recv() {
-        let mut bytes = size_of_text(&first);
+        let mut bytes = first.bytes();
         let mut jobs = vec![first];
+        let deadline = Instant::now() + window;
         while jobs.len() < QUEUE && bytes < BATCH_BYTES {
-            let Ok(next) = works.try_recv() else { break };
-            bytes += size_of_text(&next);
+            // What is queued is taken even when no time is left.
+            let left = deadline.saturating_duration_since(Instant::now());
+            let next = if left.is_zero() { works.try_recv().ok() } else { works.recv_timeout(left).ok() };
+            let Some(next) = next else { break };
+            bytes += next.bytes();
             jobs.push(next);
         }
         shared.commit(jobs);
-    }
-}
-
-/// Does one work inside the transaction. A refusal is that work's own answer; an error of the disk or a damaged
-/// file ends the transaction for all.
-fn apply(batch: &mut Batch<'_>, job: &Job) -> Result<Acknowledge, StoreError> {
-    match job {
-        Work::Remember(work, reply) => answer(batch.remember(work), reply),
-        Work::Complete(embedder, vectors, reply) => answer(batch.complete(embedder, vectors), reply),
-        Work::UseEmbedder(embedder, dimension, reply) => {
-            answer(batch.use_embedder(embedder, *dimension), reply)
-        }
-    }
-}
-
-fn answer<T: 'static>(result: Result<T, StoreError>, reply: &Reply<T>) -> Result<Acknowledge, StoreError> {
-    let own = match result {
-        Ok(value) => Ok(value),
-        Err(StoreError::Refused(refusal)) => Err(StoreError::Refused(refusal)),
-        Err(error) => return Err(error),
-    };
-    let reply = reply.clone();
-    // A caller that is gone has nothing to be told.
-    Ok(Box::new(move |committed| drop(reply.send(committed.and(own)))))
-}
-
-fn fail(job: Job) -> Acknowledge {
-    fn with<T: 'static>(reply: Reply<T>) -> Acknowledge {
-        Box::new(move |committed| {
-            drop(reply.send(Err(committed.err().unwrap_or(StoreError::Closing))));
-        })
-    }
-    match job {
-        Work::Remember(_, reply) => with(reply),
-        Work::Complete(_, _, reply) => with(reply),
-        Work::UseEmbedder(_, _, reply) => with(reply),
-    }
-}
-
-fn size_of_text(job: &Job) -> usize {
-    match job {
-        Work::Remember(work, _) => work.record.text.len(),
-        Work::Complete(_, vectors, _) => vectors.iter().map(|(_, v)| v.len() * 4).sum(),
-        Work::UseEmbedder(..) => 0,
-    }
-}
-
-fn told_at(job: &Job) -> Option<i64> {
-    match job {
-        Work::Remember(work, _) => Some(work.recorded_unix_ms),
-        Work::Complete(..) | Work::UseEmbedder(..) => None,
     }
 }
 

@@ -73,7 +73,12 @@ pub(crate) struct Batch<'txn> {
     once: Table<'txn, &'static str, (i64, u64)>,
     new_postings: BTreeMap<(Tier, String), Vec<Posting>>,
     changes: Vec<Change>,
+    /// The latest time any work of this batch was told at.
+    told_unix_ms: Option<i64>,
 }
+
+/// Old idempotency keys are dropped at every so many-th transaction.
+const COMMITS_PER_CLEANING: u64 = 1024;
 
 impl<'txn> Batch<'txn> {
     pub(crate) fn begin(
@@ -101,6 +106,7 @@ impl<'txn> Batch<'txn> {
             once: txn.open_table(ONCE)?,
             new_postings: BTreeMap::new(),
             changes: Vec::new(),
+            told_unix_ms: None,
         })
     }
 
@@ -109,12 +115,14 @@ impl<'txn> Batch<'txn> {
         for ((tier, term), new) in std::mem::take(&mut self.new_postings) {
             append_postings(&mut self.posting, tier, &term, &new)?;
         }
+        self.clean_keys()?;
         self.counters.commits += 1;
         self.meta.insert(COUNTERS, self.counters.to_bytes().as_slice())?;
         Ok((self.counters, self.changes))
     }
 
     pub(crate) fn remember(&mut self, work: &RememberWork) -> Result<Remembered, StoreError> {
+        self.told_unix_ms = self.told_unix_ms.max(Some(work.recorded_unix_ms));
         if let Some(earlier) = self.earlier(work)? {
             return Ok(earlier);
         }
@@ -330,11 +338,9 @@ impl<'txn> Batch<'txn> {
         Ok(())
     }
 
-    /// At every so many-th transaction drops idempotency keys older than a day; `now` is the batch's own time.
-    pub(crate) fn clean_at(&mut self, commits: u64, now_unix_ms: Option<i64>) -> Result<(), StoreError> {
-        let Some(now_unix_ms) = now_unix_ms.filter(|_| self.counters.commits % commits == commits - 1) else {
-            return Ok(());
-        };
+    fn clean_keys(&mut self) -> Result<(), StoreError> {
+        let due = self.counters.commits % COMMITS_PER_CLEANING == COMMITS_PER_CLEANING - 1;
+        let Some(now_unix_ms) = self.told_unix_ms.filter(|_| due) else { return Ok(()) };
         self.once.retain(|_, (used, _)| now_unix_ms.saturating_sub(used) <= plan::IDEMPOTENCY_KEPT_MS)?;
         Ok(())
     }

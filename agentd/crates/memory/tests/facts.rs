@@ -108,8 +108,8 @@ fn words_alone_find_at_most_six() {
     let dir = tempfile::tempdir().unwrap();
     let identity =
         Identity { agent_id: AgentId(uuid::Uuid::from_u128(1)), owner_id: OwnerId(uuid::Uuid::from_u128(2)) };
-    let store = Store::open(&dir.path().join("memory.redb"), Options { identity, budgets: Budgets::agent() })
-        .unwrap();
+    let store =
+        Store::open(&dir.path().join("memory.redb"), Options::new(identity, Budgets::agent())).unwrap();
     let pairs = pairs();
     for pair in &pairs {
         let request = Remember {

@@ -31,7 +31,7 @@ fn main() {
 
 fn open(path: &Path) -> Store {
     let identity = Identity { agent_id: AgentId(Uuid::from_u128(1)), owner_id: OwnerId(Uuid::from_u128(2)) };
-    Store::open(path, Options { identity, budgets: Budgets::agent() }).expect("the store opens")
+    Store::open(path, Options::new(identity, Budgets::agent())).expect("the store opens")
 }
 
 fn write_until_killed(path: &Path, round: &str) {

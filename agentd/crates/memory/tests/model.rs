@@ -160,7 +160,7 @@ fn open(path: &Path) -> Store {
         (Tier::Spirit, Budget { records: RECORDS_MOST, bytes: u64::MAX }),
         (Tier::Working, Budget { records: u64::MAX, bytes: u64::MAX }),
     ]);
-    Store::open(path, Options { identity, budgets }).unwrap()
+    Store::open(path, Options::new(identity, budgets)).unwrap()
 }
 
 fn remember(

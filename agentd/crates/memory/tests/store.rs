@@ -18,7 +18,7 @@ fn identity(agent: u128) -> Identity {
 }
 
 fn options() -> Options {
-    Options { identity: identity(2), budgets: Budgets::agent() }
+    Options::new(identity(2), Budgets::agent())
 }
 
 fn open(path: &Path) -> Store {
@@ -233,8 +233,7 @@ fn a_repeated_request_is_one_record() {
 fn budgets_hold_to_the_byte() {
     let dir = tempfile::tempdir().unwrap();
     let budgets = Budgets::new([(Tier::Spirit, Budget { records: 2, bytes: 200 })]);
-    let store =
-        Store::open(&dir.path().join("memory.redb"), Options { identity: identity(2), budgets }).unwrap();
+    let store = Store::open(&dir.path().join("memory.redb"), Options::new(identity(2), budgets)).unwrap();
     let free = 200 - 62;
     let too_long = store.remember(told(&"a".repeat(free + 1)), None);
     assert!(matches!(too_long, Err(StoreError::Refused(Refusal::TierFull { bytes: 0, .. }))), "{too_long:?}");
@@ -307,7 +306,7 @@ fn a_store_answers_only_for_its_agent_and_one_opener() {
     let second = Store::open(&path, options());
     assert!(matches!(second, Err(OpenError::InUse { .. })), "{second:?}");
     drop(store);
-    let other = Store::open(&path, Options { identity: identity(3), budgets: Budgets::agent() });
+    let other = Store::open(&path, Options::new(identity(3), Budgets::agent()));
     assert!(matches!(other, Err(OpenError::OtherAgent { .. })), "{other:?}");
     assert!(open(&path).check().is_ok());
 }
@@ -424,4 +423,40 @@ fn a_file_that_ends_its_readers_is_left_alone_for_a_while() {
     std::fs::File::options().write(true).open(&note).unwrap().set_modified(long_ago).unwrap();
     assert_eq!(open(&path).get(id).unwrap().unwrap().text, "still here");
     assert!(!note.exists());
+}
+
+/// Writers that come one after the other at their own pace share a commit only if it waits for them.
+#[test]
+fn a_window_lets_slow_writers_share_commits() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut slow = options();
+    slow.tuning.group_window = std::time::Duration::from_millis(50);
+    let store = Store::open(&dir.path().join("memory.redb"), slow).unwrap();
+    let before = store.counters().unwrap().commits;
+    std::thread::scope(|scope| {
+        for writer in 0..8 {
+            let store = &store;
+            scope.spawn(move || {
+                // A millisecond apart: each would find the writer idle if it did not wait.
+                std::thread::sleep(std::time::Duration::from_millis(writer));
+                store.remember(told(&format!("writer{writer}")), None).unwrap();
+            });
+        }
+    });
+    let counters = store.counters().unwrap();
+    assert_eq!(counters.records(), 8);
+    assert!(counters.commits - before <= 4, "{} commits for 8 records", counters.commits - before);
+}
+
+#[test]
+fn many_in_one_transaction_each_with_its_outcome() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir.path().join("memory.redb"));
+    let before = store.counters().unwrap().commits;
+    let news = ["one", " ", "three"].map(|text| (told(text), None)).to_vec();
+    let outcomes = store.remember_many(news).unwrap();
+    assert!(matches!(outcomes.as_slice(), [Ok(_), Err(Refusal::TextEmpty), Ok(_)]), "{outcomes:?}");
+    let counters = store.counters().unwrap();
+    assert_eq!((counters.records(), counters.commits - before), (2, 1));
+    store.check().unwrap();
 }

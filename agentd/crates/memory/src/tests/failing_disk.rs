@@ -163,7 +163,8 @@ fn name() -> &'static Path {
 /// The content of a new, empty store.
 fn new_store() -> Vec<u8> {
     let disk = Disk::new(Vec::new(), Failure::Never);
-    let database = open_database(name(), |builder| builder.create_with_backend(disk.clone())).unwrap();
+    let database =
+        open_database(name(), 1 << 22, |builder| builder.create_with_backend(disk.clone())).unwrap();
     initialise(&database, name(), identity()).unwrap();
     drop(database);
     disk.state().durable.clone()
@@ -172,8 +173,8 @@ fn new_store() -> Vec<u8> {
 fn open(disk: &Disk) -> Result<Store, crate::OpenError> {
     let disk = disk.clone();
     let opener: Opener =
-        Box::new(move || open_database(name(), |builder| builder.create_with_backend(disk.clone())));
-    Store::open_with(name(), opener, None, Options { identity: identity(), budgets: Budgets::agent() })
+        Box::new(move || open_database(name(), 1 << 22, |builder| builder.create_with_backend(disk.clone())));
+    Store::open_with(name(), opener, None, Options::new(identity(), Budgets::agent()))
 }
 
 fn told(i: usize) -> NewRecord {
