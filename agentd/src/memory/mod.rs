@@ -85,7 +85,7 @@ impl Memories {
         let has_meaning = matches!(request.tier, Tier::Spirit | Tier::Knowledge);
         let embedding =
             if has_meaning { self.embed(&request.text, REMEMBER_PATIENCE, &memory).await } else { None };
-        let new = NewRecord { request, recorded_unix_ms: clock::unix_ms(), idempotency_key: key };
+        let new = NewRecord { idempotency_key: key, ..NewRecord::new(request, clock::unix_ms()) };
         let remembered = blocking(&memory, move |store| store.remember(new, embedding)).await?;
         if remembered.state == EmbedState::Pending {
             memory.waits.store(true, Ordering::SeqCst);

@@ -1,27 +1,37 @@
 //! Does the file say the same everywhere?
 //!
 //! Two depths: [`check_counts`] compares the sizes of tables with the counters and costs nothing; it runs at
-//! every opening. [`check`] reads every record, writes down what its indexes should hold, and compares.
+//! every opening. [`check`] opens every sealed row, writes down what its indexes should hold, and compares.
 
 use crate::error::{Damage, StoreError};
+use crate::forget::supersede;
 use crate::index::{embedder, read_counters};
+use crate::life::{Life, State};
 use crate::plan;
 use crate::postings;
-use crate::record::{TIERS, tier_code, tier_from_code};
-use crate::tables::{BY_ID, Counters, PENDING, POSTING, RANK, RECORD, TierCounts, VECTOR};
+use crate::read::{View, blocks, entry};
+use crate::record::{TIERS, tier_code};
+use crate::seal::{Hashed, Mark, Row};
+use crate::tables::{
+    BY_ID, CLAIM, COARSE, Counters, FINE, JOURNAL, LIFE, LINK, PENDING, POSTING, RECORD, TierCounts,
+};
 use crate::text;
-use crate::vector::stored_bytes;
-use crate::write::decode;
+use crate::vector::{coarse_bytes, coarse_of_stored};
+use crate::write::{decode, open_block};
 use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// What a whole reading found to be consistent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Checked {
     pub records: u64,
+    /// Records that are tombstones.
+    pub forgotten: u64,
     pub vectors: u64,
     pub pending: u64,
     pub postings: u64,
+    pub blocks: u64,
+    pub entries: u64,
 }
 
 pub(crate) fn check_counts(txn: &ReadTransaction) -> Result<Counters, StoreError> {
@@ -29,11 +39,13 @@ pub(crate) fn check_counts(txn: &ReadTransaction) -> Result<Counters, StoreError
     let records = txn.open_table(RECORD)?.len()?;
     let with_meaning: u64 =
         TIERS.into_iter().filter(|t| plan::has_meaning(*t)).map(|t| counters.tier(t).records).sum();
+    let coarse = txn.open_table(COARSE)?.len()?;
     let pairs = [
         ("records and the tiers' sum", records, counters.records()),
         ("records and their ids", records, txn.open_table(BY_ID)?.len()?),
-        ("records and their ranks", records, txn.open_table(RANK)?.len()?),
+        ("records and their lives", records, txn.open_table(LIFE)?.len()?),
         ("pending records and their counter", txn.open_table(PENDING)?.len()?, counters.pending),
+        ("both parts of vectors", coarse, txn.open_table(FINE)?.len()?),
         (
             "records with meaning and those with a vector or pending",
             with_meaning,
@@ -48,93 +60,131 @@ pub(crate) fn check_counts(txn: &ReadTransaction) -> Result<Counters, StoreError
     Ok(counters)
 }
 
-pub(crate) fn check(txn: &ReadTransaction) -> Result<Checked, StoreError> {
-    let counters = check_counts(txn)?;
-    let (tiers, expected) = check_records(txn, &counters)?;
+pub(crate) fn check(view: View<'_>) -> Result<Checked, StoreError> {
+    let counters = check_counts(view.txn)?;
+    let (tiers, expected) = check_records(view, &counters)?;
     if tiers != counters.tiers {
         return Err(Damage::Counts(format!("tiers hold {tiers:?}, counted are {:?}", counters.tiers)).into());
     }
-    let postings = check_postings(txn, expected)?;
-    let vectors = check_vectors(txn, &counters)?;
-    Ok(Checked { records: counters.records(), vectors, pending: counters.pending, postings })
+    let postings = check_postings(view, expected)?;
+    let vectors = check_vectors(view, &counters)?;
+    check_links(view.txn)?;
+    let blocks = blocks(view)?;
+    let block_bytes: usize = blocks.iter().map(|b| b.key.len() + b.text.len()).sum();
+    if (blocks.len() as u64, block_bytes as u64) != (counters.blocks, counters.block_bytes) {
+        return Err(Damage::Counts("blocks and their counter".to_owned()).into());
+    }
+    let mut entries = 0;
+    for row in view.txn.open_table(JOURNAL)?.iter()? {
+        let (number, row) = row?;
+        entry(view, number.value(), row.value())?;
+        entries += 1;
+    }
+    let forgotten = counters.tiers.iter().map(|t| t.forgotten).sum();
+    let (records, pending, blocks) = (counters.records(), counters.pending, counters.blocks);
+    Ok(Checked { records, forgotten, vectors, pending, postings, blocks, entries })
 }
 
-type Expected = BTreeMap<(u8, String, u64), u32>;
+/// Per tier, hash of the term and record, how often it has it.
+type Expected = BTreeMap<(u8, Mark, u64), u32>;
 
-fn check_records(
-    txn: &ReadTransaction,
-    counters: &Counters,
-) -> Result<([TierCounts; 5], Expected), StoreError> {
-    let (by_id, rank) = (txn.open_table(BY_ID)?, txn.open_table(RANK)?);
+fn check_records(view: View<'_>, counters: &Counters) -> Result<([TierCounts; 5], Expected), StoreError> {
+    let (by_id, lives) = (view.txn.open_table(BY_ID)?, view.txn.open_table(LIFE)?);
+    let claims = view.txn.open_table(CLAIM)?;
     let mut tiers = [TierCounts::default(); 5];
     let mut expected = Expected::new();
-    for row in txn.open_table(RECORD)?.iter()? {
+    let mut marks: HashMap<String, Mark> = HashMap::new();
+    let mut with_claim = 0;
+    for row in view.txn.open_table(RECORD)?.iter()? {
         let (seq, row) = row?;
         let seq = seq.value();
-        let record = decode(seq, row.value())?;
+        let record = decode(view.seal, seq, row.value())?;
+        let life = lives.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
+        let life = Life::from_bytes(seq, life.value())?;
         let mut words = 0;
         for (term, count) in text::term_counts(&record.text) {
             words += count;
-            expected.insert((tier_code(record.tier), term, seq), count);
+            let mark = *marks.entry(term).or_insert_with_key(|t| view.seal.mark(Hashed::Term, t.as_bytes()));
+            expected.insert((tier_code(life.tier), mark, seq), count);
         }
-        let held = &mut tiers[usize::from(tier_code(record.tier))];
+        let held = &mut tiers[usize::from(tier_code(life.tier))];
         held.records += 1;
         held.bytes += record.encoded_bytes();
         held.words += u64::from(words);
+        if life.state == State::Forgotten {
+            held.forgotten += 1;
+            held.forgotten_bytes += record.encoded_bytes();
+        }
+        let claim_known = match &record.claim {
+            None => true,
+            Some(claim) => {
+                with_claim += 1;
+                let mut key = [0; 24];
+                key[..16].copy_from_slice(&view.seal.mark(Hashed::Claim, supersede::key(claim).as_bytes()));
+                key[16..].copy_from_slice(&seq.to_be_bytes());
+                claims.get(key.as_slice())?.is_some()
+            }
+        };
         let known = seq < counters.next_seq
             && by_id.get(record.id.0.as_u128())?.is_some_and(|found| found.value() == seq)
-            && rank.get(seq)?.is_some_and(|found| found.value() == (tier_code(record.tier), words));
-        if !known {
-            return Err(
-                Damage::Record { seq, why: "its id, rank or number disagrees with it".to_owned() }.into()
-            );
+            && (u64::from(life.bytes), life.words) == (record.encoded_bytes(), words);
+        if !known || !claim_known {
+            let why = "its id, life, claim or number disagrees with it".to_owned();
+            return Err(Damage::Record { seq, why }.into());
         }
+    }
+    if claims.len()? != with_claim {
+        return Err(Damage::Counts("claims and records with one".to_owned()).into());
     }
     Ok((tiers, expected))
 }
 
-fn check_postings(txn: &ReadTransaction, mut expected: Expected) -> Result<u64, StoreError> {
+fn check_postings(view: View<'_>, mut expected: Expected) -> Result<u64, StoreError> {
     let mut found = 0;
-    let mut strange = None;
-    for row in txn.open_table(POSTING)?.iter()? {
-        let (key, block) = row?;
-        let key = key.value();
-        let malformed = || Damage::Postings(format!("key {key:?}"));
-        let (head, _first_seq) = key.split_last_chunk::<8>().ok_or_else(malformed)?;
-        let [tier, term @ .., 0] = head else { return Err(malformed().into()) };
-        let term = std::str::from_utf8(term).map_err(|_| malformed())?;
-        postings::for_each(block.value(), |posting| {
+    for row in view.txn.open_table(POSTING)?.iter()? {
+        let (key, sealed) = row?;
+        let key: postings::Key =
+            key.value().try_into().map_err(|_| Damage::Postings("a key of another length".to_owned()))?;
+        let mark: Mark = std::array::from_fn(|i| key[1 + i]);
+        for posting in open_block(view.seal, &key, sealed.value())? {
             found += 1;
-            if expected.remove(&(*tier, term.to_owned(), posting.seq)) != Some(posting.count) {
-                strange = Some(format!("`{term}` in record {}", posting.seq));
+            if expected.remove(&(key[0], mark, posting.seq)) != Some(posting.count) {
+                let why = format!("record {} stands under a term that is not in its text", posting.seq);
+                return Err(Damage::Postings(why).into());
             }
-        })
-        .map_err(|e| Damage::Postings(e.to_string()))?;
+        }
     }
-    match (strange, expected.into_keys().next()) {
-        (None, None) => Ok(found),
-        (Some(strange), _) => Err(Damage::Postings(format!("{strange} is not in the text")).into()),
-        (None, Some((_, term, seq))) => {
-            Err(Damage::Postings(format!("`{term}` of record {seq} is missing")).into())
+    match expected.into_keys().next() {
+        None => Ok(found),
+        Some((_, _, seq)) => {
+            Err(Damage::Postings(format!("record {seq} does not stand under one of its terms")).into())
         }
     }
 }
 
-fn check_vectors(txn: &ReadTransaction, counters: &Counters) -> Result<u64, StoreError> {
-    let (rank, pending) = (txn.open_table(RANK)?, txn.open_table(PENDING)?);
+fn check_vectors(view: View<'_>, counters: &Counters) -> Result<u64, StoreError> {
+    let (lives, pending) = (view.txn.open_table(LIFE)?, view.txn.open_table(PENDING)?);
+    let fine = view.txn.open_table(FINE)?;
     let mut current = 0;
-    for row in txn.open_table(VECTOR)?.iter()? {
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    for row in view.txn.open_table(COARSE)?.iter()? {
         let (seq, row) = row?;
-        let (seq, (number, bytes)) = (seq.value(), row.value());
-        let (_, dimension) = embedder(txn, number)?;
-        let tier = rank.get(seq)?.and_then(|found| tier_from_code(found.value().0));
-        if bytes.len() != stored_bytes(dimension as usize) || !tier.is_some_and(plan::has_meaning) {
-            return Err(Damage::Vector { seq }.into());
+        let (seq, (number, sealed)) = (seq.value(), row.value());
+        let damage = || Damage::Vector { seq };
+        let dimension = embedder(view.txn, number)?.1 as usize;
+        let key = seq.to_be_bytes();
+        let first = view.seal.open(Row::Coarse, &key, sealed, &mut a).ok_or_else(damage)?;
+        let second = fine.get(seq)?.ok_or_else(damage)?;
+        let second = view.seal.open(Row::Fine, &key, second.value(), &mut b).ok_or_else(damage)?;
+        let whole =
+            coarse_of_stored(first, dimension).is_some() && second.len() + 4 == coarse_bytes(dimension);
+        let life = lives.get(seq)?.ok_or_else(damage)?;
+        if !whole || !plan::has_meaning(Life::from_bytes(seq, life.value())?.tier) {
+            return Err(damage().into());
         }
         if (number == counters.embedder) == pending.get(seq)?.is_some() {
-            return Err(
-                Damage::Counts(format!("record {seq} has a vector and is pending, or neither")).into()
-            );
+            let why = format!("record {seq} has a vector and is pending, or neither");
+            return Err(Damage::Counts(why).into());
         }
         current += u64::from(number == counters.embedder);
     }
@@ -142,4 +192,18 @@ fn check_vectors(txn: &ReadTransaction, counters: &Counters) -> Result<u64, Stor
         return Err(Damage::Counts(format!("{current} vectors, counted are {}", counters.vectors)).into());
     }
     Ok(current)
+}
+
+/// Links name records that are there.
+fn check_links(txn: &ReadTransaction) -> Result<(), StoreError> {
+    let lives = txn.open_table(LIFE)?;
+    for row in txn.open_table(LINK)?.iter()? {
+        let (from, _, to) = row?.0.value();
+        for seq in [from, to] {
+            if lives.get(seq)?.is_none() {
+                return Err(Damage::RecordMissing { seq }.into());
+            }
+        }
+    }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 //! [`OpenError`] is why a store cannot be used at all, [`StoreError`] why one request was not done. Both become
 //! a [`Report`] at agentd's edge. Errors of a commit reach every request that waited in it, so they are `Clone`.
 
+use crate::seal::NoRandom;
 use crate::vector::BadVector;
 use agentd_domain::agent_api::Tier;
 use agentd_domain::fault::Report;
@@ -23,6 +24,14 @@ pub enum Damage {
     Postings(String),
     #[error("the vector of record {seq} is malformed")]
     Vector { seq: u64 },
+    #[error("record {seq} does not open with the store's key: it was changed")]
+    Sealed { seq: u64 },
+    #[error("an entry of the journal is unreadable")]
+    Journal,
+    #[error("a block is unreadable")]
+    Block,
+    #[error("the store does not open with the key it names")]
+    Key,
     #[error("embedder {0} is used but not described")]
     Embedder(u32),
     #[error("counts disagree: {0}")]
@@ -47,6 +56,8 @@ pub enum OpenError {
     OtherAgent { path: PathBuf, found: AgentId, expected: AgentId },
     #[error("{path}: {damage}")]
     Damaged { path: PathBuf, damage: Damage },
+    #[error("{path}: its key {key} is not there: {source}")]
+    KeyMissing { path: PathBuf, key: PathBuf, source: Arc<std::io::Error> },
     #[error("{path}: {open} stores are open and all of them busy")]
     NoRoom { path: PathBuf, open: usize },
     #[error("{path}: no thread for its writer: {source}")]
@@ -82,6 +93,36 @@ pub enum Refusal {
         "the tier {tier:?} holds {records} records and {bytes} bytes; its budget is {budget_records} records and {budget_bytes} bytes"
     )]
     TierFull { tier: Tier, records: u64, bytes: u64, budget_records: u64, budget_bytes: u64 },
+    #[error("there is no record {0}")]
+    Unknown(RecordId),
+    #[error("record {0} is not forgotten")]
+    NotForgotten(RecordId),
+    #[error("record {0} does not stand: a later one took its place, or it was forgotten")]
+    NotLive(RecordId),
+    #[error("the evidence {0} is not there")]
+    Evidence(RecordId),
+    #[error("an insight without evidence")]
+    InsightWithoutEvidence,
+    #[error("{named} records are named as evidence, at most {most} are kept")]
+    TooMuchEvidence { named: usize, most: usize },
+    #[error("the source `{kind}` may not say what is a `{role}`")]
+    Untrusted { role: &'static str, kind: &'static str },
+    #[error("the text came from recall")]
+    Echo,
+    #[error("a subject and a predicate have 1 to {most} bytes, this one has {bytes}")]
+    Claim { bytes: usize, most: usize },
+    #[error("a session's name has 1 to {most} bytes, this one has {bytes}")]
+    Session { bytes: usize, most: usize },
+    #[error("the text would cease to be true before it begins")]
+    Interval,
+    #[error("a half-life is a positive number of days")]
+    HalfLife,
+    #[error("a block's key has 1 to {most} bytes, this one has {bytes}")]
+    BlockKey { bytes: usize, most: usize },
+    #[error("the block `{key}` is at version {found}, the writer has seen {seen}")]
+    BlockChanged { key: String, seen: u64, found: u64 },
+    #[error("the block has {bytes} bytes, the others {held}; all together have at most {budget}")]
+    BlocksFull { bytes: u64, held: u64, budget: u64 },
     #[error("vectors came from an embedder that this store does not use now")]
     OtherEmbedder,
     #[error("an embedder of {0} dimensions cannot be used; 1 to {max} can", max = crate::vector::DIMENSION_MAX)]
@@ -108,6 +149,8 @@ pub enum StoreError {
     Damaged(#[from] Damage),
     #[error("the store is closing")]
     Closing,
+    #[error("the system gave no random numbers")]
+    NoRandom,
 }
 
 /// A vector that was not taken; its record stays pending.
@@ -146,6 +189,12 @@ impl StoreError {
             ),
             Self::Open(error) => error.report(),
             Self::Damaged(damage) => damaged(damage),
+            Self::NoRandom => Report::environment(
+                "no_random",
+                "nothing was stored",
+                self.to_string(),
+                "restart the appliance; what was stored before is kept",
+            ),
             Self::Closing => Report::environment(
                 "memory_closing",
                 "the memory store did not answer",
@@ -166,6 +215,12 @@ impl OpenError {
                 WHAT,
                 why,
                 "`agentctl status` shows the data partition's state; nothing was changed in the file",
+            ),
+            Self::KeyMissing { key, .. } => Report::environment(
+                "memory_key_missing",
+                WHAT,
+                why,
+                format!("put {} back from the copy that the memory was restored from", key.display()),
             ),
             Self::NoRoom { .. } => Report::environment(
                 "memory_busy",
@@ -210,6 +265,7 @@ impl Refusal {
         let why = self.to_string();
         let what = match self {
             Self::QueryEmpty | Self::QueryTooLong { .. } | Self::K { .. } => "nothing was recalled",
+            Self::Unknown(_) | Self::NotForgotten(_) | Self::NotLive(_) => "nothing was changed",
             Self::OtherEmbedder | Self::Dimension(_) | Self::DimensionChanged { .. } => {
                 "no vector was stored"
             }
@@ -242,6 +298,35 @@ impl Refusal {
                 "the agent's memory has reached its budget; raise it in agent.toml or forget records"
                     .to_owned(),
             ),
+            Self::Unknown(_) => ("not_found", "`agentctl memory search` lists records with their ids".to_owned()),
+            Self::NotForgotten(_) => ("conflict", "only a forgotten record can be restored".to_owned()),
+            Self::NotLive(_) => ("conflict", "correct the record that stands now: its history names it".to_owned()),
+            Self::Evidence(_) => ("not_found", "name records that are there as evidence".to_owned()),
+            Self::InsightWithoutEvidence => {
+                ("evidence_missing", "name the records it was drawn from in `evidence`".to_owned())
+            }
+            Self::TooMuchEvidence { .. } => ("too_large", "name the records that carry it most".to_owned()),
+            Self::Untrusted { .. } => (
+                "untrusted_source",
+                "store it as a fact or event of that source; only the user and the agent say how it works".to_owned(),
+            ),
+            Self::Echo => (
+                "recalled_text",
+                "store what is new in it, with the source it came from; what was recalled is remembered already"
+                    .to_owned(),
+            ),
+            Self::Claim { .. } | Self::Session { .. } | Self::BlockKey { .. } => {
+                ("too_large", "send a short name".to_owned())
+            }
+            Self::Interval => ("interval", "let `valid_from` be before `valid_to`".to_owned()),
+            Self::HalfLife => ("half_life", "send a number above zero, or nothing".to_owned()),
+            Self::BlockChanged { .. } => {
+                ("conflict", "read the block again, and write over the version it has".to_owned())
+            }
+            Self::BlocksFull { .. } => (
+                "blocks_full",
+                "shorten the text or unpin another block; long texts belong into `spirit`".to_owned(),
+            ),
             Self::OtherEmbedder => ("conflict", "embed the texts again with the current model".to_owned()),
             Self::Dimension(_) | Self::DimensionChanged { .. } => {
                 ("embedder_dimension", "load an embedding model: `agentctl model ls`".to_owned())
@@ -261,6 +346,12 @@ fn tier_fix(tier: Tier) -> &'static str {
         }
         Tier::Active => "the active tier holds blocks under a key, not texts; use `spirit`",
         Tier::Working | Tier::Spirit => "use the tier `knowledge` in the shared store",
+    }
+}
+
+impl From<NoRandom> for StoreError {
+    fn from(_: NoRandom) -> Self {
+        Self::NoRandom
     }
 }
 

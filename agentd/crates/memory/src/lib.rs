@@ -37,7 +37,7 @@
 //! // A request: embed first if the engine answers within a moment, store in any case.
 //! let request: Remember = serde_json::from_str(r#"{"tier":"spirit","text":"my sister is called Ana"}"#)?;
 //! let embedding = embed(&request.text);
-//! let new = NewRecord { request, recorded_unix_ms: now_unix_ms, idempotency_key: None };
+//! let new = NewRecord::new(request, now_unix_ms);
 //! let remembered = store.remember(new, embedding).map_err(|error| error.report())?;
 //!
 //! let request: Recall = serde_json::from_str(r#"{"query":"what is my sibling's name?"}"#)?;
@@ -57,14 +57,20 @@
 mod check;
 mod error;
 mod file;
+mod forget;
 mod index;
+mod journal;
+mod key;
+mod life;
 pub mod plan;
 mod pool;
 mod postings;
 pub mod rank;
 mod read;
 mod record;
+mod rewrite;
 mod run;
+mod seal;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -75,11 +81,16 @@ mod write;
 
 pub use check::Checked;
 pub use error::{Damage, OpenError, Refusal, RefusedVector, StoreError};
-pub use plan::{Budget, Budgets};
+pub use journal::{Deed, Entry, Why};
+pub use life::{Life, State};
+pub use plan::{At, Budget, Budgets, Detail, Duplicates};
 pub use pool::{Lease, Limits, Pool, PoolUse};
-pub use read::{Pending, Stored};
-pub use record::{Role, SourceKind};
+pub use read::{History, Listing, Pending, Stored};
+pub use record::{Claim, Role, SourceKind};
 pub use run::{NewRecord, Options, Store, Tuning};
 pub use tables::{Counters, FORMAT_VERSION, Identity, TierCounts};
 pub use vector::BadVector;
-pub use write::{Completed, EmbedderDigest, EmbedderUse, Embedding};
+pub use write::{
+    Block, Completed, EmbedderDigest, EmbedderUse, Embedding, ForgetMode, RolledBack, SessionEnd,
+    SessionEnded, Swept,
+};

@@ -4,10 +4,11 @@
 //! Pure: no clock, no file, no thread. `write.rs` and `read.rs` do what is decided here.
 
 use crate::error::Refusal;
-use crate::record::{Role, SourceKind};
-use crate::tables::TierCounts;
+use crate::forget::trust;
+use crate::record::{Claim, EVIDENCE_MOST, Role, SourceKind};
 use crate::text;
 use agentd_domain::agent_api::{Recall, Remember, Signals, Tier};
+use agentd_domain::ids::RecordId;
 use std::collections::BTreeMap;
 
 /// One record is one thought; longer texts are documents and come in parts (the page of the agent API).
@@ -34,6 +35,24 @@ pub const WEIGHT_WORDS: f32 = 0.5;
 const K1: f32 = 1.2;
 const B: f32 = 0.75;
 
+/// What may differ between stores in what they do with a text that is told again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Duplicates {
+    /// A text that both gates call known strengthens what is known (`forget/duplicate.rs`).
+    Reinforce,
+    /// Everything is stored: for an import that must come out as it went in.
+    Keep,
+}
+
+/// What an agent names a block of its prompt.
+pub const BLOCK_KEY_BYTES_MAX: usize = 64;
+/// The default of the blocks of a prompt together: about 2,000 tokens with their names and marks.
+pub const BLOCK_BYTES_DEFAULT: u64 = 32 * 1024;
+/// A run's id, a conversation's name.
+pub const SESSION_BYTES_MAX: usize = 128;
+/// "Ana", "lives in".
+pub const CLAIM_BYTES_MAX: usize = 256;
+
 /// At most so many records and bytes of encoded records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
@@ -43,11 +62,15 @@ pub struct Budget {
 
 /// The tiers a store keeps, each with its budget; others are refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Budgets(BTreeMap<Tier, Budget>);
+pub struct Budgets {
+    tiers: BTreeMap<Tier, Budget>,
+    /// All blocks of the prompt together, names and texts.
+    pub block_bytes: u64,
+}
 
 impl Budgets {
     pub fn new(budgets: impl IntoIterator<Item = (Tier, Budget)>) -> Self {
-        Self(budgets.into_iter().collect())
+        Self { tiers: budgets.into_iter().collect(), block_bytes: BLOCK_BYTES_DEFAULT }
     }
 
     /// An agent's own store: what happened, word for word, and its long memory.
@@ -59,12 +82,22 @@ impl Budgets {
         ])
     }
 
+    /// The shared store: documents and facts of all who may read them.
+    pub fn knowledge() -> Self {
+        let bytes = 512 * 1024 * 1024;
+        Self { block_bytes: 0, ..Self::new([(Tier::Knowledge, Budget { records: u64::MAX, bytes })]) }
+    }
+
     pub(crate) fn of(&self, tier: Tier) -> Result<Budget, Refusal> {
-        self.0.get(&tier).copied().ok_or(Refusal::Tier(tier))
+        self.tiers.get(&tier).copied().ok_or(Refusal::Tier(tier))
     }
 
     fn default_tiers(&self) -> Vec<Tier> {
-        if self.0.contains_key(&Tier::Spirit) { vec![Tier::Spirit] } else { self.0.keys().copied().collect() }
+        if self.tiers.contains_key(&Tier::Spirit) {
+            vec![Tier::Spirit]
+        } else {
+            self.tiers.keys().copied().collect()
+        }
     }
 }
 
@@ -73,9 +106,32 @@ pub(crate) fn has_meaning(tier: Tier) -> bool {
     matches!(tier, Tier::Spirit | Tier::Knowledge)
 }
 
+/// What a request of an agent does not say, but its host or a caller within it may.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Detail {
+    /// The run or conversation the record belongs to: its neighbours there are found with it.
+    pub session: Option<String>,
+    /// Its place in the session; default after all that were told before.
+    pub order: Option<u64>,
+    pub claim: Option<Claim>,
+    /// What it tells is true from then; default: since it happened.
+    pub valid_from_unix_ms: Option<i64>,
+    /// Until then; default: no end is known.
+    pub valid_to_unix_ms: Option<i64>,
+    /// Days until half of its strength is gone; default by role.
+    pub half_life_days: Option<f32>,
+    /// Never goes by itself.
+    pub pinned: bool,
+    /// What an insight was drawn from; at least one.
+    pub evidence: Vec<RecordId>,
+}
+
 /// A request to remember that may be stored if there is room.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Checked {
+    pub(crate) detail: Detail,
+    /// Without spaces around its parts.
+    pub(crate) claim: Option<Claim>,
     pub(crate) tier: Tier,
     pub(crate) role: Role,
     pub(crate) source: SourceKind,
@@ -84,14 +140,13 @@ pub(crate) struct Checked {
     pub(crate) event_unix_ms: Option<i64>,
 }
 
-pub(crate) fn check_remember(request: Remember, budgets: &Budgets) -> Result<Checked, Refusal> {
+pub(crate) fn check_remember(
+    request: Remember,
+    mut detail: Detail,
+    budgets: &Budgets,
+) -> Result<Checked, Refusal> {
     budgets.of(request.tier)?;
-    if request.text.trim().is_empty() {
-        return Err(Refusal::TextEmpty);
-    }
-    if request.text.len() > TEXT_BYTES_MAX {
-        return Err(Refusal::TextTooLong { bytes: request.text.len(), most: TEXT_BYTES_MAX });
-    }
+    check_text(&request.text)?;
     let role = match request.role {
         None => Role::Event,
         Some(name) => Role::from_name(&name).ok_or(Refusal::Role(name))?,
@@ -105,7 +160,17 @@ pub(crate) fn check_remember(request: Remember, budgets: &Budgets) -> Result<Che
     if let Some(bytes) = reference.as_ref().map(String::len).filter(|b| *b > REFERENCE_BYTES_MAX) {
         return Err(Refusal::ReferenceTooLong { bytes, most: REFERENCE_BYTES_MAX });
     }
+    if !trust::may_be(source, role) {
+        return Err(Refusal::Untrusted { role: role.name(), kind: source.name() });
+    }
+    if trust::is_echo(source) && has_meaning(request.tier) {
+        return Err(Refusal::Echo);
+    }
+    let claim = detail.claim.take().map(check_claim).transpose()?;
+    check_detail(&detail, role, request.event_unix_ms)?;
     Ok(Checked {
+        detail,
+        claim,
         tier: request.tier,
         role,
         source,
@@ -115,25 +180,54 @@ pub(crate) fn check_remember(request: Remember, budgets: &Budgets) -> Result<Che
     })
 }
 
+pub(crate) fn check_text(text: &str) -> Result<(), Refusal> {
+    if text.trim().is_empty() {
+        return Err(Refusal::TextEmpty);
+    }
+    match text.len() {
+        bytes if bytes > TEXT_BYTES_MAX => Err(Refusal::TextTooLong { bytes, most: TEXT_BYTES_MAX }),
+        _ => Ok(()),
+    }
+}
+
+fn check_claim(claim: Claim) -> Result<Claim, Refusal> {
+    let even = |text: String| match text.trim() {
+        "" => Err(Refusal::Claim { bytes: 0, most: CLAIM_BYTES_MAX }),
+        text if text.len() > CLAIM_BYTES_MAX => {
+            Err(Refusal::Claim { bytes: text.len(), most: CLAIM_BYTES_MAX })
+        }
+        text => Ok(text.to_owned()),
+    };
+    Ok(Claim { subject: even(claim.subject)?, predicate: even(claim.predicate)?, ..claim })
+}
+
+fn check_detail(detail: &Detail, role: Role, event_unix_ms: Option<i64>) -> Result<(), Refusal> {
+    if let Some(bytes) =
+        detail.session.as_ref().map(String::len).filter(|b| !(1..=SESSION_BYTES_MAX).contains(b))
+    {
+        return Err(Refusal::Session { bytes, most: SESSION_BYTES_MAX });
+    }
+    let from = detail.valid_from_unix_ms.or(event_unix_ms);
+    if from.zip(detail.valid_to_unix_ms).is_some_and(|(from, to)| from >= to) {
+        return Err(Refusal::Interval);
+    }
+    if detail.half_life_days.is_some_and(|days| days.is_nan() || days <= 0.0) {
+        return Err(Refusal::HalfLife);
+    }
+    if detail.evidence.len() > EVIDENCE_MOST {
+        return Err(Refusal::TooMuchEvidence { named: detail.evidence.len(), most: EVIDENCE_MOST });
+    }
+    if role == Role::Insight && detail.evidence.is_empty() {
+        return Err(Refusal::InsightWithoutEvidence);
+    }
+    Ok(())
+}
+
 pub(crate) fn check_key(key: &str) -> Result<(), Refusal> {
     match key.len() {
         1..=IDEMPOTENCY_KEY_BYTES_MAX => Ok(()),
         bytes => Err(Refusal::IdempotencyKey { bytes, most: IDEMPOTENCY_KEY_BYTES_MAX }),
     }
-}
-
-/// Is there room for one more record of this size? A budget is never exceeded by one byte.
-pub(crate) fn check_room(tier: Tier, held: TierCounts, budget: Budget, bytes: u64) -> Result<(), Refusal> {
-    if held.records < budget.records && held.bytes.saturating_add(bytes) <= budget.bytes {
-        return Ok(());
-    }
-    Err(Refusal::TierFull {
-        tier,
-        records: held.records,
-        bytes: held.bytes,
-        budget_records: budget.records,
-        budget_bytes: budget.bytes,
-    })
 }
 
 /// A question that may be answered.
@@ -145,9 +239,20 @@ pub(crate) struct Question {
     pub(crate) budget_tokens: Option<u32>,
     pub(crate) signals: Signals,
     pub(crate) explain: bool,
+    pub(crate) at: At,
 }
 
-pub(crate) fn check_recall(request: &Recall, budgets: &Budgets) -> Result<Question, Refusal> {
+/// Of which time a question is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum At {
+    /// What stands now: nothing that a later record took the place of.
+    #[default]
+    Latest,
+    /// What was true then (Unix milliseconds), as far as it is known now.
+    Time(i64),
+}
+
+pub(crate) fn check_recall(request: &Recall, at: At, budgets: &Budgets) -> Result<Question, Refusal> {
     if request.query.trim().is_empty() {
         return Err(Refusal::QueryEmpty);
     }
@@ -171,6 +276,7 @@ pub(crate) fn check_recall(request: &Recall, budgets: &Budgets) -> Result<Questi
         budget_tokens: request.budget_tokens,
         signals: request.signals.unwrap_or(Signals::Both),
         explain: request.explain,
+        at,
     })
 }
 
@@ -293,15 +399,5 @@ mod tests {
         assert_eq!(within_budget(texts.clone(), Some(3), |t| t), ["12345678", "1234"]);
         assert_eq!(within_budget(texts.clone(), None, |t| t), texts);
         assert_eq!(tokens("ééééé"), 2, "characters, not bytes");
-    }
-
-    #[test]
-    fn room_is_counted_exactly() {
-        let budget = Budget { records: 2, bytes: 100 };
-        let held = TierCounts { records: 1, bytes: 60, words: 0 };
-        assert!(check_room(Tier::Spirit, held, budget, 40).is_ok());
-        assert!(check_room(Tier::Spirit, held, budget, 41).is_err());
-        assert!(check_room(Tier::Spirit, TierCounts { records: 2, ..held }, budget, 1).is_err());
-        assert!(check_room(Tier::Spirit, held, budget, u64::MAX).is_err());
     }
 }

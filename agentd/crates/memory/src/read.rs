@@ -3,24 +3,31 @@
 //! In:    a question, perhaps its vector, one snapshot of the file, the index in memory.
 //! Out:   hits, best first, explained if asked.
 //! Steps: words (BM25 over the postings of the asked tiers) and meaning (a scan of 8-bit vectors) score every
-//!        record; the best few are scored again with their 16-bit vectors; the best k whose texts fit the token
+//!        record; the best few are scored again with their whole vectors; the best k whose texts fit the token
 //!        budget are read.
 //! Always: one snapshot for the whole answer; a record that is not yet committed is not seen.
 
 use crate::error::{Damage, StoreError};
 use crate::index::{self, Index};
+use crate::journal::Entry;
+use crate::life::{Life, State};
 use crate::plan::{self, Question, Scored};
-use crate::postings::{self, Posting};
-use crate::record::{Record, Role};
-use crate::tables::{BY_ID, Counters, PENDING, POSTING, RECORD, VECTOR};
+use crate::postings;
+use crate::record::{self, Claim, Record, Role};
+use crate::seal::{Hashed, Row, Seal};
+use crate::tables::{
+    BLOCK, BY_ID, COARSE, Counters, FINE, JOURNAL, LIFE, LINK, LINK_SUPERSEDED, PENDING, POSTING, RECORD,
+};
 use crate::text;
 use crate::vector::Vector;
-use crate::write::{EmbedderDigest, EmbedderUse, Embedding, decode};
+use crate::write::{
+    Block, EmbedderDigest, EmbedderUse, Embedding, block_mark, decode, open_block, open_prompt_block,
+};
 use agentd_domain::agent_api::{Explain, Hit, Recalled, Signals, Source, Tier};
 use agentd_domain::ids::{OwnerId, RecordId};
 use redb::{ReadOnlyTable, ReadTransaction, ReadableTable};
 
-/// So many are scored again with 16-bit vectors, or four times what was asked for: with 40 for a k of 10 the
+/// So many are scored again with whole vectors, or four times what was asked for: with 40 for a k of 10 the
 /// first ten were those of an exact scan in every measured case.
 const RESCORED_MIN: usize = 40;
 
@@ -42,22 +49,56 @@ pub struct Stored {
     pub event_unix_ms: i64,
     pub recorded_unix_ms: i64,
     pub source: Source,
+    pub session: Option<String>,
+    pub claim: Option<Claim>,
+    pub supersedes: Option<RecordId>,
+    pub evidence: Vec<RecordId>,
+    /// State, validity, strength and the rest of what changes.
+    pub life: Life,
     /// Version of the record's layout on disk.
     pub format: u8,
     /// Whose vector it has; perhaps of an embedder that is not the current one.
     pub embedder: Option<EmbedderDigest>,
 }
 
+/// Which records a listing shows.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Listing {
+    /// Empty: all.
+    pub tiers: Vec<Tier>,
+    /// Empty: all.
+    pub states: Vec<State>,
+    /// Only those told before this record; the listing goes from the latest back.
+    pub before: Option<RecordId>,
+    pub most: usize,
+}
+
+/// What became of a record.
+#[derive(Debug, Clone, PartialEq)]
+pub struct History {
+    /// The record, what it took the place of, and what took its place: from the earliest told to the latest.
+    pub chain: Vec<Stored>,
+    /// What the journal says of any of these, earliest first. Of a purged record it is all there is.
+    pub entries: Vec<Entry>,
+}
+
+/// One snapshot of the file, and what opens its rows.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a> {
+    pub(crate) txn: &'a ReadTransaction,
+    pub(crate) seal: &'a Seal,
+}
+
 pub(crate) fn recall(
-    txn: &ReadTransaction,
+    view: View<'_>,
     index: &Index,
     question: &Question,
     embedding: Option<&Embedding>,
 ) -> Result<Recalled, StoreError> {
-    let counters = index::read_counters(txn)?;
+    let counters = index::read_counters(view.txn)?;
     let vector = match question.signals {
         Signals::Words => None,
-        Signals::Both | Signals::Meaning => query_vector(txn, index, &counters, embedding)?,
+        Signals::Both | Signals::Meaning => query_vector(view.txn, index, &counters, embedding)?,
     };
     if question.signals == Signals::Meaning && vector.is_none() {
         return Err(StoreError::EmbedderAway);
@@ -67,14 +108,14 @@ pub(crate) fn recall(
 
     let words = match signals {
         Signals::Meaning => vec![0.0; index.len()],
-        Signals::Both | Signals::Words => score_words(txn, index, &counters, question)?,
+        Signals::Both | Signals::Words => score_words(view, index, question)?,
     };
     let mut scored = score_all(index, question, signals, &words, vector.as_ref());
     if let Some(vector) = &vector {
         let most = RESCORED_MIN.max(4 * question.k);
-        scored = rescore(txn, counters.embedder, plan::best(scored, most), signals, vector)?;
+        scored = rescore(view, counters.embedder, plan::best(scored, most), signals, vector)?;
     }
-    let hits = read_hits(txn, plan::best(scored, question.k), question)?;
+    let hits = read_hits(view, plan::best(scored, question.k), question)?;
     let hits = plan::within_budget(hits, question.budget_tokens, |hit| &hit.text);
     Ok(Recalled { hits, pending: counters.pending, words_only })
 }
@@ -105,30 +146,18 @@ fn query_vector(
 }
 
 /// Per slot of the index, how much of the question's words its record has.
-fn score_words(
-    txn: &ReadTransaction,
-    index: &Index,
-    counters: &Counters,
-    question: &Question,
-) -> Result<Vec<f32>, StoreError> {
-    let (records, words) = question
-        .tiers
-        .iter()
-        .map(|t| counters.tier(*t))
-        .fold((0, 0), |(r, w), t| (r + t.records, w + t.words));
+fn score_words(view: View<'_>, index: &Index, question: &Question) -> Result<Vec<f32>, StoreError> {
+    let (records, words) = index.standing(&question.tiers);
     let mean_words = if records > 0 { words as f32 / records as f32 } else { 0.0 };
-    let table = txn.open_table(POSTING)?;
+    let table = view.txn.open_table(POSTING)?;
     let mut scores = vec![0.0f32; index.len()];
     let mut all_idf = 0.0;
     for (term, asked) in &question.terms {
-        let found = postings_of(&table, question, term)?;
+        let found = postings_of(view, &table, index, question, term)?;
         let idf = plan::idf(records, found.len() as u64) * *asked as f32;
         all_idf += idf;
-        for posting in found {
-            // A posting newer than the index belongs to a record that is not acknowledged yet.
-            if let Some(slot) = index.slot(posting.seq) {
-                scores[slot] += idf * plan::term_weight(posting.count, index.words(slot), mean_words);
-            }
+        for (slot, count) in found {
+            scores[slot] += idf * plan::term_weight(count, index.words(slot), mean_words);
         }
     }
     for score in &mut scores {
@@ -137,18 +166,30 @@ fn score_words(
     Ok(scores)
 }
 
+/// Slots of the records with this term that the question may see, and how often they have it. A posting that is
+/// newer than the index belongs to a record that is not acknowledged yet.
 fn postings_of(
+    view: View<'_>,
     table: &ReadOnlyTable<&'static [u8], &'static [u8]>,
+    index: &Index,
     question: &Question,
     term: &str,
-) -> Result<Vec<Posting>, StoreError> {
+) -> Result<Vec<(usize, u32)>, StoreError> {
+    let mark = view.seal.mark(Hashed::Term, term.as_bytes());
     let mut found = Vec::new();
     for tier in &question.tiers {
-        let (from, to) = (postings::key(*tier, term, 0), postings::key(*tier, term, u64::MAX));
+        let (from, to) = (postings::key(*tier, &mark, 0), postings::key(*tier, &mark, u64::MAX));
         for row in table.range(from.as_slice()..=to.as_slice())? {
-            let (_, block) = row?;
-            postings::for_each(block.value(), |p| found.push(p))
-                .map_err(|e| Damage::Postings(e.to_string()))?;
+            let (key, sealed) = row?;
+            let key: postings::Key =
+                key.value().try_into().map_err(|_| Damage::Postings("a key of another length".to_owned()))?;
+            for posting in open_block(view.seal, &key, sealed.value())? {
+                if let Some(slot) = index.slot(posting.seq)
+                    && index.is_seen(slot, &question.tiers, question.at)
+                {
+                    found.push((slot, posting.count));
+                }
+            }
         }
     }
     Ok(found)
@@ -165,13 +206,14 @@ fn score_all(
     let mut meaning: Vec<Option<f32>> = vec![None; index.len()];
     if let Some(vector) = vector {
         let coarse = vector.coarse();
-        for (slot, cosine) in index.scan(&coarse, &question.tiers) {
+        for (slot, cosine) in index.scan(&coarse, &question.tiers, question.at) {
             meaning[slot] = Some(cosine);
         }
     }
     (0..index.len())
         .filter(|slot| {
-            question.tiers.contains(&index.tier(*slot)) && (words[*slot] > 0.0 || meaning[*slot].is_some())
+            // Both are only of records that the question may see.
+            words[*slot] > 0.0 || meaning[*slot].is_some()
         })
         .map(|slot| {
             let (words, meaning) = (words[slot], meaning[slot].unwrap_or(0.0));
@@ -181,36 +223,45 @@ fn score_all(
 }
 
 fn rescore(
-    txn: &ReadTransaction,
+    view: View<'_>,
     embedder: u32,
     mut scored: Vec<Scored>,
     signals: Signals,
     query: &Vector,
 ) -> Result<Vec<Scored>, StoreError> {
-    let table = txn.open_table(VECTOR)?;
+    let (coarse, fine) = (view.txn.open_table(COARSE)?, view.txn.open_table(FINE)?);
+    let (mut a, mut b) = (Vec::new(), Vec::new());
     for one in &mut scored {
-        let Some(row) = table.get(one.seq)? else { continue };
-        let (number, bytes) = row.value();
+        let (seq, key) = (one.seq, one.seq.to_be_bytes());
+        let (Some(first), Some(second)) = (coarse.get(seq)?, fine.get(seq)?) else { continue };
+        let (number, first) = first.value();
         if number == embedder {
-            one.meaning = query.cosine_with_stored(bytes).ok_or(Damage::Vector { seq: one.seq })?;
+            let cosine = view
+                .seal
+                .open(Row::Coarse, &key, first, &mut a)
+                .zip(view.seal.open(Row::Fine, &key, second.value(), &mut b))
+                .and_then(|(first, fine)| query.cosine_with_stored(first, fine));
+            one.meaning = cosine.ok_or(Damage::Vector { seq })?;
             one.score = plan::fuse(signals, one.words, one.meaning);
         }
     }
     Ok(scored)
 }
 
-fn read_hits(txn: &ReadTransaction, best: Vec<Scored>, question: &Question) -> Result<Vec<Hit>, StoreError> {
-    let table = txn.open_table(RECORD)?;
+fn read_hits(view: View<'_>, best: Vec<Scored>, question: &Question) -> Result<Vec<Hit>, StoreError> {
+    let (records, lives) = (view.txn.open_table(RECORD)?, view.txn.open_table(LIFE)?);
     best.into_iter()
         .map(|scored| {
             let seq = scored.seq;
-            let row = table.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
-            Ok(hit(decode(seq, row.value())?, scored, question))
+            let row = records.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
+            let life = lives.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
+            let life = Life::from_bytes(seq, life.value())?;
+            Ok(hit(decode(view.seal, seq, row.value())?, &life, scored, question))
         })
         .collect()
 }
 
-fn hit(record: Record, scored: Scored, question: &Question) -> Hit {
+fn hit(record: Record, life: &Life, scored: Scored, question: &Question) -> Hit {
     let explain = question.explain.then(|| Explain {
         words: scored.words,
         meaning: scored.meaning,
@@ -221,11 +272,11 @@ fn hit(record: Record, scored: Scored, question: &Question) -> Hit {
     });
     Hit {
         id: record.id,
-        tier: record.tier,
-        role: record.role.name().to_owned(),
-        event_unix_ms: record.event_unix_ms,
-        recorded_unix_ms: record.recorded_unix_ms,
-        source: record.source(),
+        tier: life.tier,
+        role: life.role.name().to_owned(),
+        event_unix_ms: life.event_unix_ms,
+        recorded_unix_ms: life.recorded_unix_ms,
+        source: record::source(life.source, record.reference),
         text: record.text,
         score: scored.score,
         explain,
@@ -246,41 +297,151 @@ pub(crate) fn embedder_in_use(
 }
 
 /// The oldest records that wait for a vector.
-pub(crate) fn pending(txn: &ReadTransaction, most: usize) -> Result<Vec<Pending>, StoreError> {
-    let records = txn.open_table(RECORD)?;
+pub(crate) fn pending(view: View<'_>, most: usize) -> Result<Vec<Pending>, StoreError> {
+    let records = view.txn.open_table(RECORD)?;
     let mut batch = Vec::new();
-    for row in txn.open_table(PENDING)?.iter()?.take(most) {
+    for row in view.txn.open_table(PENDING)?.iter()?.take(most) {
         let seq = row?.0.value();
         let row = records.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
-        let record = decode(seq, row.value())?;
+        let record = decode(view.seal, seq, row.value())?;
         batch.push(Pending { id: record.id, text: record.text });
     }
     Ok(batch)
 }
 
-pub(crate) fn get(txn: &ReadTransaction, id: RecordId) -> Result<Option<Stored>, StoreError> {
-    let Some(seq) = txn.open_table(BY_ID)?.get(id.0.as_u128())?.map(|row| row.value()) else {
-        return Ok(None);
-    };
-    let records = txn.open_table(RECORD)?;
+pub(crate) fn get(view: View<'_>, id: RecordId) -> Result<Option<Stored>, StoreError> {
+    match seq_of(view, id)? {
+        None => Ok(None),
+        Some(seq) => stored(view, seq).map(Some),
+    }
+}
+
+fn seq_of(view: View<'_>, id: RecordId) -> Result<Option<u64>, StoreError> {
+    Ok(view.txn.open_table(BY_ID)?.get(id.0.as_u128())?.map(|row| row.value()))
+}
+
+fn stored(view: View<'_>, seq: u64) -> Result<Stored, StoreError> {
+    let records = view.txn.open_table(RECORD)?;
     let row = records.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
-    let format = row.value().first().copied().unwrap_or(0);
-    let record = decode(seq, row.value())?;
-    let embedder = match txn.open_table(VECTOR)?.get(seq)?.map(|row| row.value().0) {
+    let record = decode(view.seal, seq, row.value())?;
+    let life = view.txn.open_table(LIFE)?.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
+    let life = Life::from_bytes(seq, life.value())?;
+    let embedder = match view.txn.open_table(COARSE)?.get(seq)?.map(|row| row.value().0) {
         None => None,
-        Some(number) => Some(index::embedder(txn, number)?.0),
+        Some(number) => Some(index::embedder(view.txn, number)?.0),
     };
-    let source = record.source();
-    Ok(Some(Stored {
+    Ok(Stored {
         id: record.id,
         owner: record.owner,
-        tier: record.tier,
-        role: record.role,
+        tier: life.tier,
+        role: life.role,
         text: record.text,
-        event_unix_ms: record.event_unix_ms,
-        recorded_unix_ms: record.recorded_unix_ms,
-        source,
-        format,
+        event_unix_ms: life.event_unix_ms,
+        recorded_unix_ms: life.recorded_unix_ms,
+        source: record::source(life.source, record.reference),
+        session: record.session,
+        claim: record.claim,
+        supersedes: record.supersedes,
+        evidence: record.evidence,
+        life,
+        format: record::RECORD_VERSION,
         embedder,
-    }))
+    })
+}
+
+/// Records from the latest told back.
+pub(crate) fn list(view: View<'_>, listing: &Listing) -> Result<Vec<Stored>, StoreError> {
+    let before = match listing.before {
+        Some(id) => seq_of(view, id)?.unwrap_or(u64::MAX),
+        None => u64::MAX,
+    };
+    let mut found = Vec::new();
+    for row in view.txn.open_table(LIFE)?.range(..before)?.rev() {
+        if found.len() == listing.most {
+            break;
+        }
+        let (seq, row) = row?;
+        let life = Life::from_bytes(seq.value(), row.value())?;
+        let wanted = (listing.tiers.is_empty() || listing.tiers.contains(&life.tier))
+            && (listing.states.is_empty() || listing.states.contains(&life.state));
+        if wanted {
+            found.push(stored(view, seq.value())?);
+        }
+    }
+    Ok(found)
+}
+
+/// A chain of corrections is followed so far; nobody corrects one thing more often.
+const CHAIN_MOST: usize = 1000;
+
+pub(crate) fn history(view: View<'_>, id: RecordId) -> Result<History, StoreError> {
+    let mut chain = Vec::new();
+    let mut wanted = vec![id];
+    if let Some(seq) = seq_of(view, id)? {
+        let link = view.txn.open_table(LINK)?;
+        let mut seen = std::collections::BTreeSet::from([seq]);
+        let mut open = vec![seq];
+        while let Some(seq) = open.pop().filter(|_| seen.len() < CHAIN_MOST) {
+            let record = stored(view, seq)?;
+            let mut next = Vec::new();
+            if let Some(before) = record.supersedes {
+                next.extend(seq_of(view, before)?);
+            }
+            for row in link.range((seq, LINK_SUPERSEDED, 0)..=(seq, LINK_SUPERSEDED, u64::MAX))? {
+                next.push(row?.0.value().2);
+            }
+            open.extend(next.into_iter().filter(|seq| seen.insert(*seq)));
+        }
+        chain = seen.into_iter().map(|seq| stored(view, seq)).collect::<Result<Vec<_>, _>>()?;
+        wanted = chain.iter().map(|stored| stored.id).collect();
+    }
+    let mut entries = Vec::new();
+    for row in view.txn.open_table(JOURNAL)?.iter()? {
+        let (number, row) = row?;
+        let entry = entry(view, number.value(), row.value())?;
+        if wanted.contains(&entry.id) || entry.other.is_some_and(|other| wanted.contains(&other)) {
+            entries.push(entry);
+        }
+    }
+    Ok(History { chain, entries })
+}
+
+/// The newest entries of the journal, newest first, before the one of this number.
+pub(crate) fn journal(view: View<'_>, before: u64, most: usize) -> Result<Vec<(u64, Entry)>, StoreError> {
+    view.txn
+        .open_table(JOURNAL)?
+        .range(..before)?
+        .rev()
+        .take(most)
+        .map(|row| {
+            let (number, row) = row?;
+            Ok((number.value(), entry(view, number.value(), row.value())?))
+        })
+        .collect()
+}
+
+pub(crate) fn entry(view: View<'_>, number: u64, sealed: &[u8]) -> Result<Entry, Damage> {
+    let mut content = Vec::new();
+    let content =
+        view.seal.open(Row::Journal, &number.to_be_bytes(), sealed, &mut content).ok_or(Damage::Journal)?;
+    Entry::from_bytes(content)
+}
+
+pub(crate) fn block(view: View<'_>, key: &str) -> Result<Option<Block>, StoreError> {
+    let mark = block_mark(view.seal, key);
+    match view.txn.open_table(BLOCK)?.get(&mark)? {
+        None => Ok(None),
+        Some(row) => Ok(Some(open_prompt_block(view.seal, &mark, row.value())?)),
+    }
+}
+
+/// All blocks, by key.
+pub(crate) fn blocks(view: View<'_>) -> Result<Vec<Block>, StoreError> {
+    let mut blocks = Vec::new();
+    for row in view.txn.open_table(BLOCK)?.iter()? {
+        let (mark, row) = row?;
+        blocks.push(open_prompt_block(view.seal, mark.value(), row.value())?);
+    }
+    blocks.sort_by(|a, b| a.key.cmp(&b.key));
+    Ok(blocks)
 }

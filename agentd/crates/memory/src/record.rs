@@ -1,43 +1,56 @@
-//! How does one record look on disk?
+//! What does a record say, and how does it look on disk?
 //!
-//! In:    a [`Record`]. Out: the bytes of a value of the table `record`, and back. FORMAT.md lists them byte by
+//! In:    a [`Record`]. Out: the content of a sealed row of the table `record`, and back. FORMAT.md lists it byte by
 //!        byte. An own layout and not JSON: it is a third smaller, its size is known before it is written
-//!        (quotas count it), and a reader of another version notices at the first byte.
-//! Always: the last four bytes are the CRC-32 of all before; redb's own checksums are looked at only when it
-//!        repairs a file, so a flipped bit would otherwise reach an agent as its memory.
+//!        (budgets count it), and a reader of another version notices at the first byte.
+//! Always: a record never changes once it is written; what changes stands in `life.rs`. The seal around it notices
+//!        a flipped bit, so there is no checksum here.
 
 use agentd_domain::agent_api::{Source, Tier};
 use agentd_domain::ids::{OwnerId, RecordId};
 use uuid::Uuid;
 
 /// The first byte of every record. Raised when the layout changes; older layouts stay readable.
-pub(crate) const RECORD_VERSION: u8 = 1;
+pub(crate) const RECORD_VERSION: u8 = 2;
 
-/// version, tier, role, source kind; id; owner; event, recorded; two lengths. Then reference, text, CRC.
-const HEAD_BYTES: usize = 4 + 16 + 16 + 8 + 8 + 2 + 4;
-const CRC_BYTES: usize = 4;
-/// No reference, as opposed to an empty one.
-const NO_REFERENCE: u16 = u16::MAX;
+/// version, which texts there are, number of evidence; id; owner; what it supersedes. Then the texts.
+const HEAD_BYTES: usize = 1 + 1 + 1 + 16 + 16 + 16;
+
+const REFERENCE: u8 = 1;
+const SESSION: u8 = 2;
+const CLAIM: u8 = 4;
+
+/// An insight names at most so many records: its number is one byte, and nobody reads more.
+pub(crate) const EVIDENCE_MOST: usize = 64;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Record {
     pub(crate) id: RecordId,
     pub(crate) owner: OwnerId,
-    pub(crate) tier: Tier,
-    pub(crate) role: Role,
-    pub(crate) source: SourceKind,
     pub(crate) reference: Option<String>,
-    pub(crate) event_unix_ms: i64,
-    pub(crate) recorded_unix_ms: i64,
+    /// The run or conversation it belongs to.
+    pub(crate) session: Option<String>,
+    pub(crate) claim: Option<Claim>,
+    /// The record whose place it took.
+    pub(crate) supersedes: Option<RecordId>,
+    /// What an insight was drawn from.
+    pub(crate) evidence: Vec<RecordId>,
     pub(crate) text: String,
+}
+
+/// What a record says of what: "Ana", "lives in". Two records with the same claim speak of the same thing.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Claim {
+    pub subject: String,
+    pub predicate: String,
+    /// There is one answer at a time: a later one closes the earlier. Otherwise all stand beside each other.
+    pub functional: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum BadRecord {
     #[error("its layout is version {found}, this program reads up to {RECORD_VERSION}")]
     Version { found: u8 },
-    #[error("its checksum does not match")]
-    Checksum,
     #[error("it is malformed: {0}")]
     Malformed(&'static str),
 }
@@ -72,13 +85,14 @@ macro_rules! coded {
 }
 
 coded!(
-    /// What kind of memory a record is.
+    /// What kind of memory a record is. An insight is drawn from other records, which it names.
     Role {
         Event = 0, "event";
         Fact = 1, "fact";
         Preference = 2, "preference";
         Procedure = 3, "procedure";
         Identity = 4, "identity";
+        Insight = 5, "insight";
     }
 );
 
@@ -111,84 +125,105 @@ pub(crate) fn tier_from_code(code: u8) -> Option<Tier> {
 }
 
 impl Record {
-    /// What the record takes on disk as a value; quotas count this.
+    /// What the record takes on disk before it is sealed; budgets count this.
     pub(crate) fn encoded_bytes(&self) -> u64 {
-        (HEAD_BYTES + self.reference.as_ref().map_or(0, String::len) + self.text.len() + CRC_BYTES) as u64
+        let claim = self.claim.as_ref().map_or(0, |c| 1 + 4 + c.subject.len() + c.predicate.len());
+        let short = |text: &Option<String>| text.as_ref().map_or(0, |t| 2 + t.len());
+        let texts = short(&self.reference) + short(&self.session) + claim;
+        (HEAD_BYTES + 16 * self.evidence.len() + texts + self.text.len()) as u64
     }
 
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.encoded_bytes() as usize);
-        out.extend_from_slice(&[RECORD_VERSION, tier_code(self.tier), self.role.code(), self.source.code()]);
+        let flag = |there: bool, flag: u8| if there { flag } else { 0 };
+        let flags = flag(self.reference.is_some(), REFERENCE)
+            | flag(self.session.is_some(), SESSION)
+            | flag(self.claim.is_some(), CLAIM);
+        // The limits of plan.rs keep every length far below what its field holds.
+        out.extend([RECORD_VERSION, flags, self.evidence.len() as u8]);
         out.extend_from_slice(self.id.0.as_bytes());
         out.extend_from_slice(self.owner.0.as_bytes());
-        out.extend_from_slice(&self.event_unix_ms.to_le_bytes());
-        out.extend_from_slice(&self.recorded_unix_ms.to_le_bytes());
-        // The limits of plan.rs keep both lengths far below what their fields hold.
-        let reference = self.reference.as_deref().map_or(NO_REFERENCE, |r| r.len() as u16);
-        out.extend_from_slice(&reference.to_le_bytes());
-        out.extend_from_slice(&(self.text.len() as u32).to_le_bytes());
-        out.extend_from_slice(self.reference.as_deref().unwrap_or_default().as_bytes());
+        out.extend_from_slice(self.supersedes.map(|id| id.0).unwrap_or_default().as_bytes());
+        for id in &self.evidence {
+            out.extend_from_slice(id.0.as_bytes());
+        }
+        for text in [&self.reference, &self.session].into_iter().flatten() {
+            put_short(&mut out, text);
+        }
+        if let Some(claim) = &self.claim {
+            out.push(u8::from(claim.functional));
+            put_short(&mut out, &claim.subject);
+            put_short(&mut out, &claim.predicate);
+        }
         out.extend_from_slice(self.text.as_bytes());
-        let crc = crc32fast::hash(&out);
-        out.extend_from_slice(&crc.to_le_bytes());
         out
     }
 
     pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self, BadRecord> {
-        // The version first: a later layout may keep its checksum elsewhere.
         match bytes.first() {
             Some(&RECORD_VERSION) => {}
             Some(&found) => return Err(BadRecord::Version { found }),
             None => return Err(BadRecord::Malformed("empty")),
         }
-        let (body, crc) = bytes.split_last_chunk::<CRC_BYTES>().ok_or(BadRecord::Malformed("short"))?;
-        if crc32fast::hash(body) != u32::from_le_bytes(*crc) {
-            return Err(BadRecord::Checksum);
+        let mut rest = bytes;
+        let [_, flags, evidence] = take::<3>(&mut rest)?;
+        if flags & !(REFERENCE | SESSION | CLAIM) != 0 {
+            return Err(BadRecord::Malformed("flags"));
         }
-        let mut rest = body;
-        let [_, tier, role, source] = take::<4>(&mut rest)?;
-        let id = RecordId(Uuid::from_bytes(take(&mut rest)?));
+        let id = take_id(&mut rest)?;
         let owner = OwnerId(Uuid::from_bytes(take(&mut rest)?));
-        let event_unix_ms = i64::from_le_bytes(take(&mut rest)?);
-        let recorded_unix_ms = i64::from_le_bytes(take(&mut rest)?);
-        let reference_bytes = u16::from_le_bytes(take(&mut rest)?);
-        let text_bytes = u32::from_le_bytes(take(&mut rest)?) as usize;
-        let reference = match reference_bytes {
-            NO_REFERENCE => None,
-            length => Some(take_text(&mut rest, usize::from(length))?),
+        let supersedes = Some(take_id(&mut rest)?).filter(|id| !id.0.is_nil());
+        let evidence = (0..evidence).map(|_| take_id(&mut rest)).collect::<Result<_, _>>()?;
+        let mut short = |there: u8| match flags & there {
+            0 => Ok(None),
+            _ => take_short(&mut rest).map(Some),
         };
-        let text = take_text(&mut rest, text_bytes)?;
-        if !rest.is_empty() {
-            return Err(BadRecord::Malformed("bytes after the text"));
-        }
-        Ok(Self {
-            id,
-            owner,
-            tier: tier_from_code(tier).ok_or(BadRecord::Malformed("tier"))?,
-            role: Role::from_code(role).ok_or(BadRecord::Malformed("role"))?,
-            source: SourceKind::from_code(source).ok_or(BadRecord::Malformed("source"))?,
-            reference,
-            event_unix_ms,
-            recorded_unix_ms,
-            text,
-        })
-    }
-
-    pub(crate) fn source(&self) -> Source {
-        Source { kind: self.source.name().to_owned(), reference: self.reference.clone() }
+        let (reference, session) = (short(REFERENCE)?, short(SESSION)?);
+        let claim = match flags & CLAIM {
+            0 => None,
+            _ => {
+                let [functional] = take::<1>(&mut rest)?;
+                let (subject, predicate) = (take_short(&mut rest)?, take_short(&mut rest)?);
+                Some(Claim { subject, predicate, functional: functional != 0 })
+            }
+        };
+        let text = text_of(rest)?;
+        Ok(Self { id, owner, reference, session, claim, supersedes, evidence, text })
     }
 }
 
-fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], BadRecord> {
+pub(crate) fn source(kind: SourceKind, reference: Option<String>) -> Source {
+    Source { kind: kind.name().to_owned(), reference }
+}
+
+fn put_short(out: &mut Vec<u8>, text: &str) {
+    out.extend_from_slice(&(text.len() as u16).to_le_bytes());
+    out.extend_from_slice(text.as_bytes());
+}
+
+pub(crate) fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], BadRecord> {
     let (head, tail) = rest.split_first_chunk::<N>().ok_or(BadRecord::Malformed("short"))?;
     *rest = tail;
     Ok(*head)
 }
 
-fn take_text(rest: &mut &[u8], length: usize) -> Result<String, BadRecord> {
+fn take_id(rest: &mut &[u8]) -> Result<RecordId, BadRecord> {
+    take(rest).map(Uuid::from_bytes).map(RecordId)
+}
+
+fn take_short(rest: &mut &[u8]) -> Result<String, BadRecord> {
+    let length = u16::from_le_bytes(take(rest)?);
+    take_text(rest, usize::from(length))
+}
+
+pub(crate) fn take_text(rest: &mut &[u8], length: usize) -> Result<String, BadRecord> {
     let (head, tail) = rest.split_at_checked(length).ok_or(BadRecord::Malformed("short"))?;
     *rest = tail;
-    String::from_utf8(head.to_vec()).map_err(|_| BadRecord::Malformed("text is not UTF-8"))
+    text_of(head)
+}
+
+fn text_of(bytes: &[u8]) -> Result<String, BadRecord> {
+    String::from_utf8(bytes.to_vec()).map_err(|_| BadRecord::Malformed("text is not UTF-8"))
 }
 
 #[cfg(test)]
@@ -196,27 +231,31 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn id(n: u128) -> RecordId {
+        RecordId(Uuid::from_u128(n))
+    }
+
     fn any_record() -> impl Strategy<Value = Record> {
+        let claim = (".{0,20}", ".{0,20}", any::<bool>())
+            .prop_map(|(subject, predicate, functional)| Claim { subject, predicate, functional });
         (
             any::<u128>(),
             any::<u128>(),
-            0usize..5,
-            0u8..5,
-            0u8..5,
             proptest::option::of(".{0,40}"),
-            any::<i64>(),
-            any::<i64>(),
+            proptest::option::of(".{0,40}"),
+            proptest::option::of(claim),
+            proptest::option::of(1u128..),
+            proptest::collection::vec(any::<u128>(), 0..4),
             ".{0,300}",
         )
-            .prop_map(|(id, owner, tier, role, source, reference, event, recorded, text)| Record {
-                id: RecordId(Uuid::from_u128(id)),
+            .prop_map(|(own, owner, reference, session, claim, supersedes, evidence, text)| Record {
+                id: id(own),
                 owner: OwnerId(Uuid::from_u128(owner)),
-                tier: TIERS[tier],
-                role: Role::from_code(role).unwrap(),
-                source: SourceKind::from_code(source).unwrap(),
                 reference,
-                event_unix_ms: event,
-                recorded_unix_ms: recorded,
+                session,
+                claim,
+                supersedes: supersedes.map(id),
+                evidence: evidence.into_iter().map(id).collect(),
                 text,
             })
     }
@@ -230,16 +269,15 @@ mod tests {
         }
 
         #[test]
-        fn one_flipped_bit_is_noticed(record in any_record(), at in any::<prop::sample::Index>(), bit in 0u8..8) {
-            let mut bytes = record.to_bytes();
-            let at = at.index(bytes.len());
-            bytes[at] ^= 1 << bit;
-            prop_assert!(Record::from_bytes(&bytes).is_err());
-        }
-
-        #[test]
-        fn any_bytes_are_refused_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            prop_assert!(Record::from_bytes(&bytes).is_err());
+        fn a_cut_or_strange_record_is_refused_or_read_without_panic(
+            record in any_record(), cut in any::<prop::sample::Index>(),
+            bytes in proptest::collection::vec(any::<u8>(), 0..200)
+        ) {
+            let whole = record.to_bytes();
+            // Cut within the head: always refused. Cut within the text: the seal notices.
+            let cut = cut.index(whole.len());
+            prop_assert!(cut >= HEAD_BYTES || Record::from_bytes(&whole[..cut]).is_err());
+            let _ = Record::from_bytes(&bytes);
         }
     }
 
@@ -250,24 +288,22 @@ mod tests {
 
     #[test]
     fn the_layout_is_the_one_of_the_format_page() {
+        let claim = Claim { subject: "Ana".into(), predicate: "city".into(), functional: true };
         let record = Record {
-            id: RecordId(Uuid::from_u128(1)),
+            id: id(1),
             owner: OwnerId(Uuid::from_u128(2)),
-            tier: Tier::Spirit,
-            role: Role::Fact,
-            source: SourceKind::User,
             reference: Some("m1".into()),
-            event_unix_ms: 3,
-            recorded_unix_ms: 4,
+            session: Some("r".into()),
+            claim: Some(claim),
+            supersedes: Some(id(3)),
+            evidence: vec![id(4)],
             text: "hi".into(),
         };
-        let mut expected = vec![1, 2, 1, 0];
-        expected.extend_from_slice(&1u128.to_be_bytes());
-        expected.extend_from_slice(&2u128.to_be_bytes());
-        expected.extend_from_slice(&[3, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 2, 0, 2, 0, 0, 0]);
-        expected.extend_from_slice(b"m1hi");
-        let crc = crc32fast::hash(&expected);
-        expected.extend_from_slice(&crc.to_le_bytes());
+        let mut expected = vec![2, 7, 1];
+        for number in 1u128..=4 {
+            expected.extend_from_slice(&number.to_be_bytes());
+        }
+        expected.extend_from_slice(b"\x02\0m1\x01\0r\x01\x03\0Ana\x04\0cityhi");
         assert_eq!(record.to_bytes(), expected);
     }
 }

@@ -13,17 +13,22 @@
 //! Not here: how the file is made and opened, and how a transaction is begun: `file.rs`.
 
 use crate::error::{Damage, OpenError, Refusal, StoreError};
-use crate::file::{self, begin_write};
-use crate::index::{Change, Index, read_counters};
-use crate::plan::{self, Budgets};
-use crate::read::{self, Pending, Stored};
+use crate::file::{Folder, Home, Open, OpeningNote, begin_write, open_error};
+use crate::index::{Index, Kept, read_counters};
+use crate::journal::Entry;
+use crate::plan::{self, At, Budgets, Detail, Duplicates};
+use crate::read::{self, History, Listing, Pending, Stored, View};
+use crate::record::SourceKind;
 use crate::tables::{Counters, Identity, IdentityRow};
 use crate::text::WORDS_VERSION;
 use crate::work::{Job, Work};
-use crate::write::{Batch, Completed, EmbedderDigest, EmbedderUse, Embedding, RememberWork};
+use crate::write::{
+    Batch, Block, BlockWork, Completed, CorrectWork, EmbedderDigest, EmbedderUse, Embedding, ForgetMode,
+    RememberWork, RolledBack, SessionEnd, SessionEnded, Swept, check_block,
+};
 use agentd_domain::agent_api::{Recall, Recalled, Remember, Remembered};
 use agentd_domain::ids::RecordId;
-use redb::{Database, ReadTransaction, ReadableDatabase};
+use redb::ReadableDatabase;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -49,6 +54,14 @@ pub struct NewRecord {
     pub recorded_unix_ms: i64,
     /// From the request's `Idempotency-Key` header: repeated within 24 hours it gives the first answer again.
     pub idempotency_key: Option<String>,
+    pub detail: Detail,
+}
+
+impl NewRecord {
+    /// Told now, with nothing special about it.
+    pub fn new(request: Remember, recorded_unix_ms: i64) -> Self {
+        Self { request, recorded_unix_ms, idempotency_key: None, detail: Detail::default() }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -67,11 +80,12 @@ pub struct Tuning {
     pub group_window: Duration,
     /// redb's page cache; its own default is 1 GiB. What questions need of every record is in the index anyway.
     pub cache_bytes: usize,
+    pub duplicates: Duplicates,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { group_window: Duration::ZERO, cache_bytes: 4 * 1024 * 1024 }
+        Self { group_window: Duration::ZERO, cache_bytes: 4 * 1024 * 1024, duplicates: Duplicates::Reinforce }
     }
 }
 
@@ -88,20 +102,16 @@ impl Options {
 /// what is queued and closes the file.
 pub struct Store {
     shared: Arc<Shared>,
-    queue: Mutex<Option<SyncSender<Box<dyn Job>>>>,
+    queue: Mutex<Option<SyncSender<Task>>>,
     writer: Option<JoinHandle<()>>,
 }
-
-/// Opens or creates the file: the one thing that differs between the disk and a test's failing disk.
-pub(crate) type Opener = Box<dyn Fn() -> Result<Database, OpenError> + Send + Sync>;
 
 struct Shared {
     path: PathBuf,
     identity: Identity,
     budgets: Budgets,
-    opener: Opener,
-    /// The directory whose file system must keep a reserve; none in tests without a file.
-    directory: Option<PathBuf>,
+    duplicates: Duplicates,
+    home: Box<dyn Home>,
     file: RwLock<Handle>,
     index: RwLock<Option<Index>>,
     /// What the index takes; readable while somebody loads it.
@@ -112,46 +122,47 @@ struct Shared {
 
 /// The open file, and how often it was opened: a thread that met an error reopens only what it failed on.
 struct Handle {
-    database: Option<Database>,
+    open: Option<Open>,
     opened: u64,
 }
 
+/// What the writer does.
+enum Task {
+    Work(Box<dyn Job>),
+    /// Write the store anew under another key.
+    Rewrite(i64, SyncSender<Result<(), StoreError>>),
+}
+
 impl Store {
-    /// Opens the store, or creates it with an own identity. Blocks: a new file is four fsyncs, an old one is
-    /// open in milliseconds, whatever its size and however it was closed.
+    /// Opens the store, or creates it with an own identity and key. Blocks: a new file is six fsyncs, an old one is
+    /// open in milliseconds, whatever its size and however it was closed. A file of format 1 is written anew first.
     pub fn open(path: &Path, options: Options) -> Result<Self, OpenError> {
-        let (file_path, identity, cache) = (path.to_owned(), options.identity, options.tuning.cache_bytes);
-        let opener: Opener = Box::new(move || file::open_or_create(&file_path, identity, cache));
-        let directory = path.parent().map(Path::to_owned);
-        let _returned = file::OpeningNote::leave(path)?;
-        Self::open_with(path, opener, directory, options)
+        let (identity, cache_bytes) = (options.identity, options.tuning.cache_bytes);
+        let home = Folder { path: path.to_owned(), identity, cache_bytes };
+        let _returned = OpeningNote::leave(path)?;
+        Self::open_at(path, Box::new(home), options)
     }
 
-    pub(crate) fn open_with(
-        path: &Path,
-        opener: Opener,
-        directory: Option<PathBuf>,
-        options: Options,
-    ) -> Result<Self, OpenError> {
+    pub(crate) fn open_at(path: &Path, home: Box<dyn Home>, options: Options) -> Result<Self, OpenError> {
         let shared = Arc::new(Shared {
             path: path.to_owned(),
             identity: options.identity,
             budgets: options.budgets,
-            opener,
-            directory,
-            file: RwLock::new(Handle { database: None, opened: 0 }),
+            duplicates: options.tuning.duplicates,
+            home,
+            file: RwLock::new(Handle { open: None, opened: 0 }),
             index: RwLock::new(None),
             index_bytes: AtomicUsize::new(0),
             acknowledged: AtomicU64::new(0),
         });
         shared.reopen(0)?;
-        let (queue, works) = sync_channel(QUEUE);
+        let (queue, tasks) = sync_channel(QUEUE);
         let for_writer = Arc::clone(&shared);
         let window = options.tuning.group_window.min(GROUP_WINDOW_MOST);
         let writer = std::thread::Builder::new()
             .name("memory-writer".to_owned())
             .stack_size(WRITER_STACK_BYTES)
-            .spawn(move || write_until_closed(&for_writer, &works, window))
+            .spawn(move || write_until_closed(&for_writer, &tasks, window))
             .map_err(|source| OpenError::Thread { path: path.to_owned(), source: Arc::new(source) })?;
         Ok(Self { shared, queue: Mutex::new(Some(queue)), writer: Some(writer) })
     }
@@ -174,7 +185,7 @@ impl Store {
     }
 
     fn check_new(&self, new: NewRecord, embedding: Option<Embedding>) -> Result<RememberWork, Refusal> {
-        let record = plan::check_remember(new.request, &self.shared.budgets)?;
+        let record = plan::check_remember(new.request, new.detail, &self.shared.budgets)?;
         if let Some(key) = &new.idempotency_key {
             plan::check_key(key)?;
         }
@@ -184,17 +195,132 @@ impl Store {
 
     /// Answers a question on the caller's thread. Without a usable embedding of it, by words alone.
     pub fn recall(&self, request: &Recall, embedding: Option<&Embedding>) -> Result<Recalled, StoreError> {
-        let question = plan::check_recall(request, &self.shared.budgets)?;
-        self.shared.with_index(|index, txn| read::recall(txn, index, &question, embedding))
+        self.recall_at(request, embedding, At::Latest)
+    }
+
+    /// The same for a question about another time.
+    pub fn recall_at(
+        &self,
+        request: &Recall,
+        embedding: Option<&Embedding>,
+        at: At,
+    ) -> Result<Recalled, StoreError> {
+        let question = plan::check_recall(request, at, &self.shared.budgets)?;
+        self.shared.with_index(|index, view| read::recall(view, index, &question, embedding))
+    }
+
+    /// These were recalled and given to somebody: each is strengthened. Nothing needs to wait for it.
+    pub fn used(&self, ids: Vec<RecordId>, now_unix_ms: i64) -> Result<(), StoreError> {
+        self.submit(0, move |batch| batch.used(&ids, now_unix_ms))
+    }
+
+    /// Forgets these; says how many were not forgotten already. An unknown id refuses all.
+    pub fn forget(&self, ids: Vec<RecordId>, mode: ForgetMode, now_unix_ms: i64) -> Result<u64, StoreError> {
+        // All of them or none: a refusal must have changed nothing.
+        for id in &ids {
+            if self.get(*id)?.is_none() {
+                return Err(Refusal::Unknown(*id).into());
+            }
+        }
+        self.submit(0, move |batch| batch.forget(&ids, mode, now_unix_ms))
+    }
+
+    /// Takes a tombstone back.
+    pub fn restore(&self, id: RecordId, now_unix_ms: i64) -> Result<(), StoreError> {
+        self.submit(0, move |batch| batch.restore(id, now_unix_ms))
+    }
+
+    /// A pinned record never goes by itself.
+    pub fn pin(&self, id: RecordId, pinned: bool, now_unix_ms: i64) -> Result<(), StoreError> {
+        self.submit(0, move |batch| batch.pin(id, pinned, now_unix_ms))
+    }
+
+    /// Puts another text in a record's place, as the user's word. The old one stays for questions about then.
+    pub fn correct(
+        &self,
+        id: RecordId,
+        text: String,
+        embedding: Option<Embedding>,
+        now_unix_ms: i64,
+    ) -> Result<Remembered, StoreError> {
+        plan::check_text(&text)?;
+        let work = CorrectWork { id, text, now_unix_ms, embedding };
+        self.submit(work.text.len(), move |batch| batch.correct(&work))
+    }
+
+    /// Forgets everything that came from this source (and reference, if one is given) since then; what it had
+    /// superseded stands again.
+    pub fn roll_back(
+        &self,
+        source: SourceKind,
+        reference: Option<String>,
+        since_unix_ms: i64,
+        now_unix_ms: i64,
+    ) -> Result<RolledBack, StoreError> {
+        self.submit(0, move |batch| batch.roll_back(source, reference.as_deref(), since_unix_ms, now_unix_ms))
+    }
+
+    /// A run is over: what of its log is worth keeping goes to the long memory; the log goes a day later.
+    pub fn end_session(&self, end: SessionEnd) -> Result<SessionEnded, StoreError> {
+        self.submit(0, move |batch| batch.end_session(&end))
+    }
+
+    /// What time has come for. Call it every hour or so, and again at once while it says `more`.
+    pub fn sweep(&self, now_unix_ms: i64) -> Result<Swept, StoreError> {
+        self.submit(0, move |batch| batch.sweep(now_unix_ms))
+    }
+
+    /// Writes the store anew under another key and destroys the old one: what was purged opens no more. Questions
+    /// are answered meanwhile; works wait. Takes seconds for 100,000 records.
+    pub fn rewrite(&self, now_unix_ms: i64) -> Result<(), StoreError> {
+        let (reply, answer) = sync_channel(1);
+        self.send(Task::Rewrite(now_unix_ms, reply))?;
+        answer.recv().map_err(|_| StoreError::Closing)?
+    }
+
+    /// Writes a block of the prompt over the version its writer has seen (0: none); none as text removes it.
+    pub fn set_block(
+        &self,
+        key: String,
+        text: Option<String>,
+        seen: u64,
+        pinned: bool,
+        now_unix_ms: i64,
+    ) -> Result<Option<Block>, StoreError> {
+        let work = BlockWork { key, text, seen, pinned, now_unix_ms };
+        check_block(&work, self.shared.budgets.block_bytes)?;
+        self.submit(work.text.as_ref().map_or(0, String::len), move |batch| batch.set_block(&work))
+    }
+
+    pub fn block(&self, key: &str) -> Result<Option<Block>, StoreError> {
+        self.shared.with_view(|view| read::block(view, key))
+    }
+
+    /// All blocks, by key: what is always in the prompt.
+    pub fn blocks(&self) -> Result<Vec<Block>, StoreError> {
+        self.shared.with_view(read::blocks)
+    }
+
+    /// Records from the latest told back, tombstones included if asked for.
+    pub fn list(&self, listing: &Listing) -> Result<Vec<Stored>, StoreError> {
+        self.shared.with_view(|view| read::list(view, listing))
+    }
+
+    /// A record with what came before and after it, and all that was done to any of these.
+    pub fn history(&self, id: RecordId) -> Result<History, StoreError> {
+        self.shared.with_view(|view| read::history(view, id))
+    }
+
+    /// What was forgotten when and why: the newest entries first, each with its number, before that number.
+    pub fn journal(&self, before: Option<u64>, most: usize) -> Result<Vec<(u64, Entry)>, StoreError> {
+        self.shared.with_view(|view| read::journal(view, before.unwrap_or(u64::MAX), most))
     }
 
     /// Names the embedder in use: after every load of the embedding model, before vectors are passed in.
     /// With another digest than before, all records wait for new vectors.
     pub fn use_embedder(&self, embedder: EmbedderDigest, dimension: u32) -> Result<EmbedderUse, StoreError> {
         // Nearly always nothing changes: then nothing is written, and a full disk is no obstacle.
-        let in_use = self
-            .shared
-            .with_database(|database| read::embedder_in_use(&database.begin_read()?, &embedder, dimension))?;
+        let in_use = self.shared.with_view(|view| read::embedder_in_use(view.txn, &embedder, dimension))?;
         if let Some(found) = in_use {
             return Ok(found);
         }
@@ -203,7 +329,7 @@ impl Store {
 
     /// The oldest records without a vector of the current embedder, at most so many.
     pub fn pending_batch(&self, most: usize) -> Result<Vec<Pending>, StoreError> {
-        self.shared.with_database(|database| read::pending(&database.begin_read()?, most))
+        self.shared.with_view(|view| read::pending(view, most))
     }
 
     /// Vectors for pending records, made by this embedder. Records that got one meanwhile are left alone.
@@ -217,16 +343,16 @@ impl Store {
     }
 
     pub fn get(&self, id: RecordId) -> Result<Option<Stored>, StoreError> {
-        self.shared.with_database(|database| read::get(&database.begin_read()?, id))
+        self.shared.with_view(|view| read::get(view, id))
     }
 
     pub fn counters(&self) -> Result<Counters, StoreError> {
-        self.shared.with_database(|database| read_counters(&database.begin_read()?))
+        self.shared.with_view(|view| read_counters(view.txn))
     }
 
     /// Reads everything and compares it with what the indexes say. Slow: seconds for 100,000 records.
     pub fn check(&self) -> Result<crate::check::Checked, StoreError> {
-        self.shared.with_database(|database| crate::check::check(&database.begin_read()?))
+        self.shared.with_view(crate::check::check)
     }
 
     /// What the index in memory takes now; 0 until the first question.
@@ -245,9 +371,13 @@ impl Store {
         work: impl FnMut(&mut Batch<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let (reply, answer) = sync_channel(1);
-        let queue = lock(&self.queue).clone().ok_or(StoreError::Closing)?;
-        queue.send(Box::new(Work::new(bytes, work, reply))).map_err(|_| StoreError::Closing)?;
+        self.send(Task::Work(Box::new(Work::new(bytes, work, reply))))?;
         answer.recv().map_err(|_| StoreError::Closing)?
+    }
+
+    fn send(&self, task: Task) -> Result<(), StoreError> {
+        let queue = lock(&self.queue).clone().ok_or(StoreError::Closing)?;
+        queue.send(task).map_err(|_| StoreError::Closing)
     }
 }
 
@@ -286,14 +416,11 @@ impl std::fmt::Debug for Store {
 impl Shared {
     /// Runs `use_it` on the open file. After an error of the disk the file is closed and opened again, so that
     /// the next request finds a working handle; this one has failed.
-    fn with_database<T>(
-        &self,
-        use_it: impl FnOnce(&Database) -> Result<T, StoreError>,
-    ) -> Result<T, StoreError> {
+    fn with_open<T>(&self, use_it: impl FnOnce(&Open) -> Result<T, StoreError>) -> Result<T, StoreError> {
         let (opened, result) = {
             let handle = self.open_handle()?;
-            let database = handle.database.as_ref().ok_or(StoreError::Closing)?;
-            (handle.opened, use_it(database))
+            let open = handle.open.as_ref().ok_or(StoreError::Closing)?;
+            (handle.opened, use_it(open))
         };
         if let Err(error) = &result
             && error.poisons_handle()
@@ -306,9 +433,13 @@ impl Shared {
         result
     }
 
+    fn with_view<T>(&self, use_it: impl FnOnce(View<'_>) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        self.with_open(|open| use_it(View { txn: &open.database.begin_read()?, seal: &open.seal }))
+    }
+
     fn open_handle(&self) -> Result<RwLockReadGuard<'_, Handle>, StoreError> {
         let handle = read(&self.file);
-        if handle.database.is_some() {
+        if handle.open.is_some() {
             return Ok(handle);
         }
         let opened = handle.opened;
@@ -320,32 +451,41 @@ impl Shared {
     /// Closes the file and opens it again, unless another thread has done so since it was opened `failed`.
     fn reopen(&self, failed: u64) -> Result<(), OpenError> {
         let mut handle = write(&self.file);
-        if handle.opened != failed && handle.database.is_some() {
+        if handle.opened != failed && handle.open.is_some() {
             return Ok(());
         }
+        self.close(&mut handle);
+        self.open_into(&mut handle)
+    }
+
+    fn close(&self, handle: &mut Handle) {
         self.set_index(&mut write(&self.index), None);
-        handle.database = None;
-        let database = (self.opener)()?;
-        self.look_over(&database)?;
+        handle.open = None;
+    }
+
+    fn open_into(&self, handle: &mut Handle) -> Result<(), OpenError> {
+        let mut open = self.home.open()?;
+        self.look_over(&mut open)?;
         handle.opened += 1;
-        handle.database = Some(database);
+        handle.open = Some(open);
         Ok(())
     }
 
     /// Is this file ours, in a format we know, and does it hold everything that was acknowledged?
-    fn look_over(&self, database: &Database) -> Result<(), OpenError> {
+    fn look_over(&self, open: &mut Open) -> Result<(), OpenError> {
         let damaged = |damage| OpenError::Damaged { path: self.path.clone(), damage };
-        let failed = |error| self.open_error(error);
-        let row = file::read_identity(database, &self.path)?;
+        let failed = |error| open_error(&self.path, error);
+        let row = open.row;
         if row.identity.agent_id != self.identity.agent_id {
             let (found, expected) = (row.identity.agent_id, self.identity.agent_id);
             return Err(OpenError::OtherAgent { path: self.path.clone(), found, expected });
         }
+        open.row.identity.owner_id = self.identity.owner_id;
         if row.words != WORDS_VERSION {
-            self.rebuild_words(database, row).map_err(failed)?;
+            self.rebuild_words(open, row).map_err(failed)?;
         }
-        let counters = crate::check::check_counts(&database.begin_read().map_err(|e| failed(e.into()))?)
-            .map_err(failed)?;
+        let txn = open.database.begin_read().map_err(|e| failed(e.into()))?;
+        let counters = crate::check::check_counts(&txn).map_err(failed)?;
         let acknowledged = self.acknowledged.fetch_max(counters.commits, Ordering::SeqCst);
         if counters.commits < acknowledged {
             return Err(damaged(Damage::LostWrites { found: counters.commits, acknowledged }));
@@ -353,11 +493,11 @@ impl Shared {
         Ok(())
     }
 
-    fn rebuild_words(&self, database: &Database, row: IdentityRow) -> Result<(), StoreError> {
+    fn rebuild_words(&self, open: &Open, row: IdentityRow) -> Result<(), StoreError> {
         tracing::info!(path = %self.path.display(), from = row.words, to = WORDS_VERSION, "word index is rebuilt");
-        let txn = begin_write(database)?;
+        let txn = begin_write(&open.database)?;
         {
-            let mut batch = Batch::begin(&txn, self.identity.owner_id, &self.budgets)?;
+            let mut batch = Batch::begin(&txn, open.ground(&self.budgets, self.duplicates))?;
             batch.rebuild_words()?;
             batch.write_identity(IdentityRow { words: WORDS_VERSION, ..row })?;
             batch.finish()?;
@@ -365,56 +505,42 @@ impl Shared {
         Ok(txn.commit()?)
     }
 
-    fn open_error(&self, error: StoreError) -> OpenError {
-        let path = self.path.clone();
-        match error {
-            StoreError::Open(error) => error,
-            StoreError::Damaged(damage) => OpenError::Damaged { path, damage },
-            StoreError::Storage(source) => OpenError::Database { path, source },
-            other => {
-                let source = Arc::new(std::io::Error::other(other.to_string()));
-                OpenError::File { path, source }
-            }
-        }
-    }
-
     /// The index is read before the snapshot is taken: what it names is then in the snapshot.
     fn with_index<T>(
         &self,
-        use_it: impl Fn(&Index, &ReadTransaction) -> Result<T, StoreError>,
+        use_it: impl Fn(&Index, View<'_>) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        self.with_database(|database| {
+        self.with_open(|open| {
             {
                 let index = read(&self.index);
                 if let Some(index) = index.as_ref() {
-                    return use_it(index, &database.begin_read()?);
+                    return use_it(index, View { txn: &open.database.begin_read()?, seal: &open.seal });
                 }
             }
             let mut index = write(&self.index);
             if index.is_none() {
-                let loaded = Index::load(&database.begin_read()?)?;
+                let loaded = Index::load(&open.database.begin_read()?, &open.seal)?;
                 self.set_index(&mut index, Some(loaded));
             }
             match index.as_ref() {
-                Some(index) => use_it(index, &database.begin_read()?),
+                Some(index) => use_it(index, View { txn: &open.database.begin_read()?, seal: &open.seal }),
                 None => Err(StoreError::Closing),
             }
         })
     }
 
     fn commit(&self, mut jobs: Vec<Box<dyn Job>>) {
-        let result = self
-            .check_reserve()
-            .and_then(|()| self.with_database(|database| self.commit_to(database, &mut jobs)));
+        let result =
+            self.check_reserve().and_then(|()| self.with_open(|open| self.commit_to(open, &mut jobs)));
         for job in jobs {
             job.acknowledge(result.clone());
         }
     }
 
-    fn commit_to(&self, database: &Database, jobs: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
-        let txn = begin_write(database)?;
+    fn commit_to(&self, open: &Open, jobs: &mut [Box<dyn Job>]) -> Result<(), StoreError> {
+        let txn = begin_write(&open.database)?;
         let (counters, changes) = {
-            let mut batch = Batch::begin(&txn, self.identity.owner_id, &self.budgets)?;
+            let mut batch = Batch::begin(&txn, open.ground(&self.budgets, self.duplicates))?;
             for job in jobs {
                 job.apply(&mut batch)?;
             }
@@ -423,12 +549,27 @@ impl Shared {
         txn.commit()?;
         self.acknowledged.fetch_max(counters.commits, Ordering::SeqCst);
         let mut slot = write(&self.index);
-        let mut index = slot.take().filter(|_| !changes.contains(&Change::Rebuild));
-        if let Some(index) = &mut index {
-            changes.iter().for_each(|change| index.apply(change));
+        let mut index = slot.take();
+        if let Some(built) = &mut index
+            && changes.iter().any(|change| built.apply(change) == Kept::Stale)
+        {
+            index = None;
         }
         self.set_index(&mut slot, index);
         Ok(())
+    }
+
+    /// Writes the store anew. Until it takes the store's place, questions are answered from the old file; nothing
+    /// is written meanwhile, because this is the writer's thread.
+    fn rewrite(&self, now_unix_ms: i64) -> Result<(), StoreError> {
+        self.check_reserve()?;
+        self.with_open(|open| Ok(self.home.write_anew(open, now_unix_ms)?))?;
+        let mut handle = write(&self.file);
+        self.close(&mut handle);
+        let taken = self.home.take_place();
+        // Either file is a whole store: whichever has the name now is opened.
+        self.open_into(&mut handle)?;
+        Ok(taken?)
     }
 
     fn set_index(&self, slot: &mut Option<Index>, index: Option<Index>) {
@@ -437,7 +578,7 @@ impl Shared {
     }
 
     fn check_reserve(&self) -> Result<(), StoreError> {
-        let Some(directory) = &self.directory else { return Ok(()) };
+        let Some(directory) = self.home.directory() else { return Ok(()) };
         // A file system that cannot tell is not a reason to refuse: the write itself will.
         let Ok(state) = rustix::fs::statvfs(directory) else { return Ok(()) };
         let free_bytes = state.f_bavail.saturating_mul(state.f_frsize);
@@ -448,20 +589,38 @@ impl Shared {
     }
 }
 
-fn write_until_closed(shared: &Shared, works: &Receiver<Box<dyn Job>>, window: Duration) {
-    while let Ok(first) = works.recv() {
-        let mut bytes = first.bytes();
-        let mut jobs = vec![first];
+fn write_until_closed(shared: &Shared, tasks: &Receiver<Task>, window: Duration) {
+    let mut rewrite = None;
+    while let Ok(first) = tasks.recv() {
+        let mut jobs = Vec::new();
+        let mut bytes = 0;
         let deadline = Instant::now() + window;
-        while jobs.len() < QUEUE && bytes < BATCH_BYTES {
+        let mut next = Some(first);
+        while let Some(task) = next.take() {
+            match task {
+                Task::Work(job) => {
+                    bytes += job.bytes();
+                    jobs.push(job);
+                }
+                Task::Rewrite(now_unix_ms, reply) => {
+                    rewrite = Some((now_unix_ms, reply));
+                    break;
+                }
+            }
+            if jobs.len() >= QUEUE || bytes >= BATCH_BYTES {
+                break;
+            }
             // What is queued is taken even when no time is left.
             let left = deadline.saturating_duration_since(Instant::now());
-            let next = if left.is_zero() { works.try_recv().ok() } else { works.recv_timeout(left).ok() };
-            let Some(next) = next else { break };
-            bytes += next.bytes();
-            jobs.push(next);
+            next = if left.is_zero() { tasks.try_recv().ok() } else { tasks.recv_timeout(left).ok() };
         }
-        shared.commit(jobs);
+        if !jobs.is_empty() {
+            shared.commit(jobs);
+        }
+        if let Some((now_unix_ms, reply)) = rewrite.take() {
+            // A caller that is gone has nothing to be told.
+            drop(reply.send(shared.rewrite(now_unix_ms)));
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Always: a change to any of these tables happens in the same transaction as the counters that describe it.
 
 use crate::error::Damage;
+use crate::life::LIFE_BYTES;
 use crate::record::TIERS;
 use agentd_domain::agent_api::Tier;
 use agentd_domain::ids::{AgentId, OwnerId};
@@ -10,29 +11,47 @@ use redb::TableDefinition;
 use uuid::Uuid;
 
 /// Raised when an older program would misread the file; see FORMAT.md for the migration rule.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
-/// `identity` and `counters`.
+/// `identity`, `canary` and `counters`.
 pub(crate) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
-/// Sequence number, given in order of commit, to an encoded [`crate::record::Record`].
+/// Sequence number, given in order of commit, to a sealed [`crate::record::Record`].
 pub(crate) const RECORD: TableDefinition<u64, &[u8]> = TableDefinition::new("record");
 /// Record id (its 16 bytes as a big-endian number) to sequence number.
 pub(crate) const BY_ID: TableDefinition<u128, u64> = TableDefinition::new("by_id");
-/// Sequence number to what ranking needs of every record: tier code, words in it.
-pub(crate) const RANK: TableDefinition<u64, (u8, u32)> = TableDefinition::new("rank");
-/// Sequence number to embedder number and [`crate::vector::Vector::to_bytes`].
-pub(crate) const VECTOR: TableDefinition<u64, (u32, &[u8])> = TableDefinition::new("vector");
+/// Sequence number to a [`crate::life::Life`]: what a question and forgetting need of every record.
+pub(crate) const LIFE: TableDefinition<u64, &[u8; LIFE_BYTES]> = TableDefinition::new("life");
+/// Sequence number to embedder number and the sealed first part of a vector.
+pub(crate) const COARSE: TableDefinition<u64, (u32, &[u8])> = TableDefinition::new("coarse");
+/// Sequence number to the sealed second part of the same vector.
+pub(crate) const FINE: TableDefinition<u64, &[u8]> = TableDefinition::new("fine");
 /// Records of a tier with meaning that have no vector of the current embedder.
 pub(crate) const PENDING: TableDefinition<u64, ()> = TableDefinition::new("pending");
-/// [`crate::postings::key`] to an encoded block.
+/// [`crate::postings::key`] to a sealed block.
 pub(crate) const POSTING: TableDefinition<&[u8], &[u8]> = TableDefinition::new("posting");
 /// Embedder number to digest (SHA-256 of its file) and dimension.
 pub(crate) const EMBEDDER: TableDefinition<u32, (&[u8; 32], u32)> = TableDefinition::new("embedder");
-/// Idempotency key to when it was used (Unix milliseconds) and the sequence number it led to.
-pub(crate) const ONCE: TableDefinition<&str, (i64, u64)> = TableDefinition::new("once");
+/// 16 bytes of the hash of an idempotency key to when it was used, the sequence number it led to and a keyed hash
+/// of the request (zeros: not known, compare with the record).
+pub(crate) const ONCE: TableDefinition<&[u8; 16], (i64, u64, &[u8; 16])> = TableDefinition::new("once");
+/// Keyed hash of subject and predicate, and a sequence number (big-endian): which records make this claim.
+pub(crate) const CLAIM: TableDefinition<&[u8], ()> = TableDefinition::new("claim");
+/// A record, [`LINK_SUPERSEDED`] or [`LINK_EVIDENCE`], and the record that took its place or rests on it.
+pub(crate) const LINK: TableDefinition<(u64, u8, u64), ()> = TableDefinition::new("link");
+/// 8 bytes of the hash of a session's name to its next place and when it ended (Unix ms; 0: it goes on).
+pub(crate) const SESSION: TableDefinition<u64, (u64, i64)> = TableDefinition::new("session");
+/// Keyed hash of a block's name to the sealed block.
+pub(crate) const BLOCK: TableDefinition<&[u8; 16], &[u8]> = TableDefinition::new("block");
+/// Number, from 0, to a sealed [`crate::journal::Entry`].
+pub(crate) const JOURNAL: TableDefinition<u64, &[u8]> = TableDefinition::new("journal");
+
+pub(crate) const LINK_SUPERSEDED: u8 = 0;
+pub(crate) const LINK_EVIDENCE: u8 = 1;
 
 pub(crate) const IDENTITY: &str = "identity";
 pub(crate) const COUNTERS: &str = "counters";
+/// Sealed nothing: opens only with the store's own key.
+pub(crate) const CANARY: &str = "canary";
 
 /// Whose store is this? Checked at every opening, so that a file moved to another agent is not read as its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,16 +67,19 @@ pub(crate) struct IdentityRow {
     pub(crate) words: u32,
     pub(crate) store: Uuid,
     pub(crate) identity: Identity,
+    /// Which key file the rows are sealed with.
+    pub(crate) key: Uuid,
 }
 
 impl IdentityRow {
     pub(crate) fn to_bytes(self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(56);
+        let mut out = Vec::with_capacity(72);
         out.extend_from_slice(&self.format.to_le_bytes());
         out.extend_from_slice(&self.words.to_le_bytes());
         out.extend_from_slice(self.store.as_bytes());
         out.extend_from_slice(self.identity.agent_id.0.as_bytes());
         out.extend_from_slice(self.identity.owner_id.0.as_bytes());
+        out.extend_from_slice(self.key.as_bytes());
         out
     }
 
@@ -67,25 +89,30 @@ impl IdentityRow {
     }
 
     pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self, Damage> {
-        let bytes: &[u8; 56] = bytes.try_into().map_err(|_| Damage::Meta(IDENTITY))?;
+        let bytes: &[u8; 72] = bytes.try_into().map_err(|_| Damage::Meta(IDENTITY))?;
         let uuid = |at: usize| Uuid::from_slice(&bytes[at..at + 16]).map_err(|_| Damage::Meta(IDENTITY));
         Ok(Self {
             format: u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
             words: u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
             store: uuid(8)?,
             identity: Identity { agent_id: AgentId(uuid(24)?), owner_id: OwnerId(uuid(40)?) },
+            key: uuid(56)?,
         })
     }
 }
 
-/// What one tier holds.
+/// What one tier holds, tombstones included.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TierCounts {
     pub records: u64,
-    /// Sum of the encoded records: text plus about 62 bytes each.
+    /// Sum of the encoded records: text plus 51 bytes and more.
     pub bytes: u64,
-    /// Words without stop words: BM25's average length comes from it.
+    /// Words without stop words.
     pub words: u64,
+    /// Tombstones among the records ..
+    pub forgotten: u64,
+    /// .. and their bytes.
+    pub forgotten_bytes: u64,
 }
 
 /// What the file says of itself; changes in the same transaction as the rows it counts.
@@ -98,6 +125,15 @@ pub struct Counters {
     pub embedder: u32,
     pub vectors: u64,
     pub pending: u64,
+    /// The number of the next entry of the journal.
+    pub next_entry: u64,
+    /// Records that are gone for good since the file was written under its key.
+    pub purged: u64,
+    /// When the first of them went, by the clock of whoever asked; 0: none.
+    pub first_purged_unix_ms: i64,
+    /// Bytes of all blocks, and how many.
+    pub block_bytes: u64,
+    pub blocks: u64,
     pub tiers: [TierCounts; 5],
 }
 
@@ -117,7 +153,10 @@ impl Counters {
     pub(crate) fn to_bytes(self) -> Vec<u8> {
         let mut numbers =
             vec![self.commits, self.next_seq, u64::from(self.embedder), self.vectors, self.pending];
-        numbers.extend(self.tiers.iter().flat_map(|t| [t.records, t.bytes, t.words]));
+        numbers.extend([self.next_entry, self.purged, self.first_purged_unix_ms as u64]);
+        numbers.extend([self.block_bytes, self.blocks]);
+        let rows = self.tiers.iter();
+        numbers.extend(rows.flat_map(|t| [t.records, t.bytes, t.words, t.forgotten, t.forgotten_bytes]));
         numbers.into_iter().flat_map(u64::to_le_bytes).collect()
     }
 
@@ -128,10 +167,13 @@ impl Counters {
             .map(|c| c.try_into().map(u64::from_le_bytes))
             .collect::<Result<_, _>>()
             .map_err(|_| damage())?;
-        let [commits, next_seq, embedder, vectors, pending, tiers @ ..] = numbers.as_slice() else {
+        let [commits, next_seq, embedder, vectors, pending, next_entry, purged, first, blocks @ ..] =
+            numbers.as_slice()
+        else {
             return Err(damage());
         };
-        if tiers.len() != TIERS.len() * 3 {
+        let [block_bytes, blocks, tiers @ ..] = blocks else { return Err(damage()) };
+        if tiers.len() != TIERS.len() * 5 {
             return Err(damage());
         }
         let mut counters = Self {
@@ -140,10 +182,16 @@ impl Counters {
             embedder: u32::try_from(*embedder).map_err(|_| damage())?,
             vectors: *vectors,
             pending: *pending,
+            next_entry: *next_entry,
+            purged: *purged,
+            first_purged_unix_ms: *first as i64,
+            block_bytes: *block_bytes,
+            blocks: *blocks,
             tiers: [TierCounts::default(); 5],
         };
-        for (tier, row) in counters.tiers.iter_mut().zip(tiers.chunks_exact(3)) {
-            *tier = TierCounts { records: row[0], bytes: row[1], words: row[2] };
+        for (tier, row) in counters.tiers.iter_mut().zip(tiers.chunks_exact(5)) {
+            let [records, bytes, words, forgotten, forgotten_bytes] = std::array::from_fn(|i| row[i]);
+            *tier = TierCounts { records, bytes, words, forgotten, forgotten_bytes };
         }
         Ok(counters)
     }
@@ -157,13 +205,15 @@ mod tests {
     fn meta_rows_come_back() {
         let identity =
             Identity { agent_id: AgentId(Uuid::from_u128(5)), owner_id: OwnerId(Uuid::from_u128(6)) };
-        let row = IdentityRow { format: 1, words: 1, store: Uuid::from_u128(7), identity };
+        let row =
+            IdentityRow { format: 1, words: 1, store: Uuid::from_u128(7), identity, key: Uuid::from_u128(9) };
         assert_eq!(IdentityRow::from_bytes(&row.to_bytes()).unwrap(), row);
         assert!(IdentityRow::from_bytes(&row.to_bytes()[1..]).is_err());
 
         let mut counters =
             Counters { commits: 1, next_seq: 2, embedder: 3, vectors: 4, pending: 5, ..Counters::default() };
-        *counters.tier_mut(Tier::Spirit) = TierCounts { records: 6, bytes: 7, words: 8 };
+        *counters.tier_mut(Tier::Spirit) =
+            TierCounts { records: 6, bytes: 7, words: 8, forgotten: 9, forgotten_bytes: 10 };
         assert_eq!(Counters::from_bytes(&counters.to_bytes()).unwrap(), counters);
         for end in 0..counters.to_bytes().len() {
             assert!(Counters::from_bytes(&counters.to_bytes()[..end]).is_err());

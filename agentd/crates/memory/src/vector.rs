@@ -1,12 +1,11 @@
 //! How near are two meanings?
 //!
-//! A vector is kept twice: 8-bit whole numbers with one scale, which a scan reads for every record, and
-//! 16-bit floats, with which the best are scored again. The 8-bit scan alone loses 1 to 3 in 100 of the true
-//! first ten; with the second look nothing is lost (memory scan measurements: recall 1.000 to 1M vectors).
+//! A vector is kept in two parts: 8-bit whole numbers with one scale, which a scan reads for every record, and
+//! what that rounding left, again in 8 bits, with which the best are scored again. The 8-bit scan alone loses 1 to
+//! 3 in 100 of the true first ten. Both parts together are 16-bit fixed-point numbers: five times nearer to the
+//! truth than 16-bit floats for numbers of this size, in two thirds of the room.
 //!
 //! Always: vectors have length 1 once they passed [`Vector::new`], so a dot product is the cosine.
-
-use half::f16;
 
 /// Far above any embedding model in use; a larger number comes from a broken engine.
 pub(crate) const DIMENSION_MAX: u32 = 4096;
@@ -54,44 +53,66 @@ impl Vector {
         Coarse { scale, values: self.0.iter().map(|v| (v / scale).round() as i8).collect() }
     }
 
-    /// `scale (f32), dimension 8-bit numbers, dimension 16-bit floats`, little-endian.
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+    /// Both parts as they stand on disk.
+    pub(crate) fn to_parts(&self) -> (Vec<u8>, Vec<u8>) {
         let coarse = self.coarse();
-        let mut bytes = Vec::with_capacity(4 + self.0.len() * 3);
-        bytes.extend_from_slice(&coarse.scale.to_le_bytes());
-        bytes.extend(coarse.values.iter().map(|v| *v as u8));
-        bytes.extend(self.0.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()));
-        bytes
+        let mut first = Vec::with_capacity(coarse_bytes(self.0.len()));
+        first.extend_from_slice(&coarse.scale.to_le_bytes());
+        first.extend(coarse.values.iter().map(|v| *v as u8));
+        let left = |(value, rounded): (&f32, &i8)| {
+            let left = value / coarse.scale - f32::from(*rounded);
+            (left * FINE_STEPS).round().clamp(-127.0, 127.0) as i8 as u8
+        };
+        (first, self.0.iter().zip(&coarse.values).map(left).collect())
     }
 
-    /// The cosine with a stored vector, from its 16-bit half. None when the row has another dimension.
-    pub(crate) fn cosine_with_stored(&self, row: &[u8]) -> Option<f32> {
-        let dimension = self.0.len();
-        if row.len() != stored_bytes(dimension) {
+    /// The cosine with a stored vector, from both parts. None when it has another dimension.
+    pub(crate) fn cosine_with_stored(&self, first: &[u8], fine: &[u8]) -> Option<f32> {
+        let (_, values) = coarse_of_stored(first, self.0.len())?;
+        if fine.len() != values.len() {
             return None;
         }
-        let fine = &row[4 + dimension..];
-        let (dot, square) =
-            self.0.iter().zip(fine.chunks_exact(2)).fold((0f32, 0f32), |(dot, square), (a, b)| {
-                let b = f16::from_le_bytes([b[0], b[1]]).to_f32();
-                (dot + a * b, square + b * b)
-            });
-        // Rounding to 16 bits changes the length by up to one in a thousand: divide it out.
+        let stored =
+            values.iter().zip(fine).map(|(v, f)| f32::from(*v as i8) + f32::from(*f as i8) / FINE_STEPS);
+        let (dot, square) = self
+            .0
+            .iter()
+            .zip(stored)
+            .fold((0f32, 0f32), |(dot, square), (a, b)| (dot + a * b, square + b * b));
+        // The scale cancels out, and so does what rounding did to the length.
         Some((dot / square.sqrt().max(f32::MIN_POSITIVE)).clamp(-1.0, 1.0))
     }
+
+    /// The vector that both parts stand for.
+    pub(crate) fn of_stored(first: &[u8], fine: &[u8]) -> Option<Self> {
+        let dimension = first.len().checked_sub(4)?;
+        let (_, values) = coarse_of_stored(first, dimension)?;
+        let stored: Vec<f32> = values
+            .iter()
+            .zip(fine)
+            .map(|(v, f)| f32::from(*v as i8) + f32::from(*f as i8) / FINE_STEPS)
+            .collect();
+        if fine.len() != dimension {
+            return None;
+        }
+        Self::new(&stored, u32::try_from(dimension).ok()?).ok()
+    }
 }
 
-pub(crate) fn stored_bytes(dimension: usize) -> usize {
-    4 + dimension * 3
+/// What is left of a number after rounding is at most half a step of the scale; it is kept in 254ths of a step.
+const FINE_STEPS: f32 = 254.0;
+
+pub(crate) fn coarse_bytes(dimension: usize) -> usize {
+    4 + dimension
 }
 
-/// The 8-bit half of a stored vector. None when the row has another dimension.
-pub(crate) fn coarse_of_stored(row: &[u8], dimension: usize) -> Option<(f32, &[u8])> {
-    if row.len() != stored_bytes(dimension) {
+/// Scale and numbers of a first part. None when it has another dimension.
+pub(crate) fn coarse_of_stored(first: &[u8], dimension: usize) -> Option<(f32, &[u8])> {
+    if first.len() != coarse_bytes(dimension) {
         return None;
     }
-    let (scale, rest) = row.split_first_chunk()?;
-    Some((f32::from_le_bytes(*scale), &rest[..dimension]))
+    let (scale, values) = first.split_first_chunk()?;
+    Some((f32::from_le_bytes(*scale), values))
 }
 
 /// Sum of products. Written so that the compiler uses vector instructions without unsafe code: products of
@@ -122,9 +143,10 @@ mod tests {
             prop_assume!(a.iter().any(|v| v.abs() > 0.1) && b.iter().any(|v| v.abs() > 0.1));
             let (a, b) = (unit(&a), unit(&b));
             let exact: f32 = a.0.iter().zip(&b.0).map(|(x, y)| x * y).sum();
-            let row = b.to_bytes();
-            prop_assert!((a.cosine_with_stored(&row).unwrap() - exact).abs() < 1e-3);
-            let (scale, values) = coarse_of_stored(&row, 384).unwrap();
+            let (first, fine) = b.to_parts();
+            prop_assert!((a.cosine_with_stored(&first, &fine).unwrap() - exact).abs() < 1e-5);
+            prop_assert!((Vector::of_stored(&first, &fine).unwrap().cosine_with_stored(&first, &fine).unwrap() - 1.0).abs() < 1e-5);
+            let (scale, values) = coarse_of_stored(&first, 384).unwrap();
             let values: Vec<i8> = values.iter().map(|v| *v as i8).collect();
             let query = a.coarse();
             let coarse = dot(&query.values, &values) as f32 * query.scale * scale;
@@ -154,9 +176,10 @@ mod tests {
 
     #[test]
     fn a_row_of_another_dimension_is_not_compared() {
-        let row = unit(&[1.0, 0.0]).to_bytes();
-        assert_eq!(unit(&[1.0, 0.0, 0.0]).cosine_with_stored(&row), None);
-        assert_eq!(coarse_of_stored(&row, 3), None);
-        assert_eq!(unit(&[1.0, 0.0]).cosine_with_stored(&row), Some(1.0));
+        let (first, fine) = unit(&[1.0, 0.0]).to_parts();
+        assert_eq!(unit(&[1.0, 0.0, 0.0]).cosine_with_stored(&first, &fine), None);
+        assert_eq!(coarse_of_stored(&first, 3), None);
+        assert_eq!(Vector::of_stored(&first, &fine[1..]), None);
+        assert_eq!(unit(&[1.0, 0.0]).cosine_with_stored(&first, &fine), Some(1.0));
     }
 }

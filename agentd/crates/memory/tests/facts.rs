@@ -119,7 +119,12 @@ fn words_alone_find_at_most_six() {
             source: None,
             event_unix_ms: None,
         };
-        store.remember(NewRecord { request, recorded_unix_ms: 0, idempotency_key: None }, None).unwrap();
+        store
+            .remember(
+                NewRecord { request, recorded_unix_ms: 0, idempotency_key: None, detail: Default::default() },
+                None,
+            )
+            .unwrap();
     }
     let found = pairs
         .iter()

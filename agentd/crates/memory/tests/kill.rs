@@ -50,7 +50,12 @@ fn write_until_killed(path: &Path, round: &str) {
                         source: None,
                         event_unix_ms: None,
                     };
-                    let new = NewRecord { request, recorded_unix_ms: 0, idempotency_key: Some(text.clone()) };
+                    let new = NewRecord {
+                        request,
+                        recorded_unix_ms: 0,
+                        idempotency_key: Some(text.clone()),
+                        detail: Default::default(),
+                    };
                     let embedding = (item % 2 == 0).then(|| Embedding {
                         embedder: EMBEDDER,
                         vector: vec![1.0, item as f32, writer as f32],

@@ -8,7 +8,7 @@ use agentd_domain::agent_api::{EmbedState, Recall, Remember, Signals, Tier};
 use agentd_domain::ids::{AgentId, OwnerId, RecordId};
 use agentd_memory::plan::{WEIGHT_MEANING, WEIGHT_WORDS};
 use agentd_memory::{
-    Budget, Budgets, Embedding, Identity, NewRecord, Options, Refusal, Store, StoreError, text,
+    Budget, Budgets, Duplicates, Embedding, Identity, NewRecord, Options, Refusal, Store, StoreError, text,
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -100,7 +100,7 @@ impl Model {
 
     fn pending(&self) -> Vec<usize> {
         (0..self.records.len())
-            .filter(|i| self.records[*i].tier == Tier::Spirit && self.current(&self.records[*i]).is_none())
+            .filter(|i| self.records[*i].tier == Tier::Knowledge && self.current(&self.records[*i]).is_none())
             .collect()
     }
 
@@ -157,10 +157,13 @@ fn cosine(a: &[f32], b: &[f32]) -> f32 {
 fn open(path: &Path) -> Store {
     let identity = Identity { agent_id: AgentId(Uuid::from_u128(1)), owner_id: OwnerId(Uuid::from_u128(2)) };
     let budgets = Budgets::new([
-        (Tier::Spirit, Budget { records: RECORDS_MOST, bytes: u64::MAX }),
+        (Tier::Knowledge, Budget { records: RECORDS_MOST, bytes: u64::MAX }),
         (Tier::Working, Budget { records: u64::MAX, bytes: u64::MAX }),
     ]);
-    Store::open(path, Options::new(identity, budgets)).unwrap()
+    // The model is a list: told twice is stored twice.
+    let mut options = Options::new(identity, budgets);
+    options.tuning.duplicates = Duplicates::Keep;
+    Store::open(path, options).unwrap()
 }
 
 fn remember(
@@ -171,7 +174,7 @@ fn remember(
     numbers: Option<[i8; 5]>,
     key: Option<u8>,
 ) -> Result<(), TestCaseError> {
-    let tier = if working { Tier::Working } else { Tier::Spirit };
+    let tier = if working { Tier::Working } else { Tier::Knowledge };
     let sentence = sentence(words);
     let request = Remember { tier, text: sentence.clone(), role: None, source: None, event_unix_ms: None };
     let idempotency_key = key.map(|k| format!("key {k}"));
@@ -179,8 +182,10 @@ fn remember(
         embedder: digest(embedder),
         vector: vector(numbers, embedder),
     });
-    let result =
-        store.remember(NewRecord { request, recorded_unix_ms: 1000, idempotency_key }, embedding.clone());
+    let result = store.remember(
+        NewRecord { request, recorded_unix_ms: 1000, idempotency_key, detail: Default::default() },
+        embedding.clone(),
+    );
 
     if let Some(earlier) = key.and_then(|k| model.keys.get(&k)) {
         let earlier = &model.records[*earlier];
@@ -191,19 +196,19 @@ fn remember(
         }
         return Ok(());
     }
-    let in_spirit = model.records.iter().filter(|r| r.tier == Tier::Spirit).count() as u64;
-    if tier == Tier::Spirit && in_spirit == RECORDS_MOST {
+    let in_knowledge = model.records.iter().filter(|r| r.tier == Tier::Knowledge).count() as u64;
+    if tier == Tier::Knowledge && in_knowledge == RECORDS_MOST {
         prop_assert!(matches!(result, Err(StoreError::Refused(Refusal::TierFull { .. }))), "{:?}", result);
         return Ok(());
     }
     let remembered = result.unwrap();
     let vector = embedding
-        .filter(|_| tier == Tier::Spirit)
+        .filter(|_| tier == Tier::Knowledge)
         .zip(model.embedder)
         .map(|(e, embedder)| (embedder, e.vector));
     let expected = match (tier, &vector) {
-        (Tier::Spirit, Some(_)) => EmbedState::Embedded,
-        (Tier::Spirit, None) => EmbedState::Pending,
+        (Tier::Knowledge, Some(_)) => EmbedState::Embedded,
+        (Tier::Knowledge, None) => EmbedState::Pending,
         _ => EmbedState::WordsOnly,
     };
     prop_assert_eq!(remembered.state, expected);
@@ -268,7 +273,7 @@ fn recall(
     let mut expected: Vec<f32> = scores.values().copied().collect();
     expected.sort_by(|a, b| b.total_cmp(a));
     for (hit, expected) in found.hits.iter().zip(expected) {
-        // 16-bit vectors: equal scores may change places, so scores are compared, each with its own record's.
+        // Rounded vectors: equal scores may change places, so scores are compared, each with its own record's.
         let own = scores.get(&hit.id).copied().unwrap_or(f32::NAN);
         prop_assert!((hit.score - own).abs() < 2e-3, "`{}`: {} instead of {own}", hit.text, hit.score);
         prop_assert!(
@@ -284,7 +289,7 @@ fn recall(
 fn agree(store: &Store, model: &Model) -> Result<(), TestCaseError> {
     let checked = store.check().unwrap();
     let pending = model.pending().len() as u64;
-    let spirit = model.records.iter().filter(|r| r.tier == Tier::Spirit).count() as u64;
+    let spirit = model.records.iter().filter(|r| r.tier == Tier::Knowledge).count() as u64;
     prop_assert_eq!((checked.records, checked.pending), (model.records.len() as u64, pending));
     prop_assert_eq!(checked.vectors, spirit - pending);
     let ids: BTreeSet<RecordId> = model.records.iter().map(|r| r.id).collect();
@@ -321,7 +326,7 @@ proptest! {
                     store = open(&path);
                 }
                 Step::Recall { words, vector, signals, k, both_tiers } => {
-                    let tiers = if both_tiers { vec![Tier::Working, Tier::Spirit] } else { vec![Tier::Spirit] };
+                    let tiers = if both_tiers { vec![Tier::Working, Tier::Knowledge] } else { vec![Tier::Knowledge] };
                     recall(&store, &model, &words, vector, signals, k, tiers)?;
                 }
             }

@@ -21,7 +21,7 @@ fn path(dir: &Path, agent: u128) -> PathBuf {
 fn told(text: &str) -> NewRecord {
     let request =
         Remember { tier: Tier::Spirit, text: text.to_owned(), role: None, source: None, event_unix_ms: None };
-    NewRecord { request, recorded_unix_ms: 1, idempotency_key: None }
+    NewRecord { request, recorded_unix_ms: 1, idempotency_key: None, detail: Default::default() }
 }
 
 fn asked(query: &str) -> Recall {

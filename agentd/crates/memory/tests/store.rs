@@ -34,6 +34,7 @@ fn told_in(tier: Tier, text: &str) -> NewRecord {
         request: Remember { tier, text: text.to_owned(), role: None, source: None, event_unix_ms: None },
         recorded_unix_ms: NOW,
         idempotency_key: None,
+        detail: Default::default(),
     }
 }
 
@@ -71,7 +72,7 @@ fn what_was_acknowledged_is_there_after_reopening() {
     let store = open(&path);
     let found = store.get(first.id).unwrap().unwrap();
     assert_eq!(found.text, "My sister Ana lives in Porto");
-    assert_eq!((found.format, found.embedder), (1, Some(EMBEDDER)));
+    assert_eq!((found.format, found.embedder), (2, Some(EMBEDDER)));
     assert_eq!((found.owner, found.recorded_unix_ms, found.event_unix_ms), (identity(2).owner_id, NOW, NOW));
     assert_eq!(store.get(second.id).unwrap().unwrap().embedder, None);
     assert_eq!(texts(&store, &asked("boiler service"), None), ["The boiler was serviced in May"]);
@@ -86,7 +87,11 @@ fn the_file_is_private() {
     let path = dir.path().join("memory.redb");
     drop(open(&path));
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside the store");
+    assert_eq!(
+        std::fs::read_dir(dir.path()).unwrap().count(),
+        2,
+        "nothing is left beside the store and its key"
+    );
 }
 
 #[test]
@@ -232,14 +237,15 @@ fn a_repeated_request_is_one_record() {
 #[test]
 fn budgets_hold_to_the_byte() {
     let dir = tempfile::tempdir().unwrap();
-    let budgets = Budgets::new([(Tier::Spirit, Budget { records: 2, bytes: 200 })]);
+    let budgets = Budgets::new([(Tier::Knowledge, Budget { records: 2, bytes: 200 })]);
     let store = Store::open(&dir.path().join("memory.redb"), Options::new(identity(2), budgets)).unwrap();
-    let free = 200 - 62;
+    let told = |text: &str| told_in(Tier::Knowledge, text);
+    let free = 200 - 51;
     let too_long = store.remember(told(&"a".repeat(free + 1)), None);
     assert!(matches!(too_long, Err(StoreError::Refused(Refusal::TierFull { bytes: 0, .. }))), "{too_long:?}");
-    store.remember(told(&"a".repeat(free - 63)), None).unwrap();
+    store.remember(told(&"a".repeat(free - 52)), None).unwrap();
     store.remember(told("b"), None).unwrap();
-    assert_eq!(store.counters().unwrap().tier(Tier::Spirit).bytes, 200);
+    assert_eq!(store.counters().unwrap().tier(Tier::Knowledge).bytes, 200);
     let report = store.remember(told("c"), None).unwrap_err().report();
     assert_eq!(report.code, "memory_full");
     store.check().unwrap();
@@ -261,6 +267,17 @@ fn wrong_requests_are_refused_with_a_way_out() {
     let mut source = told("x");
     source.request.source = Some(agentd_domain::agent_api::Source { kind: "moon".into(), reference: None });
     wrong.push((source, "source_unknown"));
+    let mut stranger = told("x");
+    stranger.request.source = Some(agentd_domain::agent_api::Source { kind: "web".into(), reference: None });
+    stranger.request.role = Some("identity".into());
+    wrong.push((stranger.clone(), "untrusted_source"));
+    stranger.request.source =
+        Some(agentd_domain::agent_api::Source { kind: "recall".into(), reference: None });
+    stranger.request.role = None;
+    wrong.push((stranger, "recalled_text"));
+    let mut insight = told("x");
+    insight.request.role = Some("insight".into());
+    wrong.push((insight, "evidence_missing"));
     wrong.push((NewRecord { idempotency_key: Some("k".repeat(129)), ..told("x") }, "idempotency_key"));
     for (new, code) in wrong {
         let report = store.remember(new, None).unwrap_err().report();
@@ -360,24 +377,64 @@ fn an_older_word_index_is_rebuilt_from_the_texts() {
     store.check().unwrap();
 }
 
+/// A bit flipped in any byte of the file that is not free: what is answered afterwards is what was told, or an
+/// error; never another text.
 #[test]
-fn a_flipped_bit_in_a_text_is_noticed() {
+fn a_flipped_bit_is_noticed_or_harmless() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("memory.redb");
     let store = open(&path);
-    store.remember(told("the combination is unmistakable-needle"), None).unwrap();
+    store.use_embedder(EMBEDDER, 3).unwrap();
+    let text = "the combination is 4 7 11";
+    let id = store.remember(told(text), meaning([1.0, 0.5, 0.0])).unwrap().id;
     drop(store);
-    let mut bytes = std::fs::read(&path).unwrap();
-    let needle = b"unmistakable-needle";
-    let hits: Vec<usize> =
-        (0..bytes.len() - needle.len()).filter(|at| bytes[*at..].starts_with(needle)).collect();
-    assert!(!hits.is_empty());
-    for at in hits {
-        bytes[at] ^= 1;
+    let whole = std::fs::read(&path).unwrap();
+    let used: Vec<usize> = (0..whole.len()).filter(|at| whole[*at] != 0).collect();
+    let mut noticed = 0;
+    for at in used.iter().copied().step_by(used.len() / 60) {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 0x10;
+        std::fs::write(&path, &bytes).unwrap();
+        // redb 4.4 ends the program on some damaged files; agentd's note beside the file bounds that.
+        let answer = std::panic::catch_unwind(|| {
+            let store = Store::open(&path, options()).map_err(|e| e.to_string())?;
+            store.check().map_err(|e| e.to_string())?;
+            let found = store.get(id).map_err(|e| e.to_string())?;
+            let hits = store.recall(&asked("combination"), None).map_err(|e| e.to_string())?.hits;
+            Ok::<_, String>((found.map(|s| s.text), hits.into_iter().map(|h| h.text).collect::<Vec<_>>()))
+        });
+        match answer {
+            Ok(Ok((found, hits))) => {
+                assert_eq!((found.as_deref(), hits), (Some(text), vec![text.to_owned()]), "byte {at}");
+            }
+            Ok(Err(_)) | Err(_) => noticed += 1,
+        }
+        std::fs::write(&path, &whole).unwrap();
+        let _ = std::fs::remove_file(path.with_extension("redb.opening"));
     }
-    std::fs::write(&path, &bytes).unwrap();
-    let answer = Store::open(&path, options()).map(|store| store.recall(&asked("combination"), None));
-    assert!(!matches!(answer, Ok(Ok(_))), "{answer:?}");
+    assert!(noticed > 0, "no flipped bit was noticed");
+    assert_eq!(open(&path).get(id).unwrap().unwrap().text, text);
+}
+
+#[test]
+fn no_word_stands_in_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("memory.redb");
+    let store = open(&path);
+    let mut new = told("the combination is unmistakable-needle");
+    new.request.source = Some(agentd_domain::agent_api::Source {
+        kind: "user".into(),
+        reference: Some("needle-reference".into()),
+    });
+    new.idempotency_key = Some("needle-key".into());
+    new.detail.session = Some("needle-session".into());
+    store.remember(new, None).unwrap();
+    store.set_block("needle-goal".into(), Some("find the needle".into()), 0, true, NOW).unwrap();
+    drop(store);
+    let bytes = std::fs::read(&path).unwrap();
+    for word in ["needle", "combin", "unmistak"] {
+        assert!(!bytes.windows(word.len()).any(|w| w == word.as_bytes()), "`{word}` stands in the file");
+    }
 }
 
 #[test]

@@ -5,9 +5,11 @@
 //! on. Every N is tried until a run of the script ends without meeting it. A third disk ignores syncs: with it
 //! records must be lost, or these tests could not fail.
 
-use crate::file::{initialise, open_database};
+use crate::file::{Home, Open, check_canary, initialise, open_database, read_identity};
+use crate::key::StoreKey;
 use crate::plan::Budgets;
-use crate::run::{NewRecord, Opener, Options, Store};
+use crate::run::{NewRecord, Options, Store};
+use crate::seal::Seal;
 use crate::tables::Identity;
 use crate::write::Embedding;
 use agentd_domain::agent_api::{Recall, Remember, Tier};
@@ -165,16 +167,40 @@ fn new_store() -> Vec<u8> {
     let disk = Disk::new(Vec::new(), Failure::Never);
     let database =
         open_database(name(), 1 << 22, |builder| builder.create_with_backend(disk.clone())).unwrap();
-    initialise(&database, name(), identity()).unwrap();
+    initialise(&database, name(), identity(), &key()).unwrap();
     drop(database);
     disk.state().durable.clone()
 }
 
+fn key() -> StoreKey {
+    StoreKey { id: Uuid::from_u128(3), secret: [9; 32].into() }
+}
+
+impl Home for Disk {
+    fn open(&self) -> Result<Open, crate::OpenError> {
+        let database = open_database(name(), 1 << 22, |builder| builder.create_with_backend(self.clone()))?;
+        let row = read_identity(&database, name())?;
+        let open = Open { database, seal: Seal::new(&key().secret), row };
+        check_canary(&open, name())?;
+        Ok(open)
+    }
+
+    fn directory(&self) -> Option<&Path> {
+        None
+    }
+
+    // A disk without files: `purge.rs` stops the real thing after every step.
+    fn write_anew(&self, _: &Open, _: i64) -> Result<(), crate::OpenError> {
+        Err(crate::OpenError::InUse { path: name().to_owned() })
+    }
+
+    fn take_place(&self) -> Result<(), crate::OpenError> {
+        Err(crate::OpenError::InUse { path: name().to_owned() })
+    }
+}
+
 fn open(disk: &Disk) -> Result<Store, crate::OpenError> {
-    let disk = disk.clone();
-    let opener: Opener =
-        Box::new(move || open_database(name(), 1 << 22, |builder| builder.create_with_backend(disk.clone())));
-    Store::open_with(name(), opener, None, Options::new(identity(), Budgets::agent()))
+    Store::open_at(name(), Box::new(disk.clone()), Options::new(identity(), Budgets::agent()))
 }
 
 fn told(i: usize) -> NewRecord {
@@ -183,6 +209,7 @@ fn told(i: usize) -> NewRecord {
         request: Remember { tier: Tier::Spirit, text, role: None, source: None, event_unix_ms: None },
         recorded_unix_ms: 1_790_000_000_000 + i as i64,
         idempotency_key: Some(format!("key {i}")),
+        detail: Default::default(),
     }
 }
 
