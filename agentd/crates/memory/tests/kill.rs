@@ -1,8 +1,9 @@
 //! Is every acknowledged record there after kill -9?
 //!
-//! A child of this program writes from four threads and prints each id after it was acknowledged. It is killed
+//! A child of this program writes from four threads, purges some of it, writes the store anew under another key,
+//! and prints each id after it was acknowledged. It is killed
 //! after a number of lines that changes from round to round (0: while it opens the store), on one file that
-//! grows through all rounds. After each kill every printed record of all rounds must be there with its text, and
+//! grows through all rounds. After each kill every printed record of all rounds must be there with its text, every purged one gone, and
 //! the file must agree with itself. `KILL_ROUNDS` sets the number of rounds; 25 take some seconds, the long run
 //! does 10,000.
 //!
@@ -10,7 +11,8 @@
 
 use agentd_domain::agent_api::{Remember, Tier};
 use agentd_domain::ids::{AgentId, OwnerId, RecordId};
-use agentd_memory::{Budgets, Embedding, Identity, NewRecord, Options, Store};
+use agentd_memory::{Budgets, Embedding, ForgetMode, Identity, NewRecord, Options, Store};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -61,15 +63,27 @@ fn write_until_killed(path: &Path, round: &str) {
                         vector: vec![1.0, item as f32, writer as f32],
                     });
                     let id = store.remember(new, embedding).expect("it is remembered").id;
-                    // One write call per line: a line is whole or absent.
-                    let mut out = std::io::stdout().lock();
-                    out.write_all(format!("{id}\t{text}\n").as_bytes())
-                        .and_then(|()| out.flush())
-                        .expect("the parent listens");
+                    say('+', id, &text);
+                    if item % 7 == 3 {
+                        say('?', id, &text);
+                        store.forget(vec![id], ForgetMode::Purge, 0).expect("it is purged");
+                        say('-', id, &text);
+                        if writer == 0 {
+                            store.rewrite(0).expect("the store is written anew");
+                        }
+                    }
                 }
             });
         }
     });
+}
+
+/// One write call per line: a line is whole or absent.
+fn say(sign: char, id: RecordId, text: &str) {
+    let mut out = std::io::stdout().lock();
+    out.write_all(format!("{sign}{id}\t{text}\n").as_bytes())
+        .and_then(|()| out.flush())
+        .expect("the parent listens");
 }
 
 fn kill_again_and_again() {
@@ -77,10 +91,24 @@ fn kill_again_and_again() {
         std::env::var("KILL_ROUNDS").ok().map_or(25, |text| text.parse().expect("KILL_ROUNDS is a number"));
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("memory.redb");
-    let mut acknowledged: Vec<(RecordId, String)> = Vec::new();
+    let mut acknowledged: BTreeMap<RecordId, String> = BTreeMap::new();
+    let mut purged: BTreeSet<RecordId> = BTreeSet::new();
     for round in 0..rounds {
         // 0 to 40 lines, in a fixed but uneven order.
-        acknowledged.extend(one_round(&path, round, round * 17 % 41));
+        for line in one_round(&path, round, round * 17 % 41) {
+            match line.sign {
+                '+' => {
+                    acknowledged.insert(line.id, line.text);
+                }
+                // Asked for, not acknowledged: it may be there or not.
+                '?' => {
+                    acknowledged.remove(&line.id);
+                }
+                _ => {
+                    purged.insert(line.id);
+                }
+            }
+        }
         let store = open(&path);
         for (id, text) in &acknowledged {
             let stored = store.get(*id).expect("the store answers");
@@ -90,19 +118,29 @@ fn kill_again_and_again() {
                 "round {round}: an acknowledged record is gone"
             );
         }
+        for id in &purged {
+            assert!(
+                store.get(*id).expect("the store answers").is_none(),
+                "round {round}: a purged one is back"
+            );
+        }
         let checked = store.check().unwrap_or_else(|error| panic!("round {round}: {error}"));
         assert!(checked.records >= acknowledged.len() as u64);
+        let keys = std::fs::read_dir(path.parent().expect("a folder")).expect("its files");
+        let keys = keys.flatten().filter(|f| f.path().extension().is_some_and(|e| e == "key")).count();
+        assert_eq!(keys, 1, "round {round}: a key that must not exist");
     }
-    assert!(
-        acknowledged.len() as u64 >= rounds * 10,
-        "only {} records were acknowledged",
-        acknowledged.len()
+    assert!(acknowledged.len() as u64 >= rounds * 8, "only {} records were acknowledged", acknowledged.len());
+    assert!(rounds < 25 || !purged.is_empty(), "nothing was purged");
+    println!(
+        "kill -9: {rounds} rounds, {} acknowledged records, all there, {} purged, all gone",
+        acknowledged.len(),
+        purged.len()
     );
-    println!("kill -9: {rounds} rounds, {} acknowledged records, all there", acknowledged.len());
 }
 
 /// Starts a child, kills it after so many acknowledgements, returns all that it had printed.
-fn one_round(path: &Path, round: u64, lines: u64) -> Vec<(RecordId, String)> {
+fn one_round(path: &Path, round: u64, lines: u64) -> Vec<Line> {
     let mut child = Command::new(std::env::current_exe().expect("own path"))
         .args(["child".as_ref(), path.as_os_str(), round.to_string().as_ref()])
         .stdout(Stdio::piped())
@@ -125,7 +163,15 @@ fn one_round(path: &Path, round: u64, lines: u64) -> Vec<(RecordId, String)> {
     told
 }
 
-fn parse(line: &str) -> (RecordId, String) {
+struct Line {
+    /// `+` remembered, `?` about to be purged, `-` purged.
+    sign: char,
+    id: RecordId,
+    text: String,
+}
+
+fn parse(line: &str) -> Line {
     let (id, text) = line.trim_end().split_once('\t').expect("id and text");
-    (id.parse().expect("an id"), text.to_owned())
+    let sign = id.chars().next().expect("a sign");
+    Line { sign, id: id[1..].parse().expect("an id"), text: text.to_owned() }
 }

@@ -258,6 +258,7 @@ fn wrong_requests_are_refused_with_a_way_out() {
     let mut wrong = vec![
         (told("  "), "text_empty"),
         (told(&"x".repeat(32 * 1024 + 1)), "too_large"),
+        (told(&"x".repeat(100 * 1024 * 1024)), "too_large"),
         (told_in(Tier::Codegraph, "x"), "tier_not_kept"),
         (told_in(Tier::Knowledge, "x"), "tier_not_kept"),
     ];

@@ -328,7 +328,7 @@ fn compare(scene: &Scene) -> Told {
     let mut found = Vec::new();
     for (agent_id, work) in scene.works() {
         let told = told(&work);
-        let stored = stored(&scene.memory_of(&agent_id), &scene.system_store(), &agent_id);
+        let stored = stored(&scene.memory_of(&agent_id), &scene.system_store(), &agent_id, &told.memories);
         found.extend(
             differences(&told, &stored, ROWS_KEPT).into_iter().map(|line| format!("{agent_id}: {line}")),
         );

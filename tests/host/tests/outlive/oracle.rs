@@ -5,6 +5,8 @@
 //! Out:   every difference, in words. [`differences`] is pure.
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use ring::{digest, hkdf};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,7 +14,8 @@ use std::path::Path;
 use uuid::Uuid;
 
 const RECORD: TableDefinition<u64, &[u8]> = TableDefinition::new("record");
-const MEMORY_ONCE: TableDefinition<&str, (i64, u64)> = TableDefinition::new("once");
+const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
+const MEMORY_ONCE: TableDefinition<&[u8; 16], (i64, u64, &[u8; 16])> = TableDefinition::new("once");
 const REQUEST: TableDefinition<(u128, u64), &[u8]> = TableDefinition::new("request");
 const RUN: TableDefinition<(u128, u128), &[u8]> = TableDefinition::new("run");
 const AGENT: TableDefinition<u128, &[u8]> = TableDefinition::new("agent");
@@ -104,20 +107,34 @@ impl Told {
     }
 }
 
-/// Opens files that nobody has open.
-pub fn stored(memory: &Path, system: &Path, agent_id: &str) -> Stored {
+/// Opens files that nobody has open. Keys of requests stand hashed on disk, so they are looked up by name; any other
+/// stands for a record that nobody was told of.
+pub fn stored(memory: &Path, system: &Path, agent_id: &str, keys: &BTreeMap<String, String>) -> Stored {
     let mut stored = Stored::default();
     if memory.exists() {
         let database = Database::open(memory).expect("the memory opens");
         let txn = database.begin_read().expect("reads");
-        let records = txn.open_table(RECORD).expect("records");
-        for row in records.iter().expect("rows") {
-            stored.texts.push(text_of(row.expect("a row").1.value()));
+        let meta = txn.open_table(META).expect("meta");
+        let identity = meta.get("identity").expect("reads").expect("an identity").value().to_vec();
+        assert_eq!(identity[..4], 2u32.to_le_bytes(), "the format that this reads");
+        let values = values_key(memory, &identity[56..72]);
+        let mut by_seq = BTreeMap::new();
+        for row in txn.open_table(RECORD).expect("records").iter().expect("rows") {
+            let (seq, row) = row.expect("a row");
+            by_seq.insert(seq.value(), text_of(&opened(&values, seq.value(), row.value())));
         }
-        for row in txn.open_table(MEMORY_ONCE).expect("keys").iter().expect("rows") {
-            let (key, used) = row.expect("a row");
-            let record = records.get(used.value().1).expect("reads").expect("a key stands for a record");
-            stored.keys.insert(key.value().to_owned(), text_of(record.value()));
+        stored.texts = by_seq.values().cloned().collect();
+        let once = txn.open_table(MEMORY_ONCE).expect("keys");
+        for key in keys.keys() {
+            let mut hash = digest::Context::new(&digest::SHA256);
+            for part in [&identity[8..24], b"once", key.as_bytes()] {
+                hash.update(part);
+            }
+            let hash: [u8; 16] = hash.finish().as_ref()[..16].try_into().expect("16 bytes");
+            if let Some(used) = once.get(&hash).expect("reads") {
+                let text = by_seq.get(&used.value().1).expect("a key stands for a record");
+                stored.keys.insert(key.clone(), text.clone());
+            }
         }
     }
     let agent = agent_id.parse::<Uuid>().expect("an id").as_u128();
@@ -161,13 +178,40 @@ pub fn restarts(system: &Path, agent_id: &str) -> u64 {
     row["restarts"].as_u64().expect("a number")
 }
 
-/// Layout 1: lengths of the reference and of the text at 52 and 54, then both.
+/// The key of the store's values, from the file beside it.
+fn values_key(memory: &Path, id: &[u8]) -> LessSafeKey {
+    let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    let file = fs::read(memory.with_file_name(format!("memory.{digits}.key"))).expect("the store's key");
+    assert_eq!((&file[..8], &file[8..24]), (&b"agentdk1"[..], id));
+    let root = hkdf::Salt::new(hkdf::HKDF_SHA256, b"agentd memory 2").extract(&file[24..56]);
+    LessSafeKey::new(UnboundKey::from(root.expand(&[b"values"], &AES_256_GCM).expect("a key")))
+}
+
+/// A sealed row of the table `record`.
+fn opened(values: &LessSafeKey, seq: u64, sealed: &[u8]) -> Vec<u8> {
+    let mut place = [0u8; 34];
+    (place[0], place[1]) = (1, 8);
+    place[2..10].copy_from_slice(&seq.to_be_bytes());
+    let (nonce, body) = sealed.split_first_chunk::<12>().expect("a nonce");
+    let mut body = body.to_vec();
+    let nonce = Nonce::assume_unique_for_key(*nonce);
+    values.open_in_place(nonce, Aad::from(place), &mut body).expect("a record opens").to_vec()
+}
+
+/// Layout 2: which texts there are at 1, evidence counted at 2, 51 bytes of head, then the texts.
 fn text_of(record: &[u8]) -> String {
-    let two = |at: usize| u16::from_le_bytes([record[at], record[at + 1]]);
-    let reference = if two(52) == 0xFFFF { 0 } else { usize::from(two(52)) };
-    let text = u32::from_le_bytes([record[54], record[55], record[56], record[57]]) as usize;
-    let from = 58 + reference;
-    String::from_utf8(record[from..from + text].to_vec()).expect("text")
+    let mut at = 51 + 16 * usize::from(record[2]);
+    let skip = |at: usize| at + 2 + usize::from(u16::from_le_bytes([record[at], record[at + 1]]));
+    if record[1] & 1 != 0 {
+        at = skip(at);
+    }
+    if record[1] & 2 != 0 {
+        at = skip(at);
+    }
+    if record[1] & 4 != 0 {
+        at = skip(skip(at + 1));
+    }
+    String::from_utf8(record[at..].to_vec()).expect("text")
 }
 
 /// Lost, twice, or other than it was told: nothing of it may be. `rows_kept` is how many requests have a row each.

@@ -11,7 +11,7 @@ use crate::plan::Budgets;
 use crate::run::{NewRecord, Options, Store};
 use crate::seal::Seal;
 use crate::tables::Identity;
-use crate::write::Embedding;
+use crate::write::{Embedding, ForgetMode};
 use agentd_domain::agent_api::{Recall, Remember, Tier};
 use agentd_domain::ids::{AgentId, OwnerId, RecordId};
 use redb::StorageBackend;
@@ -223,6 +223,8 @@ const RECORDS: usize = 6;
 #[derive(Default)]
 struct Acknowledged {
     records: Vec<(RecordId, String)>,
+    /// Gone for good.
+    purged: Vec<RecordId>,
     completed: u64,
     errors: usize,
 }
@@ -252,6 +254,17 @@ fn run_script(store: &Store) -> Acknowledged {
             }
         }
     }
+    if !acknowledged.records.is_empty() {
+        // Asked for: whether it is there is known again once the answer is.
+        let (id, _) = acknowledged.records.remove(0);
+        match store.forget(vec![id], ForgetMode::Purge, 1_790_000_000_000) {
+            Ok(_) => acknowledged.purged.push(id),
+            Err(_) => acknowledged.errors += 1,
+        }
+    }
+    if let Some((id, _)) = acknowledged.records.first() {
+        acknowledged.errors += usize::from(store.pin(*id, true, 1_790_000_000_000).is_err());
+    }
     acknowledged
 }
 
@@ -276,6 +289,11 @@ fn verify(store: &Store, acknowledged: &Acknowledged) -> Result<(), String> {
         }
         if !found.hits.iter().any(|hit| hit.id == *id) {
             return Err(format!("`{text}` is not found by its words"));
+        }
+    }
+    for id in &acknowledged.purged {
+        if store.get(*id).map_err(|e| e.to_string())?.is_some() {
+            return Err(format!("{id} was purged and is back"));
         }
     }
     let checked = store.check().map_err(|e| e.to_string())?;
