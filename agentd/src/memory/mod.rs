@@ -8,6 +8,7 @@
 //!         is wanted twice in a row is embedded once (`vectors.rs`).
 //! Threads: the stores block, so they are called on blocking threads; the engine is asked from tasks.
 
+mod tend;
 mod vectors;
 
 use crate::clock;
@@ -71,6 +72,7 @@ impl Memories {
         let (pool, known) = (Pool::new(Limits::default()), Mutex::default());
         let memories = Self(Arc::new(Inner { folder, owner, engine, pool, known, waiting: Notify::new() }));
         tokio::spawn(memories.clone().complete_all());
+        tokio::spawn(memories.clone().tend_all());
         memories
     }
 

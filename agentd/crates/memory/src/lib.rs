@@ -4,14 +4,33 @@
 //! no model is asked to write or to read. A record is found by its words (BM25) and by its meaning (cosine of
 //! sentence vectors); both signals are summed with measured weights.
 //!
-//! Owns:    the file's format (`FORMAT.md` beside this crate), its one writer thread, the index in memory.
+//! Owns:    the file's format (`FORMAT.md` beside this crate), its key, its one writer thread, the index in memory.
 //! In:      [`Remember`] and [`Recall`] as agents send them, and vectors that somebody else made.
 //! Out:     answers of the agent API; errors with a [`Report`].
-//! Always:  a record, its postings, its vector and the counts are one transaction; acknowledged means on disk
-//!          (`tests/kill.rs`, `src/tests/failing_disk.rs`). A store answers only for the agent it was made for.
-//! Never:   an embedder, a network, an await. A question is not a write: recalling changes nothing on disk.
+//! Always:  a record, its life, its postings, its vector, the journal and the counts are one transaction;
+//!          acknowledged means on disk (`tests/kill.rs`, `src/tests/failing_disk.rs`). A store answers only for the
+//!          agent it was made for. What is made of words or meaning is sealed (`seal.rs`).
+//! Never:   an embedder, a network, an await, a language model. A question is not a write: recalling changes nothing
+//!          on disk; who gave the hits to somebody says so with [`Store::used`].
 //! Threads: everything here blocks. [`Store`] is `Send + Sync`; a call waits for the disk (remember, two fsyncs)
-//!          or computes (recall, under a millisecond for 10,000 records).
+//!          or computes (recall, under a millisecond for 10,000 records). A [`Pool`] keeps the lately used stores of
+//!          many agents open and closes the others.
+//!
+//! # What is kept where
+//!
+//! | tier | here it is |
+//! |---|---|
+//! | working | records of a session, word for word, found by words; a ring; gone a day after [`Store::end_session`] |
+//! | active | blocks under a key ([`Store::set_block`]), written over the version their writer has seen |
+//! | spirit | records with half-lives; when full, the least present become tombstones |
+//! | knowledge | records that do not fade, in a store of their own ([`Budgets::knowledge`]) |
+//!
+//! # Forgetting
+//!
+//! [`Store::forget`] makes a tombstone, which [`Store::restore`] takes back for seven days, or purges. [`Store::sweep`],
+//! every hour or so, does what time has come for and says until when [`Store::rewrite`] is due: it writes the store
+//! anew under another key and destroys the old one. [`Store::journal`] and [`Store::history`] tell what went when and
+//! why. The rules are in `forget/`.
 //!
 //! # How agentd uses it
 //!
