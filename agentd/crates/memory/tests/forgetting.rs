@@ -127,7 +127,12 @@ fn a_purge_is_gone_at_once_and_leaves_the_rest_whole() {
     // Every third: blocks of postings lose some of theirs, and one block all.
     let gone: Vec<RecordId> =
         ids.iter().copied().enumerate().filter(|(i, _)| i % 3 == 0 || *i < 256).map(|(_, id)| id).collect();
-    assert_eq!(store.forget(gone.clone(), ForgetMode::Purge, NOW).unwrap(), gone.len() as u64);
+    let stranger = RecordId(Uuid::from_u128(99));
+    let refused = store.forget(vec![ids[1], stranger], ForgetMode::Purge, NOW).unwrap_err();
+    assert!(matches!(refused, StoreError::Refused(Refusal::Unknown(id)) if id == stranger));
+    assert!(store.get(ids[1]).unwrap().is_some(), "a refusal has changed nothing");
+    let twice: Vec<RecordId> = gone.iter().chain(&gone).copied().collect();
+    assert_eq!(store.forget(twice, ForgetMode::Purge, NOW).unwrap(), gone.len() as u64);
     assert!(store.get(ids[0]).unwrap().is_none());
     for (id, text) in ids.iter().zip(&texts) {
         assert_eq!(store.get(*id).unwrap().is_none(), gone.contains(id), "{text}");

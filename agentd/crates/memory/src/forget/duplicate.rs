@@ -22,9 +22,10 @@ pub(crate) fn jaccard(a: &BTreeSet<&str>, b: &BTreeSet<&str>) -> f32 {
     if all == 0 { 1.0 } else { common as f32 / all as f32 }
 }
 
-/// Two texts that differ in a number or a negation are never one memory, however long they are: terms drop "not".
+/// Two texts that differ in a number or a negation, or have them in another order, are never one memory, however long
+/// they are: terms drop "not", and their sets do not know which number belongs to what.
 pub(crate) fn differ_in_what_matters(a: &str, b: &str) -> bool {
-    let marks = |text: &str| -> BTreeSet<String> {
+    let marks = |text: &str| -> Vec<String> {
         text.to_lowercase()
             .split(|c: char| !c.is_alphanumeric() && c != '\'' && c != '’')
             .map(|word| word.replace('’', "'"))
@@ -75,6 +76,10 @@ mod tests {
         assert!(differ_in_what_matters("the key is under the mat", "the key is not under the mat"));
         assert!(differ_in_what_matters("I can eat nuts", "I can't eat nuts"));
         assert!(differ_in_what_matters("dose: 5 mg", "dose: 50 mg"));
+        assert!(
+            differ_in_what_matters("round 1 writer 1 item 2", "round 2 writer 1 item 2"),
+            "the same set of terms"
+        );
         assert!(!differ_in_what_matters("Tea at 5, please", "tea, at 5"));
     }
 

@@ -15,6 +15,7 @@ use crate::tables::{LINK_EVIDENCE, LINK_SUPERSEDED};
 use agentd_domain::agent_api::{EmbedState, Remembered, Tier};
 use agentd_domain::ids::RecordId;
 use redb::ReadableTable;
+use std::collections::BTreeSet;
 
 /// How something is forgotten.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,11 +67,14 @@ const SWEPT_AT_ONCE: usize = 500;
 
 impl Batch<'_> {
     pub(crate) fn forget(&mut self, ids: &[RecordId], mode: ForgetMode, now: i64) -> Result<u64, StoreError> {
+        // All are known before the first goes: a refusal must have changed nothing.
+        let known: Result<BTreeSet<u64>, StoreError> =
+            ids.iter().map(|id| self.known(*id).map(|(seq, _)| seq)).collect();
         let mut done = 0;
-        for id in ids {
-            let (seq, life) = self.known(*id)?;
+        for seq in known? {
+            let state = self.life(seq)?.state;
             match mode {
-                ForgetMode::Tombstone if life.state == State::Forgotten => continue,
+                ForgetMode::Tombstone if state == State::Forgotten => continue,
                 ForgetMode::Tombstone => self.bury(seq, Why::Asked, 0.0, now, Deed::Forgotten)?,
                 ForgetMode::Purge => {
                     self.forget_what_rested_on(seq, now)?;
@@ -227,7 +231,7 @@ impl Batch<'_> {
 
     /// What time has come for: tombstones of seven days, runs that ended a day ago, old entries of the journal.
     pub(crate) fn sweep(&mut self, now: i64) -> Result<Swept, StoreError> {
-        let mut ended = std::collections::BTreeSet::new();
+        let mut ended = BTreeSet::new();
         for row in self.session.iter()? {
             let (session, row) = row?;
             let (_, at) = row.value();
