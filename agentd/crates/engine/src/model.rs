@@ -329,7 +329,7 @@ fn load_weights(
     let _older = logging::take_error();
     let load = |parameters| LlamaModel::load_from_file(backend, &request.path, &parameters);
     let loaded = match split {
-        Some(split) => split.with(load).map(|loaded| loaded.map_err(|error| error.to_string())).flatten(),
+        Some(split) => split.with(load).and_then(|loaded| loaded.map_err(|error| error.to_string())),
         None => load(LlamaModelParams::default()).map_err(|error| error.to_string()),
     };
     loaded.map_err(|error| {
