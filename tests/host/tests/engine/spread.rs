@@ -30,6 +30,7 @@ const ERROR_MOST: f64 = 0.02;
 /// With all layers on several devices llama.cpp keeps so many copies of what goes from one to the next (`GGML_SCHED_MAX_COPIES`
 /// of ggml's build), and counts them where a load then does without.
 const COPIES: u64 = 4;
+
 /// Enough layers to be cut in several places.
 fn shape() -> Shape {
     Shape { name: "spread", layers: 12, feed_forward: 2048, ..SMALL }
