@@ -147,6 +147,7 @@ impl Engine {
             kind,
             context_tokens: 0,
             sequences: 0,
+            placement: None,
         }))?;
         Ok(engine)
     }
