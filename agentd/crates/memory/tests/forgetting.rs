@@ -453,6 +453,19 @@ fn a_clock_that_jumps_forgets_nothing_that_lives() {
     assert_eq!(open(&path).check().unwrap().records, 6);
 }
 
+/// A claim that is believed less stands beside another one, and a third closes both.
+#[test]
+fn who_closed_several_leaves_no_link_when_it_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir.path().join("memory.redb"));
+    let claim = |text: &str, now| claiming("it", "is", told(text, now));
+    store.remember(claim("it is here", NOW), None).unwrap();
+    store.remember(from("web", None, claim("it is there", NOW + 1)), None).unwrap();
+    let last = store.remember(claim("it is nowhere", NOW + 2), None).unwrap();
+    store.forget(vec![last.id], ForgetMode::Purge, NOW + 3).unwrap();
+    assert_eq!(store.check().unwrap().records, 2);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Tell { text: u8, claim: bool, working: bool, vector: bool },

@@ -289,6 +289,15 @@ impl<'txn> Batch<'txn> {
                 gone.push((other, kind, seq));
             }
         }
+        // A claim may have closed several, of which the record names one; all are of the same subject and predicate.
+        if let Some(claim) = &record.claim {
+            let (from, to) = (self.claim_key(claim, 0), self.claim_key(claim, u64::MAX));
+            for row in self.claim.range(from.as_slice()..=to.as_slice())? {
+                let key = row?.0;
+                let other = u64::from_be_bytes(std::array::from_fn(|i| key.value()[16 + i]));
+                gone.push((other, crate::tables::LINK_SUPERSEDED, seq));
+            }
+        }
         for link in gone {
             self.link.remove(link)?;
         }
