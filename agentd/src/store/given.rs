@@ -1,10 +1,10 @@
 //! Which devices are in trouble, and which are agents' own; `crate::gpu` says what follows from it.
 
+use super::learned::Row;
 use super::{Store, StoreError, encode};
 use crate::gpu::{Grant, Lease, Trouble};
 use agentd_domain::ids::{AgentId, RunId};
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
@@ -14,14 +14,6 @@ const TROUBLE: TableDefinition<&str, &[u8]> = TableDefinition::new("device_troub
 const GRANT: TableDefinition<u128, &[u8]> = TableDefinition::new("device_grant");
 /// A run to what it has of a device.
 const LEASE: TableDefinition<u128, &[u8]> = TableDefinition::new("device_lease");
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Row<T> {
-    /// Version of this layout.
-    v: u32,
-    #[serde(flatten)]
-    row: T,
-}
 
 pub(super) fn create_tables(txn: &WriteTransaction) -> Result<(), redb::Error> {
     txn.open_table(TROUBLE)?;
@@ -38,28 +30,12 @@ pub(super) fn forget(txn: &WriteTransaction, agent: AgentId) -> Result<(), redb:
 impl Store {
     /// A row that cannot be read says nothing more than that there was one: the device is looked at anew.
     pub fn troubles(&self) -> Result<BTreeMap<String, Trouble>, StoreError> {
-        self.read(|txn| {
-            let mut all = BTreeMap::new();
-            for row in txn.open_table(TROUBLE)?.iter()? {
-                let (id, bytes) = row?;
-                if let Ok(row) = serde_json::from_slice::<Row<Trouble>>(bytes.value()) {
-                    all.insert(id.value().to_owned(), row.row);
-                }
-            }
-            Ok(Ok(all))
-        })
+        self.learned(TROUBLE)
     }
 
     /// All of them, in place of those that were there.
     pub fn set_troubles(&self, all: &BTreeMap<String, Trouble>) -> Result<(), StoreError> {
-        self.write(|txn| {
-            let mut table = txn.open_table(TROUBLE)?;
-            table.retain(|_, _| false)?;
-            for (id, row) in all {
-                table.insert(id.as_str(), encode(&Row { v: 1, row }).as_slice())?;
-            }
-            Ok(Ok(()))
-        })
+        self.set_learned(TROUBLE, all)
     }
 
     pub fn device_grants(&self) -> Result<BTreeMap<AgentId, Grant>, StoreError> {

@@ -13,11 +13,11 @@ const OVERHEAD: TableDefinition<&str, &[u8]> = TableDefinition::new("device_over
 const COUNT: TableDefinition<&str, &[u8]> = TableDefinition::new("model_count");
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Row<T> {
+pub(super) struct Row<T> {
     /// Version of this layout.
-    v: u32,
+    pub(super) v: u32,
     #[serde(flatten)]
-    row: T,
+    pub(super) row: T,
 }
 
 pub(super) fn create_tables(txn: &WriteTransaction) -> Result<(), redb::Error> {
@@ -36,7 +36,7 @@ impl Store {
     }
 
     /// A row that cannot be read was written by a later version or is damaged: it is learned again.
-    fn learned<T: DeserializeOwned>(
+    pub(super) fn learned<T: DeserializeOwned>(
         &self,
         table: TableDefinition<&str, &[u8]>,
     ) -> Result<BTreeMap<String, T>, StoreError> {
@@ -53,15 +53,23 @@ impl Store {
     }
 
     /// All of them, in place of those that were there.
-    pub fn set_overhead(&self, all: &BTreeMap<String, Overhead>) -> Result<(), StoreError> {
+    pub(super) fn set_learned<T: Serialize>(
+        &self,
+        table: TableDefinition<&str, &[u8]>,
+        all: &BTreeMap<String, T>,
+    ) -> Result<(), StoreError> {
         self.write(|txn| {
-            let mut table = txn.open_table(OVERHEAD)?;
+            let mut table = txn.open_table(table)?;
             table.retain(|_, _| false)?;
-            for (device, row) in all {
-                table.insert(device.as_str(), encode(&Row { v: 1, row }).as_slice())?;
+            for (name, row) in all {
+                table.insert(name.as_str(), encode(&Row { v: 1, row }).as_slice())?;
             }
             Ok(Ok(()))
         })
+    }
+
+    pub fn set_overhead(&self, all: &BTreeMap<String, Overhead>) -> Result<(), StoreError> {
+        self.set_learned(OVERHEAD, all)
     }
 
     /// One file's. Rows of files that are not there any more go.
