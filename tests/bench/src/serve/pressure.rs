@@ -128,7 +128,7 @@ fn service(load: &Load, window: Duration, prompt: u32) -> Vec<f64> {
 /// W7 by weights, which the shares of partitions have; llama-server knows none. Smaller requests for a longer time:
 /// the lightest must come to its turn a few times before its share can be told from chance.
 fn by_weight(context: &Context) -> Result<Vec<Row>> {
-    let (prompt, answer, seconds) = if context.options.quick { (96, 160, 16) } else { (64, 64, 150) };
+    let (prompt, answer, seconds) = if context.options.quick { (96, 160, 16) } else { (64, 64, 300) };
     let agents = 16;
     let cells = agents * (prompt + answer) / 4;
     let ours = Ours::start(&context.programs, &context.idle, &context.model, cells, agents, agents as usize)?;
