@@ -147,6 +147,7 @@ pub(crate) struct Planner {
     pace: Pace,
     requests: BTreeMap<RequestId, Request>,
     running: Vec<RequestId>,
+    returning: Vec<Returning>,
     idle_ids: Vec<SeqId>,
     cached: BTreeMap<SeqId, Cached>,
     effects: Vec<Effect>,
@@ -233,6 +234,7 @@ impl Planner {
             pace: Pace::default(),
             requests: BTreeMap::new(),
             running: Vec::new(),
+            returning: Vec::new(),
             idle_ids: (0..room.ids).rev().map(SeqId).collect(),
             cached: BTreeMap::new(),
             effects: Vec::new(),
@@ -300,6 +302,7 @@ impl Planner {
         let wanted = if ask.most_new == 0 { most } else { prompt.saturating_add(ask.most_new) };
         self.next_id += 1;
         self.accounts.join(&ask.account, ask.weight);
+        self.is_back(&ask.account);
         let reuse = ask.reuse && self.room.sharing;
         // Who shares nothing is alone in a domain that no name can be: names have no control characters.
         let domain = if reuse { ask.domain } else { Domain::from(format!("\0{}", self.next_id)) };
@@ -345,6 +348,7 @@ impl Planner {
         let Some(request) = self.requests.remove(&id) else { return };
         self.running.retain(|running| *running != id);
         self.accounts.leave(&request.account);
+        self.expect_back(&request);
         if let Some(stored) = request.stored {
             self.drop_blob(stored.blob);
         }
@@ -435,6 +439,7 @@ impl Planner {
     /// Decides who works. The batch is [`Self::parts`], after the effects were carried out.
     pub(crate) fn arrange(&mut self, now_ms: u64) {
         self.age(now_ms);
+        self.expect_no_longer();
         self.grow();
         self.admit();
         self.load();
@@ -516,12 +521,17 @@ impl Planner {
 
     fn turn(&self, id: RequestId, request: &Request, left: u32) -> Turn {
         Turn::new(
-            self.aged[usize::from(class(request.priority, 0))].max(request.boost),
+            self.aged_class(request.priority).max(request.boost),
             self.accounts.rounds(&request.account),
             request.arrived_ms,
             self.pace.prompt_ms(left),
             id,
         )
+    }
+
+    /// What waiting has made of a priority's class.
+    fn aged_class(&self, priority: u8) -> u8 {
+        self.aged[usize::from(class(priority, 0))]
     }
 
     fn seated(&self, id: RequestId) -> Option<(&Request, SeqId)> {
@@ -566,8 +576,10 @@ mod cells;
 mod draft;
 mod holders;
 mod queue;
+mod returning;
 
 pub(crate) use holders::Holders;
+use returning::Returning;
 
 #[cfg(test)]
 mod tests;

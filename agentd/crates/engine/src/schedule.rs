@@ -20,7 +20,8 @@ const CLASS_AGE_MS: u64 = 10_000;
 /// What the account with the greatest weight is given when all have used up theirs, in virtual tokens. Larger keeps
 /// one prefix in work for longer, smaller is fairer over short times.
 const REFILL: f64 = 512.0;
-/// Rounds for which an account without a request keeps what it has left: an agent asks again when it has read the answer.
+/// Rounds for which an account without a request is treated as if it had one: an agent asks again when it has read the
+/// answer.
 const AWAY_ROUNDS: u64 = 4;
 /// What an answer's token costs beside a prompt's.
 const OUTPUT_COST: f64 = 2.0;
@@ -76,6 +77,10 @@ impl Accounts {
         }
     }
 
+    pub(crate) fn has_request(&self, name: &str) -> bool {
+        self.of.get(name).is_some_and(|account| account.requests > 0)
+    }
+
     pub(crate) fn charge_prompt(&mut self, name: &str, tokens: u32) {
         self.charge(name, f64::from(tokens));
     }
@@ -114,9 +119,8 @@ impl Accounts {
         let most = self.most;
         for account in self.of.values_mut() {
             let each = share(account.weight, most);
-            // Nobody saves up more than one share, and who is away pays off what it owes.
-            let upto = if account.requests > 0 { each } else { account.deficit.max(0.0) };
-            account.deficit = (account.deficit + rounds as f64 * each).min(upto);
+            // Nobody saves up more than one share.
+            account.deficit = (account.deficit + rounds as f64 * each).min(each);
             account.away += if account.requests > 0 { 0 } else { rounds };
         }
         self.of.retain(|_, account| account.deficit < 0.0 || account.away < AWAY_ROUNDS);
@@ -222,7 +226,7 @@ mod tests {
         accounts.join("light", 1);
         accounts.join("heavy", 4);
         assert!(accounts.over_share("light") > 5_000.0);
-        assert_eq!(accounts.of["heavy"].deficit, REFILL - 100.0);
+        assert_eq!(accounts.of["heavy"].deficit, REFILL, "for some rounds it counts as here");
         accounts.leave("heavy");
         accounts.advance(AWAY_ROUNDS);
         assert!(!accounts.of.contains_key("heavy"), "not for ever");

@@ -15,7 +15,7 @@ impl Planner {
         }
         while self.may_admit() {
             let Some((id, start)) = self.next_in_queue() else { return };
-            if !self.start(id, start) {
+            if self.takes_from_who_returns(id, &start) || !self.start(id, start) {
                 return;
             }
         }

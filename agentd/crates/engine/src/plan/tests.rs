@@ -382,12 +382,12 @@ fn one_at_a_time(weights: [u32; 4]) -> Vec<f64> {
     for account in 0..16 {
         open.push(ask(&mut machine, account));
     }
-    while machine.now_ms < 150_000 {
+    while machine.now_ms < 300_000 {
+        // Who has its answer asks again while the next step is on its way: its place has gone to somebody else.
+        let ended: Vec<usize> = (0..16).filter(|n| machine.clients[&open[*n]].ended_ms.is_some()).collect();
         machine.step();
-        for (account, id) in open.iter_mut().enumerate() {
-            if machine.clients[id].ended_ms.is_some() {
-                *id = ask(&mut machine, account);
-            }
+        for account in ended {
+            open[account] = ask(&mut machine, account);
         }
     }
     let mut served = [0.0; 16];
@@ -397,6 +397,36 @@ fn one_at_a_time(weights: [u32; 4]) -> Vec<f64> {
         }
     }
     (0..16).map(|account| served[account] / f64::from(weights[account % 4])).collect()
+}
+
+/// A place is kept for who asks again, from who is further from its next share; for a step and no longer.
+#[test]
+fn a_place_is_kept_for_a_step() {
+    for (light, comes_back) in [(50, true), (50, false), (100, false)] {
+        let mut machine = Machine::new(room(512, 2));
+        let heavy = machine.ask_as(0, text(1, 64), 5, 50, 8);
+        let other = machine.ask_as(2, text(3, 64), 64, 50, 8);
+        let poor = machine.ask_as(1, text(2, 64), 5, light, 1);
+        machine.planner.accounts.charge_answer("a1", 400);
+        let runs = |machine: &Machine, id: RequestId| machine.planner.requests[&id].running;
+        if light == 50 {
+            while machine.clients[&heavy].ended_ms.is_none() {
+                machine.step();
+            }
+            assert!(!runs(&machine, poor));
+        }
+        machine.step();
+        assert_eq!(runs(&machine, poor), light == 100, "in the step after the end");
+        let again = comes_back.then(|| machine.ask_as(0, text(4, 64), 5, 50, 8));
+        machine.step();
+        if let Some(again) = again {
+            assert!(runs(&machine, again) && !runs(&machine, poor));
+        } else {
+            assert!(runs(&machine, poor));
+        }
+        machine.run_to_end();
+        assert!(machine.clients[&other].ended_ms.is_some() && machine.clients[&poor].ended_ms.is_some());
+    }
 }
 
 /// Requests of the highest priority come without end; one of the lowest is served all the same.
