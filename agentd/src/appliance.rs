@@ -13,6 +13,7 @@ use crate::health::Board;
 use crate::inbox::Inbox;
 use crate::initlink::Init;
 use crate::logs::Logs;
+use crate::memory::Memories;
 use crate::models::Models;
 use crate::places::Places;
 use crate::readings;
@@ -32,6 +33,7 @@ use agentd_domain::ids::AgentId;
 use agentd_domain::initctl::Health;
 use agentd_domain::ledger::{Devices, ModelPlan, Partition, PartitionId, PlanOrder};
 use agentd_domain::manifest::{Limits, Manifest};
+use agentd_domain::memory_api::{self, KnowledgeOrder, KnowledgeOutcome};
 use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::SandboxPlan;
 use agentd_domain::secret::{SecretInfo, SecretOrder};
@@ -62,6 +64,7 @@ pub struct Parts {
     pub logs: Logs,
     pub tokens: Tokens,
     pub egress: Egress,
+    pub memories: Memories,
 }
 
 pub struct Machine {
@@ -98,7 +101,7 @@ impl Machine {
         })
     }
 
-    fn order_for(&self, action: &'static str, key: &AgentKey) -> Order {
+    pub(crate) fn order_for(&self, action: &'static str, key: &AgentKey) -> Order {
         let agent = self.find(key).ok().map(|(agent, _)| agent);
         Order { action, agent, about: key.to_string() }
     }
@@ -423,6 +426,14 @@ impl Appliance for Machine {
 
     fn plan_header(&self, order: PlanOrder) -> Pending<'_, ModelPlan> {
         Box::pin(async move { Ok(self.header_plan(order)) })
+    }
+
+    fn memory(&self, agent: AgentKey, order: memory_api::Order) -> Pending<'_, memory_api::Outcome> {
+        Box::pin(self.memory_order(agent, order))
+    }
+
+    fn knowledge(&self, order: KnowledgeOrder) -> Pending<'_, KnowledgeOutcome> {
+        Box::pin(self.knowledge_order(order))
     }
 
     fn secrets(&self) -> Pending<'_, Vec<SecretInfo>> {

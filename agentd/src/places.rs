@@ -54,6 +54,11 @@ impl Places {
         self.data.join("models")
     }
 
+    /// What is shared: one store per collection.
+    pub fn knowledge(&self) -> PathBuf {
+        self.data.join("knowledge")
+    }
+
     /// The owner's secrets for agents, for agentd's eyes alone.
     pub fn secrets(&self) -> PathBuf {
         self.data.join("secrets")

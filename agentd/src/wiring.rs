@@ -17,7 +17,7 @@ use crate::health::{Board, START, Weight};
 use crate::inbox::Inbox;
 use crate::initlink::Init;
 use crate::logs::Logs;
-use crate::memory::Memories;
+use crate::memory::{Folders, Memories};
 use crate::models::{self, Models};
 use crate::options::{Options, Walls};
 use crate::places::Places;
@@ -270,7 +270,8 @@ async fn start_agents(
     let inbox = Inbox::new(db.clone());
     let memories = {
         let _on_data = data.enter();
-        Memories::start(places.agents(), db.owner(), engine.clone())
+        let folders = Folders { agents: places.agents(), knowledge: places.knowledge() };
+        Memories::start(folders, db.clone(), engine.clone())
     };
     let children = Children::new(children::Links {
         db: db.clone(),
@@ -317,7 +318,7 @@ async fn start_agents(
         audit: audit.clone(),
         logs: logs.clone(),
         inbox: inbox.clone(),
-        memories,
+        memories: memories.clone(),
         board: Arc::clone(board),
         launcher: launcher.clone(),
         tokens: tokens.clone(),
@@ -329,7 +330,7 @@ async fn start_agents(
     };
     let agents = agents::start(links).await?;
     children.begin(agents.clone());
-    Ok(Parts { db, agents, inbox, logs, tokens, egress })
+    Ok(Parts { db, agents, inbox, logs, tokens, egress, memories })
 }
 
 /// Without what is stored a device could be given twice: then no agent is started.

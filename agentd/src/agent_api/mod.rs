@@ -10,6 +10,7 @@
 
 mod calls;
 mod felt;
+mod memory;
 mod once;
 mod own;
 mod serve;
@@ -25,7 +26,7 @@ use crate::inbox::Inbox;
 use crate::memory::Memories;
 use crate::store::Db;
 use crate::tokens::Tokens;
-use agentd_domain::agent_api::{Message, Recall, Recalled, Remember, Remembered, ReplyPart, SelfInfo, Tier};
+use agentd_domain::agent_api::{Message, ReplyPart, SelfInfo};
 use agentd_domain::audit::{Actor, Entry, Verdict};
 use agentd_domain::engine::Share;
 use agentd_domain::fault::Report;
@@ -106,11 +107,12 @@ fn routes() -> Router {
         .route("/agent/v1/agents/{id}", get(own::child).delete(own::remove_child))
         .route("/agent/v1/self/pain", post(felt::pain))
         .route("/agent/v1/self/progress", post(felt::progress))
-        .route("/agent/v1/memory/remember", post(remember))
-        .route("/agent/v1/memory/recall", post(recall))
         .route("/agent/v1/messages/next", get(next_message))
         .route("/agent/v1/calls", post(calls::call))
-        .layer(DefaultBodyLimit::max(BODY_MOST_BYTES));
+        .merge(memory::routes())
+        .layer(DefaultBodyLimit::max(BODY_MOST_BYTES))
+        // Of a limit of its own.
+        .merge(memory::documents());
     let all = models.merge(own).merge(replies).fallback(nowhere).layer(from_fn(own::decided));
     // Outermost: what was refused counts too.
     all.layer(from_fn(felt::counted))
@@ -154,31 +156,6 @@ async fn self_info(Extension(caller): Extension<Caller>) -> Json<SelfInfo> {
         appliance_version: crate::VERSION.to_owned(),
         health: caller.services.nerves.seen(caller.agent),
     })
-}
-
-async fn remember(
-    Extension(caller): Extension<Caller>,
-    headers: HeaderMap,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Json<Remembered>, Refused> {
-    let request: Remember = parse(body)?;
-    caller.may(&format!("memory.remember.{}", request.tier.name()))?;
-    let key = idempotency_key(&headers)?;
-    Ok(Json(caller.services.memories.remember(caller.agent, request, key).await?))
-}
-
-async fn recall(
-    Extension(caller): Extension<Caller>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Json<Recalled>, Refused> {
-    let mut request: Recall = parse(body)?;
-    if request.tiers.is_empty() {
-        request.tiers.push(Tier::Spirit);
-    }
-    for &tier in &request.tiers {
-        caller.may(&format!("memory.recall.{}", tier.name()))?;
-    }
-    Ok(Json(caller.services.memories.recall(caller.agent, request).await?))
 }
 
 #[derive(Deserialize)]
@@ -339,6 +316,15 @@ fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, 
         ),
         _ => Report::caller("body_unreadable", what, rejection.body_text(), "send the request again"),
     })?;
+    // A body that is no text is told so, and not as a mistake in column 0.
+    if let Err(error) = std::str::from_utf8(&bytes) {
+        return Err(Report::caller(
+            "body_not_utf8",
+            what,
+            error.to_string(),
+            "send JSON in UTF-8, as RFC 8259 says",
+        ));
+    }
     serde_json::from_slice(&bytes).map_err(|error| {
         Report::caller(
             "body_invalid",

@@ -36,6 +36,10 @@ pub fn serve(run: Serve, services: Services, logs: &Logs) {
     let Serve { agent, run: run_id, manifest, held, handles, over, ended } = run;
     let caller = Caller { agent, name: manifest.name.clone(), run: run_id, held, shown: None, services };
     let sockets = handles.sockets;
+    {
+        let (memories, rights) = (caller.services.memories.clone(), caller.held.rights.clone());
+        tokio::spawn(async move { memories.begin_run(agent, run_id, rights).await });
+    }
     for (stream, fd) in [("out", sockets.stdout), ("err", sockets.stderr)] {
         if let Err(error) = logs.read(agent, stream, fd) {
             tracing::warn!(agent_id = %agent, run_id = %run_id, stream, %error, "an agent's output is not read");

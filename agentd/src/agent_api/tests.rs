@@ -20,28 +20,28 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tower::ServiceExt;
 use uuid::Uuid;
 
-fn rights_of(api: &[&str]) -> Rights {
+pub(super) fn rights_of(api: &[&str]) -> Rights {
     Rights {
         api: api.iter().map(|right| (*right).to_owned()).collect(),
         ..nothing(AgentId(Uuid::nil())).rights
     }
 }
 
-struct Scene {
-    folder: tempfile::TempDir,
-    fake: FakeEngine,
-    caller: Caller,
+pub(super) struct Scene {
+    pub(super) folder: tempfile::TempDir,
+    pub(super) fake: FakeEngine,
+    pub(super) caller: Caller,
     felt: tokio::sync::mpsc::Receiver<crate::agents::nerves::Felt>,
 }
 
 const ALL: [&str; 4] = ["memory.recall.spirit", "memory.remember.spirit", "messages", "models"];
 
-fn router_of(caller: &Caller) -> Router {
+pub(super) fn router_of(caller: &Caller) -> Router {
     router().layer(Extension(caller.clone()))
 }
 
 impl Scene {
-    async fn new(rights: &[&str]) -> Self {
+    pub(super) async fn new(rights: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let fake = FakeEngine::start(folder.path(), Arc::default());
         let engine = engine::start(
@@ -65,7 +65,14 @@ impl Scene {
         let agent = AgentId(Uuid::from_u128(1));
         db.here().add_agent(&row_of(agent, db.owner())).expect("added");
         std::fs::create_dir(folder.path().join(agent.to_string())).expect("made");
-        let memories = Memories::start(folder.path().to_owned(), db.owner(), engine.clone());
+        let memories = Memories::start(
+            crate::memory::Folders {
+                agents: folder.path().to_owned(),
+                knowledge: folder.path().join("knowledge"),
+            },
+            db.clone(),
+            engine.clone(),
+        );
         let audit = Audit::default();
         let key = RootKey::from_secret(&[7; 32]).expect("a key");
         let tokens = Tokens::open(key, db.clone()).expect("opened");
@@ -102,7 +109,13 @@ impl Scene {
         Self { folder, fake, caller, felt }
     }
 
-    async fn ask(&self, method: Method, path: &str, key: Option<&str>, body: String) -> (u16, String) {
+    pub(super) async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        key: Option<&str>,
+        body: String,
+    ) -> (u16, String) {
         let mut request = Request::builder().method(method).uri(path);
         if let Some(key) = key {
             request = request.header("idempotency-key", key);
@@ -120,7 +133,7 @@ impl Scene {
         rows.into_iter().map(|row| row.key).collect()
     }
 
-    async fn post(&self, path: &str, key: Option<&str>, body: &Value) -> (u16, Value) {
+    pub(super) async fn post(&self, path: &str, key: Option<&str>, body: &Value) -> (u16, Value) {
         let (status, text) = self.ask(Method::POST, path, key, body.to_string()).await;
         (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
@@ -471,8 +484,14 @@ impl Scene {
     /// What the agent's memory holds, by its own store and not by what it was told.
     async fn memories(&self) -> Vec<String> {
         let recall = json!({ "query": "x", "tiers": ["spirit"] });
-        let recall: Recall = serde_json::from_value(recall).expect("a query");
-        let found = self.caller.services.memories.recall(self.caller.agent, recall).await.expect("recalled");
+        let recall: agentd_domain::agent_api::Recall = serde_json::from_value(recall).expect("a query");
+        let found = self
+            .caller
+            .services
+            .memories
+            .recall(self.caller.agent, recall, None, None)
+            .await
+            .expect("recalled");
         found.hits.into_iter().map(|hit| hit.text).collect()
     }
 

@@ -580,6 +580,7 @@ impl Loop {
         }
         self.limits.remove(&run);
         self.free_device(run).await;
+        self.links.memories.end_run(agent, run);
         let (began_ms, ended_ms) = (exit.started_boot_ms, exit.ended_boot_ms);
         self.step(of(agent, health::Event::Ended { run, cause: exit.cause, began_ms, ended_ms })).await;
         self.after_child_s_end(agent).await;

@@ -1,24 +1,45 @@
 //! How do an agent's texts get their vectors, and its questions theirs?
 //!
-//! Owns:  the pool of open memory stores (`/data/agents/<id>/memory.redb`): the lately used ones are open.
-//! In:    `remember` and `recall` of agents; the engine's embedder as it comes and goes.
+//! Owns:  the pool of open memory stores (`/data/agents/<id>/memory.redb`, `/data/knowledge/<id>.redb`): the lately used
+//!        ones are open.
+//! In:    what agents and their owner want of memories; runs that begin and end; the engine's embedder as it comes and
+//!        goes.
 //! Out:   what `agentd_memory` answers.
 //! Always: a text is stored whether or not the engine answers; without a vector it is found by its words, and gets
 //!         its vector when the embedder is there. Two completions of one store never run at once, and a text that
-//!         is wanted twice in a row is embedded once (`vectors.rs`).
+//!         is wanted twice in a row is embedded once (`vectors.rs`). Whose memory is meant is an argument that the
+//!         caller's socket, or the owner's path, decided; nothing below looks at a request for it.
+//! Rooms: `tiers.rs` (blocks, records, journal), `sessions.rs` (runs begin and end, hits were given), `knowledge.rs`
+//!        (shared collections), `echo.rs` (what was recalled is not told again), `shape.rs` (the API's words),
+//!        `orders.rs` (the owner), `tend.rs`, `vectors.rs`.
 //! Threads: the stores block, so they are called on blocking threads; the engine is asked from tasks.
 
+mod echo;
+mod knowledge;
+mod orders;
+mod parts;
+mod sessions;
+mod shape;
 mod tend;
+mod tiers;
 mod vectors;
+
+pub use knowledge::{CollectionRow, DOCUMENT_MOST_BYTES, Writer};
+pub use tiers::NotWritten;
 
 use crate::clock;
 use crate::engine::{Embedder, Engine, Stage};
-use agentd_domain::agent_api::{EmbedState, Recall, Recalled, Remember, Remembered, Signals, Tier};
+use crate::store::Db;
+use agentd_domain::agent_api::{EmbedState, Recall, Recalled, Remembered, Signals, Tier};
 use agentd_domain::fault::Report;
-use agentd_domain::ids::{AgentId, OwnerId, RecordId};
+use agentd_domain::ids::{AgentId, OwnerId, RecordId, RunId};
+use agentd_domain::memory_api::{Quota, Told};
+use agentd_domain::rights::{Limit, Rights};
 use agentd_memory::{
-    Budgets, Embedding, Identity, Limits, NewRecord, Options, Pending, Pool, Store, StoreError,
+    At, Budgets, Duplicates, Embedding, Identity, Limits, NewRecord, Options, Pending, Pool, Store,
+    StoreError,
 };
+use echo::Given;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -44,18 +65,41 @@ const PAUSE: Duration = Duration::from_secs(5);
 pub struct Memories(Arc<Inner>);
 
 struct Inner {
-    folder: PathBuf,
+    folders: Folders,
+    db: Db,
     owner: OwnerId,
     engine: Engine,
     pool: Pool,
     known: Mutex<HashMap<AgentId, Arc<Memory>>>,
+    /// Of collections, by their own ids.
+    shared: Mutex<HashMap<AgentId, Arc<Memory>>>,
     /// Somewhere a record waits for its vector.
     waiting: Notify,
+}
+
+/// Where stores are.
+#[derive(Debug, Clone)]
+pub struct Folders {
+    /// One folder per agent.
+    pub agents: PathBuf,
+    /// One file per collection; made when there is the first.
+    pub knowledge: PathBuf,
+}
+
+/// Who decides what a store may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Bound {
+    /// The token of the agent whose it is.
+    Token,
+    /// Its owner.
+    Quota(Quota),
 }
 
 struct Memory {
     path: PathBuf,
     identity: Identity,
+    bound: Bound,
+    db: Db,
     pool: Pool,
     /// A record may wait for its vector: since a restart, or because it was told while the engine was away.
     waits: AtomicBool,
@@ -63,51 +107,83 @@ struct Memory {
     embedder: Mutex<Option<Embedder>>,
     /// Held while vectors are being made for what waits.
     completing: Mutex<()>,
+    /// Held while a run that is over is settled.
+    settling: Mutex<()>,
     vectors: Vectors,
+    given: Given,
+}
+
+/// By whom something is told.
+#[derive(Debug, Clone, Copy)]
+pub struct Teller {
+    pub agent: AgentId,
+    pub run: RunId,
 }
 
 impl Memories {
     /// Starts the task that completes what waits, on the current runtime.
-    pub fn start(folder: PathBuf, owner: OwnerId, engine: Engine) -> Self {
-        let (pool, known) = (Pool::new(Limits::default()), Mutex::default());
-        let memories = Self(Arc::new(Inner { folder, owner, engine, pool, known, waiting: Notify::new() }));
+    pub fn start(folders: Folders, db: Db, engine: Engine) -> Self {
+        let (pool, known, shared) = (Pool::new(Limits::default()), Mutex::default(), Mutex::default());
+        let (owner, waiting) = (db.owner(), Notify::new());
+        let memories = Self(Arc::new(Inner { folders, db, owner, engine, pool, known, shared, waiting }));
         tokio::spawn(memories.clone().complete_all());
         tokio::spawn(memories.clone().tend_all());
         memories
     }
 
     /// Answers when the record is on disk. With a key that was used in the last 24 hours, the first answer again.
+    /// What this agent was given by `recall` is not told again as its own.
     pub async fn remember(
         &self,
-        agent: AgentId,
-        request: Remember,
+        by: Teller,
+        mut told: Told,
         key: Option<String>,
     ) -> Result<Remembered, Report> {
-        let memory = self.memory(agent).await?;
-        let has_meaning = matches!(request.tier, Tier::Spirit | Tier::Knowledge);
-        let embedding =
-            if has_meaning { self.embed(&request.text, REMEMBER_PATIENCE, &memory).await } else { None };
-        let new = NewRecord { idempotency_key: key, ..NewRecord::new(request, clock::unix_ms()) };
-        let remembered = blocking(&memory, move |store| store.remember(new, embedding)).await?;
-        if remembered.state == EmbedState::Pending {
-            memory.waits.store(true, Ordering::SeqCst);
-            self.0.waiting.notify_one();
+        let own = self.memory(by.agent).await?;
+        own.given.check(&mut told, key.as_deref())?;
+        let (into, session) = match told.tier {
+            Tier::Knowledge => (self.written(by.agent, told.collection.as_ref()).await?, None),
+            _ => (Arc::clone(&own), Some(by.run.to_string())),
+        };
+        let mut new = shape::new_record(told, clock::unix_ms())?;
+        new.idempotency_key = key.clone();
+        new.detail.session = session;
+        let remembered = self.remember_in(&into, new).await?;
+        if let Some(key) = &key {
+            own.given.answered(key);
         }
         Ok(remembered)
     }
 
-    pub async fn recall(&self, agent: AgentId, request: Recall) -> Result<Recalled, Report> {
-        let memory = self.memory(agent).await?;
+    async fn remember_in(&self, memory: &Memory, new: NewRecord) -> Result<Remembered, Report> {
+        let request = &new.request;
+        let has_meaning = matches!(request.tier, Tier::Spirit | Tier::Knowledge);
+        let embedding =
+            if has_meaning { self.embed(&request.text, REMEMBER_PATIENCE, memory).await } else { None };
+        let remembered = blocking(memory, move |store| store.remember(new, embedding)).await?;
+        self.note_pending(memory, remembered.state);
+        Ok(remembered)
+    }
+
+    fn note_pending(&self, memory: &Memory, state: EmbedState) {
+        if state == EmbedState::Pending {
+            memory.waits.store(true, Ordering::SeqCst);
+            self.0.waiting.notify_one();
+        }
+    }
+
+    /// Of one store, by whoever may read it.
+    async fn recall_in(&self, memory: &Memory, request: Recall, at: At) -> Result<Recalled, Report> {
         let mut embedding = None;
         if request.signals != Some(Signals::Words) {
             self.engine_settled().await;
-            embedding = self.embed(&request.query, RECALL_PATIENCE, &memory).await;
+            embedding = self.embed(&request.query, RECALL_PATIENCE, memory).await;
             if embedding.is_some() {
                 // What was told while the engine was away is to be found by its meaning too.
-                let _ = timeout(SETTLE_PATIENCE, self.complete(&memory)).await;
+                let _ = timeout(SETTLE_PATIENCE, self.complete(memory)).await;
             }
         }
-        blocking(&memory, move |store| store.recall(&request, embedding.as_ref())).await
+        blocking(memory, move |store| store.recall_at(&request, embedding.as_ref(), at)).await
     }
 
     /// Closes an agent's store, because its files are about to be removed.
@@ -125,15 +201,8 @@ impl Memories {
             let mut known = self.0.known.lock().await;
             let is_new = !known.contains_key(&agent);
             let memory = known.entry(agent).or_insert_with(|| {
-                Arc::new(Memory {
-                    path: self.0.folder.join(agent.to_string()).join("memory.redb"),
-                    identity: Identity { agent_id: agent, owner_id: self.0.owner },
-                    pool: self.0.pool.clone(),
-                    waits: AtomicBool::new(true),
-                    embedder: Mutex::default(),
-                    completing: Mutex::default(),
-                    vectors: Vectors::default(),
-                })
+                let path = self.0.folders.agents.join(agent.to_string()).join("memory.redb");
+                Arc::new(self.at(path, agent, Bound::Token))
             });
             (Arc::clone(memory), is_new)
         };
@@ -142,6 +211,22 @@ impl Memories {
             self.0.waiting.notify_one();
         }
         Ok(memory)
+    }
+
+    fn at(&self, path: PathBuf, id: AgentId, bound: Bound) -> Memory {
+        Memory {
+            path,
+            identity: Identity { agent_id: id, owner_id: self.0.owner },
+            bound,
+            db: self.0.db.clone(),
+            pool: self.0.pool.clone(),
+            waits: AtomicBool::new(true),
+            embedder: Mutex::default(),
+            completing: Mutex::default(),
+            settling: Mutex::default(),
+            vectors: Vectors::default(),
+            given: Given::default(),
+        }
     }
 
     /// The text's vector, or none when there is no embedder or it takes too long.
@@ -244,7 +329,8 @@ impl Memories {
             let embedder = view.borrow_and_update().embedder();
             let mut failed = false;
             if embedder.is_some() {
-                let known: Vec<_> = self.0.known.lock().await.values().cloned().collect();
+                let mut known: Vec<_> = self.0.known.lock().await.values().cloned().collect();
+                known.extend(self.0.shared.lock().await.values().cloned());
                 for memory in known {
                     if embedder == last && !memory.waits.load(Ordering::SeqCst) {
                         continue;
@@ -276,14 +362,58 @@ async fn blocking<T: Send + 'static>(
     memory: &Memory,
     work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, Report> {
-    let (pool, path, identity) = (memory.pool.clone(), memory.path.clone(), memory.identity);
+    let (pool, path, opening) = (memory.pool.clone(), memory.path.clone(), Opening::of(memory));
     let done = tokio::task::spawn_blocking(move || {
-        let store = pool.lease(&path, || Options::new(identity, Budgets::agent()))?;
+        let store = pool.lease(&path, || opening.options())?;
         work(&store)
     });
     match done.await {
         Ok(result) => result.map_err(|error| error.report()),
         Err(_) => Err(thread_lost()),
+    }
+}
+
+/// How a store is opened, by whoever comes first.
+struct Opening {
+    identity: Identity,
+    bound: Bound,
+    db: Db,
+}
+
+impl Opening {
+    fn of(memory: &Memory) -> Self {
+        Self { identity: memory.identity, bound: memory.bound, db: memory.db.clone() }
+    }
+
+    /// Blocks for a row of the system's store.
+    fn options(self) -> Options {
+        let budgets = match self.bound {
+            Bound::Quota(quota) => Budgets::knowledge_within(quota.bytes, quota.records),
+            Bound::Token => budgets_of(&self.db, self.identity.agent_id),
+        };
+        let mut options = Options::new(self.identity, budgets);
+        if self.bound != Bound::Token {
+            // Two documents may say the same, and one of them may go.
+            options.tuning.duplicates = Duplicates::Keep;
+        }
+        options
+    }
+}
+
+/// What an agent's token says that its memories may take. A token of before these limits, or none at all, bounds as the
+/// default does.
+fn budgets_of(db: &Db, agent: AgentId) -> Budgets {
+    let row = db.here().token(agent).ok().flatten();
+    let rights =
+        row.and_then(|row| agentd_capability::token::inspect(&row.token).ok()).map(|says| says.rights);
+    rights.as_ref().map_or_else(Budgets::agent, budgets_within)
+}
+
+fn budgets_within(rights: &Rights) -> Budgets {
+    let limit = |limit: Limit| rights.limits.get(&limit).copied();
+    match (limit(Limit::StoreBytes), limit(Limit::StoreRecords)) {
+        (Some(bytes), Some(records)) => Budgets::agent_within(bytes, records),
+        _ => Budgets::agent(),
     }
 }
 

@@ -5,9 +5,9 @@
 //!
 //! Never: a store that is not there is not made, and one that does not open is reported and passed over.
 
-use super::{Memories, clock};
+use super::{Bound, Memories, Opening, clock};
 use agentd_domain::ids::AgentId;
-use agentd_memory::{Budgets, Identity, Options, StoreError};
+use agentd_memory::{Identity, StoreError};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -39,14 +39,24 @@ impl Memories {
     fn tend_each(&self) {
         for (agent, path) in self.stores() {
             let identity = Identity { agent_id: agent, owner_id: self.0.owner };
-            if let Err(problem) = self.tend(&path, identity) {
+            let opening = Opening { identity, bound: Bound::Token, db: self.0.db.clone() };
+            if let Err(problem) = self.tend(&path, opening) {
                 tracing::warn!(agent_id = %agent, problem = %problem.report(), "a memory was not tended; tried again in an hour");
+            }
+        }
+        let collections = self.0.db.here().collections().unwrap_or_default();
+        for row in collections.into_values() {
+            let memory = self.of_collection(&row);
+            if memory.path.exists()
+                && let Err(problem) = self.tend(&memory.path, Opening::of(&memory))
+            {
+                tracing::warn!(collection = %row.id, problem = %problem.report(), "shared knowledge was not tended; tried again in an hour");
             }
         }
     }
 
-    fn tend(&self, path: &std::path::Path, identity: Identity) -> Result<(), StoreError> {
-        let store = self.0.pool.lease(path, || Options::new(identity, Budgets::agent()))?;
+    fn tend(&self, path: &std::path::Path, opening: Opening) -> Result<(), StoreError> {
+        let store = self.0.pool.lease(path, || opening.options())?;
         let mut swept = store.sweep(clock::unix_ms())?;
         while swept.more {
             swept = store.sweep(clock::unix_ms())?;
@@ -59,7 +69,7 @@ impl Memories {
 
     /// The agents that have a store.
     fn stores(&self) -> Vec<(AgentId, PathBuf)> {
-        let Ok(folders) = std::fs::read_dir(&self.0.folder) else { return Vec::new() };
+        let Ok(folders) = std::fs::read_dir(&self.0.folders.agents) else { return Vec::new() };
         let stores = folders.flatten().filter_map(|entry| {
             let agent = entry.file_name().to_str()?.parse().ok()?;
             let path = entry.path().join("memory.redb");

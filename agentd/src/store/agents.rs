@@ -162,6 +162,7 @@ impl Store {
             super::health::forget(txn, row.agent_id)?;
             super::partitions::forget(txn, row.agent_id)?;
             super::given::forget(txn, row.agent_id)?;
+            super::collections::forget(txn, row.agent_id)?;
             Ok(Ok(()))
         })
     }

@@ -10,6 +10,7 @@
 
 mod agents;
 mod audit;
+mod collections;
 mod egress;
 mod given;
 mod health;
@@ -194,6 +195,7 @@ impl Store {
             learned::create_tables(&txn)?;
             pinned::create_tables(&txn)?;
             given::create_tables(&txn)?;
+            collections::create_tables(&txn)?;
             if let Some(owner) = known
                 && txn.list_tables()?.count() == tables
             {

@@ -11,7 +11,7 @@ use agentd_domain::agent_api::Tier;
 use agentd_domain::fault::Report;
 use agentd_domain::ids::AgentName;
 use agentd_domain::ledger::PartitionId;
-use agentd_domain::manifest::{Children, GpuShare, Limits, Manifest, MemoryAccess, Restart};
+use agentd_domain::manifest::{Children, GpuShare, Limits, Manifest, MemoryAccess, Restart, StoreBudget};
 use agentd_domain::paths::inside;
 use agentd_domain::plan::ceiling;
 use agentd_domain::rights::is_beneath;
@@ -49,7 +49,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
     let read = read_fs(top.section("fs", &mut problems), &mut problems);
     let (net, net_bytes_per_day) = read_net(top.section("net", &mut problems), &mut problems);
     limits.net_bytes_per_day = net_bytes_per_day;
-    let memory = read_memory(top.section("memory", &mut problems), &mut problems);
+    let (memory, store) = read_memory(top.section("memory", &mut problems), &mut problems);
     let messages = read_messages(top.section("messages", &mut problems), &mut problems);
     let calls = read_calls(top.section("calls", &mut problems), &mut problems);
     let children = read_children(top.section("agents", &mut problems), &mut problems);
@@ -72,6 +72,7 @@ pub fn parse_manifest(text: &str) -> Result<Manifest, Vec<Report>> {
             read,
             net,
             memory,
+            store,
             messages,
             calls,
             children,
@@ -455,7 +456,7 @@ fn check_program(name: &AgentName, program: &str, read: &[String], problems: &mu
     }
 }
 
-fn read_memory(mut section: Section, problems: &mut Problems) -> Vec<(Tier, MemoryAccess)> {
+fn read_memory(mut section: Section, problems: &mut Problems) -> (Vec<(Tier, MemoryAccess)>, StoreBudget) {
     let mut granted = Vec::new();
     for (name, tier) in TIERS {
         match section.text(name, problems).as_deref() {
@@ -469,8 +470,15 @@ fn read_memory(mut section: Section, problems: &mut Problems) -> Vec<(Tier, Memo
             ),
         }
     }
+    let example = "write a size such as `64M`";
+    let bytes = 1..=ceiling::STORE_MAX_BYTES;
+    let bytes = read_quantity(&mut section, "bytes", units::size_bytes, bytes, example, problems);
+    let records = read_count(&mut section, "records", 1..=ceiling::STORE_MAX_RECORDS, problems);
+    let usual = StoreBudget::default();
+    let store =
+        StoreBudget { bytes: bytes.unwrap_or(usual.bytes), records: records.unwrap_or(usual.records) };
     section.finish(problems);
-    granted
+    (granted, store)
 }
 
 fn read_messages(mut section: Section, problems: &mut Problems) -> bool {

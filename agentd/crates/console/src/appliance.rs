@@ -16,6 +16,7 @@ use agentd_domain::audit::SignedHead;
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::Health;
 use agentd_domain::ledger::{Devices, ModelPlan, Partition, PartitionId, PlanOrder};
+use agentd_domain::memory_api::{self, KnowledgeOrder, KnowledgeOutcome};
 use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::SandboxPlan;
 use agentd_domain::secret::{SecretInfo, SecretOrder};
@@ -138,6 +139,12 @@ pub trait Appliance: Send + Sync + 'static {
 
     /// The same of a header that was read elsewhere.
     fn plan_header(&self, order: PlanOrder) -> Pending<'_, ModelPlan>;
+
+    /// What the owner wants of one agent's memory. Recorded in the audit log, without a word of it.
+    fn memory(&self, agent: AgentKey, order: memory_api::Order) -> Pending<'_, memory_api::Outcome>;
+
+    /// What the owner wants of shared knowledge.
+    fn knowledge(&self, order: KnowledgeOrder) -> Pending<'_, KnowledgeOutcome>;
 
     /// Sorted by name; no values.
     fn secrets(&self) -> Pending<'_, Vec<SecretInfo>>;

@@ -85,6 +85,19 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
     }
 }
 
+/// The names in a path like `/agents/{name}/memory/records/{id}`, decoded but not checked.
+pub struct Names<const N: usize>(pub [String; N]);
+
+impl<const N: usize, S: Send + Sync> FromRequestParts<S> for Names<N> {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        let names = Path::<Vec<String>>::from_request_parts(parts, state).await;
+        let Path(names) = names.map_err(|e| malformed(&e.body_text()))?;
+        names.try_into().map(Self).map_err(|_| malformed("the path has other parts").into())
+    }
+}
+
 /// Turns a body into an [`Upload`] that ends with an error when it exceeds `limit_bytes` or stalls.
 pub fn upload(request: Request, limit_bytes: Option<u64>) -> Result<Upload, Report> {
     let length_bytes = announced(request.headers());

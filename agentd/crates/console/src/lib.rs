@@ -28,6 +28,7 @@ mod gate;
 mod guarded;
 mod headers;
 mod input;
+mod memory;
 mod router;
 mod secrets;
 mod serve;

@@ -6,12 +6,12 @@
 use crate::appliance::Appliance;
 use crate::auth::Auth;
 use crate::web::assets;
-use crate::{api, gate, headers, input, secrets, web};
+use crate::{api, gate, headers, input, memory, secrets, web};
 use axum::Router;
 use axum::extract::{FromRef, Request};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post, put};
+use axum::routing::{delete, get, post, put};
 use std::sync::Arc;
 
 #[derive(Clone)]
@@ -59,8 +59,33 @@ fn open() -> Router<Shared> {
         .route("/api/v1/login", post(api::login))
 }
 
+fn memory_routes() -> Router<Shared> {
+    Router::new()
+        .route("/api/v1/agents/{name}/memory", get(memory::usage))
+        .route("/api/v1/agents/{name}/memory/records", get(memory::list))
+        .route("/api/v1/agents/{name}/memory/search", post(memory::search))
+        .route("/api/v1/agents/{name}/memory/records/{id}", get(memory::show))
+        .route("/api/v1/agents/{name}/memory/records/{id}/history", get(memory::history))
+        .route("/api/v1/agents/{name}/memory/records/{id}/correct", post(memory::correct))
+        .route("/api/v1/agents/{name}/memory/records/{id}/pin", post(memory::pin))
+        .route("/api/v1/agents/{name}/memory/records/{id}/forget", post(memory::forget))
+        .route("/api/v1/agents/{name}/memory/records/{id}/purge", post(memory::purge))
+        .route("/api/v1/agents/{name}/memory/records/{id}/restore", post(memory::restore))
+        .route("/api/v1/agents/{name}/memory/journal", get(memory::journal))
+        .route("/api/v1/agents/{name}/memory/blocks", get(memory::blocks))
+        .route("/api/v1/agents/{name}/memory/blocks/{key}", put(memory::write_block))
+        .route("/api/v1/agents/{name}/memory/blocks/{key}", delete(memory::remove_block))
+        .route("/api/v1/agents/{name}/memory/check", post(memory::check))
+        .route("/api/v1/knowledge", get(memory::collections))
+        .route("/api/v1/knowledge/{name}", put(memory::set_collection).delete(memory::remove_collection))
+        .route("/api/v1/knowledge/{name}/grants/{agent}", put(memory::grant).delete(memory::revoke))
+        .route("/api/v1/knowledge/{name}/documents", post(memory::add_document))
+        .route("/api/v1/knowledge/{name}/documents/{id}", delete(memory::remove_document))
+}
+
 fn api_routes() -> Router<Shared> {
     Router::new()
+        .merge(memory_routes())
         .route("/api/v1/logout", post(api::logout))
         .route("/api/v1/status", get(api::status))
         .route("/api/v1/plan", post(api::plan))
@@ -87,9 +112,9 @@ fn api_routes() -> Router<Shared> {
         .route("/api/v1/models/{name}/pin", put(api::pin_model).delete(api::unpin_model))
         .route("/api/v1/plan-model", post(api::plan_header))
         .route("/api/v1/models", get(api::models))
-        .route("/api/v1/models/{name}", axum::routing::delete(api::remove_model))
+        .route("/api/v1/models/{name}", delete(api::remove_model))
         .route("/api/v1/secrets", get(secrets::list).post(secrets::set))
-        .route("/api/v1/secrets/{name}", axum::routing::delete(secrets::remove))
+        .route("/api/v1/secrets/{name}", delete(secrets::remove))
         .route("/api/v1/audit", get(api::audit))
         .route("/api/v1/audit/head", get(api::audit_head))
         .route("/api/v1/reboot", post(api::reboot))
@@ -112,6 +137,15 @@ fn web_routes() -> Router<Shared> {
         .route("/agents/{name}/stop", post(web::stop))
         .route("/agents/{name}/remove", post(web::remove))
         .route("/agents/{name}/chat", get(web::to_agent).post(web::chat))
+        .route("/agents/{name}/memory", get(web::memory::browse).post(web::memory::search))
+        .route("/agents/{name}/memory/journal", get(web::memory::journal))
+        .route("/agents/{name}/memory/records/{id}", get(web::memory::show))
+        .route("/agents/{name}/memory/records/{id}/{deed}", post(web::memory::change))
+        .route("/agents/{name}/memory/check", post(web::memory::check))
+        .route("/knowledge", get(web::knowledge::list).post(web::knowledge::set))
+        .route("/knowledge/{name}/remove", post(web::knowledge::remove))
+        .route("/knowledge/{name}/grant", post(web::knowledge::grant))
+        .route("/knowledge/{name}/documents", post(web::knowledge::add))
         .route("/devices", get(web::devices))
         .route("/devices/partitions", post(web::partitions::set))
         .route("/devices/partitions/{name}/remove", post(web::partitions::remove))

@@ -1,9 +1,12 @@
 //! What can be asked for?
 
 use crate::client::Host;
+use agentd_domain::agent_api::Tier;
 use agentd_domain::api::{AgentKey, ModelName};
 use agentd_domain::audit::PublicKey;
+use agentd_domain::ids::RecordId;
 use agentd_domain::ledger::PartitionId;
+use agentd_domain::memory_api::{CollectionName, Standing};
 use agentd_domain::net::rule::SecretName;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -58,6 +61,12 @@ pub enum Command {
     /// Devices, their memory, and who has which part of it
     #[command(subcommand)]
     Gpu(Gpu),
+    /// What an agent remembers: look, search, put right, forget
+    #[command(subcommand)]
+    Memory(Memory),
+    /// Documents and facts that agents share by grant
+    #[command(subcommand)]
+    Knowledge(Knowledge),
     /// Capability tokens: what an agent may do, for whom, and until when
     #[command(subcommand)]
     Token(Token),
@@ -231,6 +240,143 @@ pub struct PartitionSet {
 }
 
 #[derive(Subcommand)]
+pub enum Memory {
+    /// What it holds, and the latest told
+    #[command(alias = "list")]
+    Ls {
+        name: AgentKey,
+        /// Only this tier
+        #[arg(long, value_parser = tier)]
+        tier: Option<Tier>,
+        /// Only those that are `live`, `superseded` or `forgotten`
+        #[arg(long, value_parser = standing)]
+        state: Option<Standing>,
+        /// Only those told before this one
+        #[arg(long, value_name = "ID")]
+        before: Option<RecordId>,
+        #[arg(long, default_value_t = 50)]
+        limit: u32,
+    },
+    /// Ask it something; each hit says why it was found
+    Search {
+        name: AgentKey,
+        #[arg(required = true)]
+        query: Vec<String>,
+        /// Only this tier; more than once for several [default: spirit and working]
+        #[arg(long = "tier", value_parser = tier, value_name = "TIER")]
+        tiers: Vec<Tier>,
+        /// How many hits
+        #[arg(short, default_value_t = 10)]
+        k: u32,
+        /// What was true then, such as 2026-11-22 or 2026-11-22T10:00:00Z
+        #[arg(long, value_name = "TIME")]
+        as_of: Option<Moment>,
+    },
+    /// One memory: where it came from, what it was, and what became of it
+    Show { name: AgentKey, id: RecordId },
+    /// Put another text in its place, as the owner's word
+    Correct {
+        name: AgentKey,
+        id: RecordId,
+        #[arg(required = true)]
+        text: Vec<String>,
+    },
+    /// Keep it: it never goes by itself
+    Pin { name: AgentKey, id: RecordId },
+    /// Take its pin away
+    Unpin { name: AgentKey, id: RecordId },
+    /// No question finds it any more; for seven days it can be restored
+    Forget { name: AgentKey, id: RecordId },
+    /// Take a forgotten one back
+    Restore { name: AgentKey, id: RecordId },
+    /// Delete it for good, within a day on the disk too
+    Purge { name: AgentKey, id: RecordId },
+    /// What was forgotten, replaced, promoted or purged, when and why
+    Journal {
+        name: AgentKey,
+        #[arg(long, value_name = "NUMBER")]
+        before: Option<u64>,
+        #[arg(long, default_value_t = 50)]
+        limit: u32,
+    },
+    /// Read a whole memory and compare all that it says; without NAME, of all agents
+    Doctor { name: Option<AgentKey> },
+}
+
+#[derive(Subcommand)]
+pub enum Knowledge {
+    /// List collections with what they hold and who may use them
+    #[command(alias = "list")]
+    Ls,
+    /// Make a collection, or give it other limits
+    Set {
+        collection: CollectionName,
+        /// Such as 64M or 2G [default: 512M]
+        #[arg(long, value_parser = agentd_domain::human::parse_bytes)]
+        bytes: Option<u64>,
+        /// How many records [default: 500000]
+        #[arg(long)]
+        records: Option<u64>,
+    },
+    /// Remove a collection with all that is in it
+    #[command(alias = "remove")]
+    Rm { collection: CollectionName },
+    /// Let an agent read it; its agent.toml must ask for `knowledge` too
+    Grant {
+        collection: CollectionName,
+        agent: AgentKey,
+        /// And write
+        #[arg(long)]
+        write: bool,
+    },
+    /// Take it back
+    Revoke { collection: CollectionName, agent: AgentKey },
+    /// Add a text file
+    Add {
+        collection: CollectionName,
+        file: PathBuf,
+        /// [default: the file's name]
+        #[arg(long)]
+        title: Option<String>,
+    },
+    /// Remove a document with all its parts
+    RmDocument { collection: CollectionName, document: String },
+}
+
+fn tier(text: &str) -> Result<Tier, String> {
+    let all = [Tier::Working, Tier::Active, Tier::Spirit, Tier::Codegraph, Tier::Knowledge];
+    all.into_iter()
+        .find(|tier| tier.name() == text)
+        .ok_or_else(|| "write `working`, `active`, `spirit` or `knowledge`".to_owned())
+}
+
+fn standing(text: &str) -> Result<Standing, String> {
+    let all = [Standing::Live, Standing::Superseded, Standing::Forgotten];
+    all.into_iter()
+        .find(|state| state.name() == text)
+        .ok_or_else(|| "write `live`, `superseded` or `forgotten`".to_owned())
+}
+
+/// Unix milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moment(pub i64);
+
+impl std::str::FromStr for Moment {
+    type Err = String;
+    /// A day means its end.
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(moment) = text.parse::<jiff::Timestamp>() {
+            return Ok(Self(moment.as_millisecond()));
+        }
+        let day: jiff::civil::Date = text.parse().map_err(|_| {
+            format!("`{}` is no time; write 2026-11-22 or 2026-11-22T10:00:00Z", text.escape_debug())
+        })?;
+        let end = day.at(23, 59, 59, 999_000_000).to_zoned(jiff::tz::TimeZone::UTC);
+        end.map(|end| Self(end.timestamp().as_millisecond())).map_err(|error| error.to_string())
+    }
+}
+
+#[derive(Subcommand)]
 pub enum Token {
     /// The public key that tokens of the appliance are checked with
     Key,
@@ -384,6 +530,15 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn moments_are_days_or_times() {
+        assert_eq!("1970-01-01".parse(), Ok(Moment(86_399_999)));
+        assert_eq!("1970-01-01T00:00:01Z".parse(), Ok(Moment(1000)));
+        for bad in ["", "yesterday", "1970-02-30", "10:00"] {
+            assert!(bad.parse::<Moment>().is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! Tables are aligned, without lines, so that `grep` and `awk` work on them; `--json` is for programs.
 
+pub mod memory;
+
 use crate::commands::{KeyFrom, Verified};
 use agentd_domain::api::{Agent, ApplianceStatus, EngineState, LogLine, Model};
 use agentd_domain::audit::{Actor, Linked, Verdict};

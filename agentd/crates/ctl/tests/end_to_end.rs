@@ -403,6 +403,62 @@ fn small_header() -> Vec<u8> {
     bytes
 }
 
+const MEMORY: &str = "00000000-0000-7000-8000-000000000001";
+
+#[tokio::test]
+async fn a_memory_is_looked_into_and_put_right() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    let listed = scene.good(&["memory", "ls", "echo"]).await;
+    assert!(listed.contains("spirit") && listed.contains("my grandfather built a ship"), "{listed}");
+    let found = scene.good(&["memory", "search", "echo", "ship"]).await;
+    for words in ["0.875", "because", "meaning 0.750", "matched ship", "from web"] {
+        assert!(found.contains(words), "{words}: {found}");
+    }
+    let found =
+        scene.good(&["memory", "search", "echo", "built", "a", "ship", "--as-of", "2026-11-22"]).await;
+    assert!(found.contains("grandfather"), "{found}");
+    let shown = scene.good(&["memory", "show", "echo", MEMORY]).await;
+    assert!(
+        shown.contains("believed 20 of 100") && shown.contains("half of it is gone in 30 days"),
+        "{shown}"
+    );
+    let new = scene.good(&["memory", "correct", "echo", MEMORY, "my uncle built", "a boat"]).await;
+    let shown = scene.good(&["memory", "show", "echo", new.trim()]).await;
+    assert!(shown.contains("my uncle built a boat") && shown.contains(MEMORY), "{shown}");
+    for deed in ["pin", "unpin", "forget", "restore", "purge"] {
+        scene.good(&["memory", deed, "echo", new.trim()]).await;
+    }
+    let journal = scene.good(&["memory", "journal", "echo"]).await;
+    assert!(journal.contains("purged") && journal.contains("corrected"), "{journal}");
+    assert_eq!(scene.bad(2, &["memory", "pin", "echo", new.trim()], "").await.code, "not_found");
+    let doctor = scene.good(&["memory", "doctor"]).await;
+    assert!(doctor.contains("echo: whole; 2 records"), "{doctor}");
+    let listed: serde_json::Value = scene.json(&["memory", "ls", "echo", "--state", "superseded"]).await;
+    assert_eq!(listed["records"][0]["id"], MEMORY);
+}
+
+#[tokio::test]
+async fn knowledge_is_shared_by_grant() {
+    let scene = Scene::new().await;
+    scene.claim().await;
+    scene.good(&["knowledge", "set", "house", "--bytes", "64M"]).await;
+    let granted = scene.good(&["knowledge", "grant", "house", "echo", "--write"]).await;
+    assert!(granted.contains("reads and writes") && granted.contains("64 MiB"), "{granted}");
+    let folder = tempfile::tempdir().expect("a folder");
+    let (good, bad) = (folder.path().join("manual.txt"), folder.path().join("manual.pdf"));
+    fs::write(&good, "The boiler is serviced in March.").expect("written");
+    fs::write(&bad, b"%PDF\xff\xfe").expect("written");
+    let added = scene.good(&["knowledge", "add", "house", good.to_str().expect("a path")]).await;
+    assert_eq!(added, "d in 3 parts\n");
+    let refused = scene.bad(2, &["knowledge", "add", "house", bad.to_str().expect("a path")], "").await;
+    assert_eq!(refused.code, "document_not_text");
+    let listed = scene.good(&["knowledge", "rm-document", "house", "d"]).await;
+    assert!(listed.contains("house  0"), "{listed}");
+    assert!(scene.good(&["knowledge", "revoke", "house", "echo"]).await.contains("nobody"));
+    assert!(!scene.good(&["knowledge", "rm", "house"]).await.contains("house"));
+}
+
 #[tokio::test]
 async fn a_log_is_followed_until_the_reader_goes() {
     let scene = Scene::new().await;

@@ -12,8 +12,9 @@
 //! | `DELETE /agent/v1/agents/{id}` | `agents.start` | | 204, when nothing of it is left |
 //! | `POST /agent/v1/self/pain` | - | [`ReportPain`] | 204 |
 //! | `POST /agent/v1/self/progress` | - | | 204: a long piece of work goes on |
-//! | `POST /agent/v1/memory/remember` | `memory.remember` | [`Remember`] | [`Remembered`] |
-//! | `POST /agent/v1/memory/recall` | `memory.recall` | [`Recall`] | [`Recalled`] |
+//! | `POST /agent/v1/memory/remember` | `memory.remember.{tier}` | [`crate::memory_api::Told`] | [`Remembered`] |
+//! | `POST /agent/v1/memory/recall` | `memory.recall.{tier}` of each | [`Recall`] | [`Recalled`] |
+//! | `/agent/v1/memory/{working,blocks,prompt,records,journal,usage,knowledge}` | | | see [`crate::memory_api`] |
 //! | `GET /agent/v1/messages/next?wait_s=25` | `messages` | | [`Message`] or 204 |
 //! | `POST /agent/v1/messages/{id}/reply` | `messages` | one [`ReplyPart`] per line (NDJSON, chunked) | 204 |
 //! | `POST /agent/v1/calls` | `calls` | [`Call`] | [`Called`] |

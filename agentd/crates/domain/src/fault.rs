@@ -73,7 +73,7 @@ impl Report {
             (_, "forbidden") => 403,
             (_, "token_expired" | "token_foreign" | "token_revoked" | "token_stolen") => 403,
             (_, "conflict") => 409,
-            (_, "too_large" | "context_exceeds_budget") => 413,
+            (_, "too_large" | "context_exceeds_budget" | "memory_full" | "blocks_full") => 413,
             (_, "model_too_large") => 422,
             (_, "too_many_requests" | "queue_full" | "vram_budget_exceeded") => 429,
             (_, "timeout") => 504,

@@ -23,6 +23,7 @@ pub mod launcher;
 pub mod ledger;
 pub mod manifest;
 pub mod marker;
+pub mod memory_api;
 pub mod net;
 pub mod netd;
 pub mod nodes;

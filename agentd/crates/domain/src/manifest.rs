@@ -31,6 +31,9 @@ pub struct Manifest {
     /// What it may reach of the network, checked as a whole; empty is no network at all.
     pub net: Vec<Rule>,
     pub memory: Vec<(Tier, MemoryAccess)>,
+    /// What its own memories may take of the disk.
+    #[serde(default)]
+    pub store: StoreBudget,
     /// Whether the agent takes messages from people.
     pub messages: bool,
     /// Whether the agent may ask for tool calls in groups of their own.
@@ -42,6 +45,21 @@ pub struct Manifest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu: Option<GpuShare>,
     pub restart: Restart,
+}
+
+/// Of all tiers of an agent's own memory together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreBudget {
+    pub bytes: u64,
+    pub records: u64,
+}
+
+impl Default for StoreBudget {
+    /// 32 MiB for the log of its runs, 32 KiB for what is always in the prompt, 250,000 records or so in 256 MiB for
+    /// the long memory.
+    fn default() -> Self {
+        Self { bytes: 288 << 20, records: 280_000 }
+    }
 }
 
 /// How much of an accelerator.

@@ -185,6 +185,9 @@ pub mod ceiling {
     /// Times [`PIDS_MAX`] this stays below the kernel's usual `fs.file-max`.
     pub const OPEN_FILES_MAX: u32 = 65_536;
     pub const TMP_MAX_BYTES: u64 = 64 * GIB;
+    /// An agent's own memories: at about 1.5 KB a record on the disk.
+    pub const STORE_MAX_BYTES: u64 = 64 * GIB;
+    pub const STORE_MAX_RECORDS: u64 = 10_000_000;
     pub const IO_MIN_BYTES_PER_SECOND: u64 = 64 * 1024;
     /// Children of one agent at a time, and generations: a token has at most 16 blocks.
     pub const CHILDREN_MAX: u32 = 64;

@@ -74,10 +74,15 @@ pub enum Limit {
     /// Of an accelerator that its own program drives: 0 is none, [`UNLIMITED`] a whole device.
     #[serde(rename = "gpu.bytes")]
     GpuBytes,
+    /// Of its own memories on disk, all tiers together.
+    #[serde(rename = "store.bytes")]
+    StoreBytes,
+    #[serde(rename = "store.records")]
+    StoreRecords,
 }
 
 impl Limit {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::MemoryHigh,
         Self::MemoryMax,
         Self::CpuPercent,
@@ -91,6 +96,8 @@ impl Limit {
         Self::AgentsChildren,
         Self::AgentsDepth,
         Self::GpuBytes,
+        Self::StoreBytes,
+        Self::StoreRecords,
     ];
 
     pub fn name(self) -> &'static str {
@@ -108,6 +115,8 @@ impl Limit {
             Self::AgentsChildren => "agents.children",
             Self::AgentsDepth => "agents.depth",
             Self::GpuBytes => "gpu.bytes",
+            Self::StoreBytes => "store.bytes",
+            Self::StoreRecords => "store.records",
         }
     }
 
@@ -121,6 +130,7 @@ impl Limit {
             Self::IoBytes => ceiling::IO_MIN_BYTES_PER_SECOND,
             Self::DiskBytes | Self::DiskInodes | Self::TmpBytes | Self::NetBytes => 0,
             Self::AgentsChildren | Self::AgentsDepth | Self::GpuBytes => 0,
+            Self::StoreBytes | Self::StoreRecords => 0,
         }
     }
 
@@ -135,6 +145,8 @@ impl Limit {
             Self::OpenFiles => u64::from(ceiling::OPEN_FILES_MAX),
             Self::TmpBytes => ceiling::TMP_MAX_BYTES,
             Self::IoBytes | Self::NetBytes | Self::GpuBytes => UNLIMITED,
+            Self::StoreBytes => ceiling::STORE_MAX_BYTES,
+            Self::StoreRecords => ceiling::STORE_MAX_RECORDS,
             Self::AgentsChildren => u64::from(ceiling::CHILDREN_MAX),
             Self::AgentsDepth => u64::from(ceiling::DEPTH_MAX),
         }
@@ -334,6 +346,8 @@ fn api(manifest: &Manifest) -> BTreeSet<String> {
         }
         if access == MemoryAccess::ReadWrite {
             rights.extend(["memory.remember".to_owned(), format!("memory.remember.{tier}")]);
+            // Of their own, so that a part of an agent may add and take nothing away.
+            rights.extend([format!("memory.correct.{tier}"), format!("memory.forget.{tier}")]);
         }
     }
     if manifest.children.most > 0 {
@@ -371,6 +385,8 @@ fn limits(manifest: &Manifest) -> BTreeMap<Limit, u64> {
             Some(GpuShare::Bytes(bytes)) => bytes,
             Some(GpuShare::Whole) => UNLIMITED,
         },
+        Limit::StoreBytes => manifest.store.bytes,
+        Limit::StoreRecords => manifest.store.records,
     };
     Limit::ALL.into_iter().map(|limit| (limit, value(limit).clamp(limit.floor(), limit.ceiling()))).collect()
 }

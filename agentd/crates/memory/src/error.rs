@@ -109,6 +109,8 @@ pub enum Refusal {
     Untrusted { role: &'static str, kind: &'static str },
     #[error("the text came from recall")]
     Echo,
+    #[error("`{by}` is believed less than `{of}`, who said it")]
+    BelievedMore { of: &'static str, by: &'static str },
     #[error("a subject and a predicate have 1 to {most} bytes, this one has {bytes}")]
     Claim { bytes: usize, most: usize },
     #[error("a session's name has 1 to {most} bytes, this one has {bytes}")]
@@ -265,7 +267,9 @@ impl Refusal {
         let why = self.to_string();
         let what = match self {
             Self::QueryEmpty | Self::QueryTooLong { .. } | Self::K { .. } => "nothing was recalled",
-            Self::Unknown(_) | Self::NotForgotten(_) | Self::NotLive(_) => "nothing was changed",
+            Self::Unknown(_) | Self::NotForgotten(_) | Self::NotLive(_) | Self::BelievedMore { .. } => {
+                "nothing was changed"
+            }
             Self::OtherEmbedder | Self::Dimension(_) | Self::DimensionChanged { .. } => {
                 "no vector was stored"
             }
@@ -293,11 +297,9 @@ impl Refusal {
             Self::KeyReused => ("conflict", "make a new Idempotency-Key for every new request".to_owned()),
             Self::K { most, .. } => ("k_out_of_range", format!("ask for 1 to {most} hits")),
             Self::Tier(tier) => ("tier_not_kept", tier_fix(*tier).to_owned()),
-            Self::TierFull { .. } => (
-                "memory_full",
-                "the agent's memory has reached its budget; raise it in agent.toml or forget records"
-                    .to_owned(),
-            ),
+            Self::TierFull { records, bytes, budget_records, budget_bytes, .. } => {
+                ("memory_full", full_fix(*records, *bytes, *budget_records, *budget_bytes))
+            }
             Self::Unknown(_) => ("not_found", "`agentctl memory search` lists records with their ids".to_owned()),
             Self::NotForgotten(_) => ("conflict", "only a forgotten record can be restored".to_owned()),
             Self::NotLive(_) => ("conflict", "correct the record that stands now: its history names it".to_owned()),
@@ -313,6 +315,11 @@ impl Refusal {
             Self::Echo => (
                 "recalled_text",
                 "store what is new in it, with the source it came from; what was recalled is remembered already"
+                    .to_owned(),
+            ),
+            Self::BelievedMore { .. } => (
+                "untrusted_source",
+                "remember what you know beside it, with its source; the owner corrects with `agentctl memory correct`"
                     .to_owned(),
             ),
             Self::Claim { .. } | Self::Session { .. } | Self::BlockKey { .. } => {
@@ -334,6 +341,22 @@ impl Refusal {
         };
         Report::caller(code, what, why, fix)
     }
+}
+
+/// What would fit, and what makes room.
+fn full_fix(records: u64, bytes: u64, budget_records: u64, budget_bytes: u64) -> String {
+    let room = match budget_records.saturating_sub(records) {
+        0 => 0,
+        // What a record has besides its text, with the name of its run.
+        _ => budget_bytes.saturating_sub(bytes).saturating_sub(crate::record::HEAD_BYTES as u64 + 38),
+    };
+    let fits = match room {
+        0 => "no further record fits".to_owned(),
+        room => format!("a text of at most {room} bytes fits"),
+    };
+    format!(
+        "{fits}; purge or unpin records, or raise the budget (`bytes` and `records` below `[memory]` in agent.toml; of a collection with `agentctl knowledge set`)"
+    )
 }
 
 fn tier_fix(tier: Tier) -> &'static str {

@@ -88,6 +88,18 @@ pub(crate) fn destroy_others(store: &Path, live: Uuid) -> io::Result<usize> {
     Ok(destroyed)
 }
 
+/// Removes a store that nobody has open: its keys first, so that what is left of it opens no more.
+pub fn remove_store(store: &Path) -> io::Result<()> {
+    for (_, path) in keys(store)? {
+        destroy(&path)?;
+    }
+    match std::fs::remove_file(store) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    sync_directory(store)
+}
+
 fn destroy(path: &Path) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).open(path)?;
     let mut zeros = vec![0u8; usize::try_from(file.metadata()?.len()).unwrap_or(0).max(FILE_BYTES)];

@@ -101,6 +101,7 @@ mod write;
 pub use check::Checked;
 pub use error::{Damage, OpenError, Refusal, RefusedVector, StoreError};
 pub use journal::{Deed, Entry, Why};
+pub use key::remove_store;
 pub use life::{Life, State};
 pub use plan::{At, Budget, Budgets, Detail, Duplicates};
 pub use pool::{Lease, Limits, Pool, PoolUse};

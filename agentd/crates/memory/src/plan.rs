@@ -88,6 +88,28 @@ impl Budgets {
         Self { block_bytes: 0, ..Self::new([(Tier::Knowledge, Budget { records: u64::MAX, bytes })]) }
     }
 
+    /// An agent's own store within so many bytes and records of all tiers together. The log gets an eighth, what is
+    /// always in the prompt a sixty-fourth, each at most what [`Budgets::agent`] has; the long memory has the rest.
+    pub fn agent_within(bytes: u64, records: u64) -> Self {
+        let usual = Self::agent();
+        let most = |tier| usual.of(tier).map_or(0, |budget| budget.bytes);
+        let block_bytes = usual.block_bytes.min(bytes / 64);
+        let working = Budget { records: records / 8, bytes: most(Tier::Working).min(bytes / 8) };
+        let spirit =
+            Budget { records: records - working.records, bytes: bytes - working.bytes - block_bytes };
+        Self { block_bytes, ..Self::new([(Tier::Working, working), (Tier::Spirit, spirit)]) }
+    }
+
+    /// One shared collection within so many bytes and records.
+    pub fn knowledge_within(bytes: u64, records: u64) -> Self {
+        Self { block_bytes: 0, ..Self::new([(Tier::Knowledge, Budget { records, bytes })]) }
+    }
+
+    /// None: the tier is not kept.
+    pub fn budget(&self, tier: Tier) -> Option<Budget> {
+        self.tiers.get(&tier).copied()
+    }
+
     pub(crate) fn of(&self, tier: Tier) -> Result<Budget, Refusal> {
         self.tiers.get(&tier).copied().ok_or(Refusal::Tier(tier))
     }

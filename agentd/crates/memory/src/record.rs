@@ -14,7 +14,7 @@ use uuid::Uuid;
 pub(crate) const RECORD_VERSION: u8 = 2;
 
 /// version, which texts there are, number of evidence; id; owner; what it supersedes. Then the texts.
-const HEAD_BYTES: usize = 1 + 1 + 1 + 16 + 16 + 16;
+pub(crate) const HEAD_BYTES: usize = 1 + 1 + 1 + 16 + 16 + 16;
 
 const REFERENCE: u8 = 1;
 const SESSION: u8 = 2;

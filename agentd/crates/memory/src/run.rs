@@ -237,8 +237,20 @@ impl Store {
         embedding: Option<Embedding>,
         now_unix_ms: i64,
     ) -> Result<Remembered, StoreError> {
+        self.correct_as(SourceKind::User, id, text, embedding, now_unix_ms)
+    }
+
+    /// The same as somebody else's word, which must be believed no less than whose text it is.
+    pub fn correct_as(
+        &self,
+        source: SourceKind,
+        id: RecordId,
+        text: String,
+        embedding: Option<Embedding>,
+        now_unix_ms: i64,
+    ) -> Result<Remembered, StoreError> {
         plan::check_text(&text)?;
-        let work = CorrectWork { id, text, now_unix_ms, embedding };
+        let work = CorrectWork { id, text, source, now_unix_ms, embedding };
         self.submit(work.text.len(), move |batch| batch.correct(&work))
     }
 
@@ -257,6 +269,16 @@ impl Store {
     /// A run is over: what of its log is worth keeping goes to the long memory; the log goes a day later.
     pub fn end_session(&self, end: SessionEnd) -> Result<SessionEnded, StoreError> {
         self.submit(0, move |batch| batch.end_session(&end))
+    }
+
+    /// Ends every session but this one: of runs whose end nobody told. Says how many there were.
+    pub fn end_sessions_but(&self, current: Option<String>, now_unix_ms: i64) -> Result<u64, StoreError> {
+        self.submit(0, move |batch| batch.end_sessions_but(current.as_deref(), now_unix_ms))
+    }
+
+    /// What the store may hold.
+    pub fn budgets(&self) -> &Budgets {
+        &self.shared.budgets
     }
 
     /// What time has come for. Call it every hour or so, and again at once while it says `more`.

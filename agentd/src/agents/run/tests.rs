@@ -217,7 +217,14 @@ impl Scene {
             },
             std::future::pending(),
         );
-        let memories = Memories::start(folder.path().to_owned(), db.owner(), engine.clone());
+        let memories = Memories::start(
+            crate::memory::Folders {
+                agents: folder.path().to_owned(),
+                knowledge: folder.path().join("knowledge"),
+            },
+            db.clone(),
+            engine.clone(),
+        );
         let (audit, inbox) = (Audit::default(), Inbox::new(db.clone()));
         let logs = Logs::start(folder.path().join("logs")).expect("started");
         let children = Children::new(children::Links {

@@ -169,6 +169,8 @@ fn rights_follow_the_manifest_and_nothing_else() {
             "[model]\nuse = \"default\"\n[messages]\naccept = true\n[memory]\nactive = \"rw\"\nspirit = \"r\"\n"
         ),
         [
+            "memory.correct.active",
+            "memory.forget.active",
             "memory.recall",
             "memory.recall.active",
             "memory.recall.spirit",

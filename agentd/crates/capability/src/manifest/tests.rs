@@ -80,6 +80,7 @@ fn every_key_is_read() {
                 (Tier::Spirit, MemoryAccess::ReadWrite),
                 (Tier::Knowledge, MemoryAccess::Read),
             ],
+            store: agentd_domain::manifest::StoreBudget::default(),
             messages: true,
             calls: true,
             children: agentd_domain::manifest::Children { most: 4, depth: 2 },
@@ -96,6 +97,28 @@ fn the_manifest_in_the_readme_is_one() {
     let (text, _) = rest.split_once("```").unwrap();
     let manifest = parse_manifest(text).unwrap();
     assert!(manifest.calls && manifest.messages && manifest.net.len() == 1, "{manifest:?}");
+}
+
+#[test]
+fn what_memories_may_take_is_a_size_and_a_number() {
+    let of = |rest: &str| {
+        parse_manifest(&format!(
+            "[agent]\nname = \"a\"\nexec = [\"/agent/run\"]\n[memory]\nspirit = \"rw\"\n{rest}"
+        ))
+    };
+    let store = of("bytes = \"64M\"\nrecords = 1000\n").unwrap().store;
+    assert_eq!((store.bytes, store.records), (64 << 20, 1000));
+    assert_eq!(of("").unwrap().store, agentd_domain::manifest::StoreBudget::default());
+    for bad in [
+        "bytes = 64",
+        "bytes = \"0\"",
+        "records = 0",
+        "records = \"many\"",
+        "bytes = \"65G\"",
+        "byte = \"1M\"",
+    ] {
+        assert!(of(&format!("{bad}\n")).is_err(), "{bad}");
+    }
 }
 
 #[test]

@@ -363,6 +363,8 @@ fn limit_given(plan: &SandboxPlan, rights: &Rights, limit: Limit, value: u64) ->
         },
         // No wall: agentd counts children when one is to be started.
         Limit::AgentsChildren | Limit::AgentsDepth => return value <= rights.limit(limit),
+        // No wall: agentd opens the agent's store with it.
+        Limit::StoreBytes | Limit::StoreRecords => return value <= rights.limit(limit),
     };
     value <= most
 }

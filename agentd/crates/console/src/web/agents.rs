@@ -89,7 +89,10 @@ pub fn agent(agent: &Agent, shown: &Shown<'_>, health: Health) -> Markup {
                     h1 { (agent.name) }
                     p.dim { (agent.description) }
                 }
-                div #state .actions data-live { (state_pill(agent.state)) (controls(agent)) }
+                div.actions {
+                    a href={ "/agents/" (agent.name) "/memory" } { "Memory" }
+                    div #state .actions data-live { (state_pill(agent.state)) (controls(agent)) }
+                }
             }
             div #agent-problem data-live { @if let Some(report) = &agent.problem { (problem(report)) } }
             div.grid {

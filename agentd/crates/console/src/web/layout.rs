@@ -10,6 +10,7 @@ use maud::{DOCTYPE, Markup, html};
 pub enum Section {
     Overview,
     Agents,
+    Knowledge,
     Models,
     Devices,
     Audit,
@@ -20,6 +21,7 @@ pub fn page(title: &str, section: Section, health: Health, main: &Markup) -> Mar
     let sections = [
         (Section::Overview, "/", "Overview"),
         (Section::Agents, "/agents", "Agents"),
+        (Section::Knowledge, "/knowledge", "Knowledge"),
         (Section::Models, "/models", "Models"),
         (Section::Devices, "/devices", "Devices"),
         (Section::Audit, "/audit", "Audit"),

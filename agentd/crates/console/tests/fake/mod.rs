@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "each test program uses its own part")]
 
 mod devices;
+mod memory;
 mod models;
 
 use agentd_console::{Appliance, AuditQuery, Flow, Follow, LogQuery, Pending, Residence, StateFiles, Upload};
@@ -19,6 +20,7 @@ use agentd_domain::initctl::{Clock, Health};
 use agentd_domain::launcher::{ExitCause, ExitRecord};
 use agentd_domain::ledger::*;
 use agentd_domain::manifest::Limits;
+use agentd_domain::memory_api;
 use agentd_domain::net::rule::SecretName;
 use agentd_domain::plan::*;
 use agentd_domain::rights::Rights;
@@ -49,6 +51,7 @@ struct Inner {
     audit: Vec<u8>,
     secrets: Vec<SecretInfo>,
     devices: Devices,
+    memory: memory::Memory,
 }
 
 pub const NOW_UNIX_MS: i64 = 1_795_176_243_000;
@@ -75,6 +78,7 @@ impl Default for Fake {
                 audit,
                 secrets: Vec::new(),
                 devices: devices(),
+                memory: memory::Memory::default(),
             }),
             log: tokio::sync::broadcast::channel(64).0,
         }
@@ -372,6 +376,17 @@ impl Appliance for Fake {
         self.note(format!("assign {agent} to {to}"));
         let found = self.find(&agent, |_| ());
         ready(found.map(|()| self.inner.lock().expect("lock").devices.clone()))
+    }
+
+    fn memory(&self, agent: AgentKey, order: memory_api::Order) -> Pending<'_, memory_api::Outcome> {
+        self.note(format!("{} of {agent} {}", order.action(), order.about()));
+        let found = self.find(&agent, |_| ());
+        ready(found.and_then(|()| self.inner.lock().expect("lock").memory.carry_out(order)))
+    }
+
+    fn knowledge(&self, order: memory_api::KnowledgeOrder) -> Pending<'_, memory_api::KnowledgeOutcome> {
+        self.note(format!("{} {}", order.action(), order.about()));
+        ready(self.inner.lock().expect("lock").memory.share(order))
     }
 
     fn grant_device(&self, agent: AgentKey, device: Option<String>) -> Pending<'_, Devices> {

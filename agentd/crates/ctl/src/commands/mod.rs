@@ -5,6 +5,7 @@ mod audit;
 mod chat;
 mod entry;
 mod gpu;
+mod memory;
 mod models;
 mod plan;
 mod secrets;
@@ -58,6 +59,8 @@ async fn dispatch(cli: Cli) -> Outcome {
         Command::Chat { name, text } => chat::run(&session, &name, text).await?,
         Command::Model(command) => models::run(&session, command).await?,
         Command::Gpu(command) => gpu::run(&session, command).await?,
+        Command::Memory(command) => memory::run(&session, command).await?,
+        Command::Knowledge(command) => memory::knowledge(&session, command).await?,
         Command::Token(command) => token::run(&session, command).await?,
         Command::Secret(command) => secrets::run(&session, command).await?,
         Command::Audit(command) => audit::run(&session, command).await?,

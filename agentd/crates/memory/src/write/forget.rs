@@ -51,6 +51,8 @@ pub struct RolledBack {
 pub(crate) struct CorrectWork {
     pub(crate) id: RecordId,
     pub(crate) text: String,
+    /// Whose word it is.
+    pub(crate) source: SourceKind,
     pub(crate) now_unix_ms: i64,
     pub(crate) embedding: Option<Embedding>,
 }
@@ -113,12 +115,16 @@ impl Batch<'_> {
         self.journal(now, deed, Why::Asked, life.tier, id, None, 0.0)
     }
 
-    /// Another text in a record's place, told by the user. The old one stays for questions about then.
+    /// Another text in a record's place. The old one stays for questions about then.
     pub(crate) fn correct(&mut self, work: &CorrectWork) -> Result<Remembered, StoreError> {
         let now = work.now_unix_ms;
         let (old, life) = self.known(work.id)?;
         if life.state != State::Live {
             return Err(Refusal::NotLive(work.id).into());
+        }
+        let trust = trust::of(work.source);
+        if trust < life.trust {
+            return Err(Refusal::BelievedMore { of: life.source.name(), by: work.source.name() }.into());
         }
         let before = self.record(old)?;
         let record = Record {
@@ -134,11 +140,15 @@ impl Batch<'_> {
         self.counters.next_seq += 1;
         let corrected = Life {
             state: State::Live,
-            source: SourceKind::User,
-            trust: trust::of(SourceKind::User),
+            source: work.source,
+            trust,
             uses: 0,
             strength: decay::FIRST_STRENGTH,
-            half_life_days: f32::INFINITY,
+            // What a person put right stays.
+            half_life_days: match work.source {
+                SourceKind::User => f32::INFINITY,
+                _ => life.half_life_days,
+            },
             recorded_unix_ms: now,
             valid_from_unix_ms: now.max(life.valid_from_unix_ms),
             valid_to_unix_ms: OPEN_END,

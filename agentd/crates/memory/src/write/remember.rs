@@ -8,7 +8,7 @@ use crate::error::{Refusal, StoreError};
 use crate::forget::{decay, duplicate, supersede, trust};
 use crate::journal::{Deed, Entry, Why};
 use crate::life::{Life, OPEN_END, State};
-use crate::plan::{self, Checked, Duplicates};
+use crate::plan::{self, Checked, Detail, Duplicates};
 use crate::postings;
 use crate::record::{Claim, Record};
 use crate::seal::{Hashed, Mark, Row};
@@ -136,6 +136,8 @@ impl Batch<'_> {
     }
 
     fn request_mark(&self, told: &Checked) -> Mark {
+        // A request that is sent again after its run ended is the same request: the session is its host's word.
+        let detail = Detail { session: None, ..told.detail.clone() };
         let what = format!(
             "{:?}\0{}\0{}\0{:?}\0{:?}\0{:?}\0{:?}\0{}",
             told.tier,
@@ -144,7 +146,7 @@ impl Batch<'_> {
             told.reference,
             told.event_unix_ms,
             told.claim,
-            told.detail,
+            detail,
             told.text
         );
         self.ground.seal.mark(Hashed::Request, what.as_bytes())

@@ -44,9 +44,32 @@ const COMPARED: usize = 32;
 
 impl Batch<'_> {
     pub(crate) fn end_session(&mut self, end: &SessionEnd) -> Result<SessionEnded, StoreError> {
+        let session = self.session_of(&end.session);
+        self.end(session, end)
+    }
+
+    /// Ends all sessions but this one: of runs whose end nobody told, because power or agentd went first. Says how
+    /// many.
+    pub(crate) fn end_sessions_but(&mut self, current: Option<&str>, now: i64) -> Result<u64, StoreError> {
+        let current = current.map(|session| self.session_of(session));
+        let mut open = Vec::new();
+        for row in self.session.iter()? {
+            let (session, row) = row?;
+            if row.value().1 == 0 && Some(session.value()) != current {
+                open.push(session.value());
+            }
+        }
+        let end = SessionEnd { session: String::new(), ended_unix_ms: now, embeddings: Vec::new() };
+        for session in &open {
+            // Documents' parts are a session too; nothing of theirs is in a log.
+            self.end(*session, &end)?;
+        }
+        Ok(open.len() as u64)
+    }
+
+    fn end(&mut self, session: u64, end: &SessionEnd) -> Result<SessionEnded, StoreError> {
         let now = end.ended_unix_ms;
         self.told_at(now);
-        let session = self.session_of(&end.session);
         let (next, ended) = self.session.get(session)?.map_or((0, 0), |row| row.value());
         if ended != 0 {
             // Told twice: what there was to keep was kept.
