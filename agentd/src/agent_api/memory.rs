@@ -379,4 +379,6 @@ fn not_written(error: NotWritten) -> Response {
 }
 
 #[cfg(test)]
+mod isolation;
+#[cfg(test)]
 mod tests;

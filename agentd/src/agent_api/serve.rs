@@ -68,7 +68,12 @@ fn watched(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::with_interest(pidfd, tokio::io::Interest::READABLE)
 }
 
-fn serve_both(tcp: OwnedFd, unix: OwnedFd, caller: Caller, over: &CancellationToken) -> io::Result<()> {
+pub(super) fn serve_both(
+    tcp: OwnedFd,
+    unix: OwnedFd,
+    caller: Caller,
+    over: &CancellationToken,
+) -> io::Result<()> {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MOST));
     let tcp = std::net::TcpListener::from(tcp);
     tcp.set_nonblocking(true)?;

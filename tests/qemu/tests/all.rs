@@ -22,6 +22,8 @@ mod first_day;
 mod health;
 #[path = "suite/kselftest.rs"]
 mod kselftest;
+#[path = "suite/memory.rs"]
+mod memory;
 #[path = "suite/network.rs"]
 mod network;
 #[path = "suite/packages.rs"]

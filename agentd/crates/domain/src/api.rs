@@ -32,6 +32,7 @@
 //! | `PUT`, `DELETE /api/v1/models/{name}/pin` | session | | [`Model`] |
 //! | `POST /api/v1/models/{name}/pull` | session | [`PullModel`] | NDJSON of [`PullPart`] |
 //! | devices, partitions, plans of models | session | | see [`crate::ledger`] |
+//! | memories of an agent, shared knowledge | session | | see [`crate::memory_api`] |
 //! | `GET`, `POST /api/v1/secrets`, `DELETE /api/v1/secrets/{name}` | session | | see [`crate::secret`] |
 //! | `GET /api/v1/audit?after=0&limit=200&agent=NAME` | session | | NDJSON of [`crate::audit::Linked`] and [`crate::audit::SignedHead`]; without `after` the newest |
 //! | `GET /api/v1/audit/head` | session | | [`crate::audit::SignedHead`] |

@@ -13,6 +13,8 @@
 //! | `agent.install`, `.start`, `.stop`, `.remove` | owner | | the agent's name, or the code of the refusal |
 //! | `model.add`, `.pull`, `.remove`, `.pin`, `.unpin`, `machine.reboot`, `.poweroff` | owner | | the model's name, or the code |
 //! | `claim`, `sign_in` | owner or stranger | | the peer's address, the code of the refusal |
+//! | `memory.read`, `.search`, `.correct`, `.pin`, `.forget`, `.restore`, `.purge`, `.block`, `.check` | owner | | the agent and the record's id, the code of the refusal; no word of it |
+//! | `knowledge.read`, `.set`, `.remove`, `.grant`, `.revoke`, `.write` | owner | | the collection, and whom it is for |
 //! | `secret.set`, `secret.remove` | owner | | the secret's name and whom it is for |
 //! | `net.connect`, `.request`, `.resolve`, `.end` | agent | `net` and the rule | door and destination; why not |
 //! | `session` | stranger | | the same, of a request that had no session or one that is none |

@@ -23,14 +23,14 @@ fn all_rights() -> Vec<String> {
     TIERS.iter().flat_map(|tier| deeds.map(|deed| format!("memory.{deed}.{tier}"))).collect()
 }
 
-async fn scene() -> Scene {
+pub(super) async fn scene() -> Scene {
     let rights = all_rights();
     let rights: Vec<&str> = rights.iter().map(String::as_str).collect();
     Scene::new(&rights).await
 }
 
 /// Another run, of this agent or of another, in the same agentd.
-fn other(scene: &Scene, agent: u128, run: u128) -> Caller {
+pub(super) fn other(scene: &Scene, agent: u128, run: u128) -> Caller {
     let agent = AgentId(Uuid::from_u128(agent));
     std::fs::create_dir_all(scene.folder.path().join(agent.to_string())).expect("made");
     let rights = scene.caller.held.rights.clone();
@@ -450,12 +450,12 @@ async fn a_token_s_budget_is_kept_and_says_what_would_fit() {
     within(&get(caller, "usage").await);
 }
 
-async fn made(scene: &Scene, name: &str, quota: Quota) {
+pub(super) async fn made(scene: &Scene, name: &str, quota: Quota) {
     let memories = &scene.caller.services.memories;
     memories.set_collection(name.parse().expect("a name"), quota).await.expect("made");
 }
 
-async fn grant(caller: &Caller, name: &str, access: Option<Access>) {
+pub(super) async fn grant(caller: &Caller, name: &str, access: Option<Access>) {
     let memories = &caller.services.memories;
     memories.grant(name.parse().expect("a name"), caller.agent, access).await.expect("granted");
 }

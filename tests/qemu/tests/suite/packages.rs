@@ -31,6 +31,17 @@ pub fn visitor(below: &Path) -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// A folder with an agent that has all tiers of memory.
+pub fn keeper(below: &Path) -> Result<PathBuf> {
+    let folder = below.join("keeper");
+    std::fs::create_dir_all(folder.join("bin"))?;
+    std::fs::copy(env!("CARGO_BIN_EXE_keeper"), folder.join("bin/keeper"))?;
+    let manifest = "[agent]\nname = \"keeper\"\nexec = [\"/agent/bin/keeper\"]\n\n[memory]\nworking = \"rw\"\n\
+                    active = \"rw\"\nspirit = \"rw\"\nknowledge = \"rw\"\nbytes = \"32M\"\nrecords = 10000\n";
+    std::fs::write(folder.join("agent.toml"), manifest)?;
+    Ok(folder)
+}
+
 /// A folder with an agent that starts children, two at most and without children of their own.
 pub fn family(below: &Path) -> Result<PathBuf> {
     let folder = below.join("family");
