@@ -4,8 +4,8 @@
 //! own (a request that had to step aside) or a cached beginning that nobody works on. The bytes are elsewhere
 //! ([`crate::swap`]); this only decides what is kept.
 //!
-//! True:  each tier holds at most what it was given; a cached beginning goes before a request's own part, the one
-//!        used longest ago first.
+//! True:  each tier holds at most what it was given; a cached beginning goes before a request's own part; first the one
+//!        that is nearly all in another, as a conversation's turn is in the next, then the one used longest ago.
 
 use crate::radix::{Domain, common};
 use std::collections::BTreeMap;
@@ -30,6 +30,9 @@ pub(crate) struct Shelves {
 const HEADER_BYTES: u64 = 16 * 1024;
 /// Less is computed again sooner than it is looked up.
 const WORTH_LOADING_TOKENS: u32 = 32;
+
+/// A blob may go for another that holds it but for this part: a turn's answer and marks, which differ in the next.
+const SPARED_OF: u32 = 8;
 
 #[derive(Debug)]
 pub(crate) struct Shelf {
@@ -149,6 +152,19 @@ impl Shelf {
         })
     }
 
+    /// Would little have to be computed again if this one were gone?
+    fn is_in_another(&self, id: BlobId) -> bool {
+        let Some(blob) = self.blobs.get(&id) else { return false };
+        let Some((domain, tokens)) = &blob.cached else { return false };
+        let needed = blob.upto - (blob.upto - blob.from) / SPARED_OF;
+        let holds = |(other_id, other): (&BlobId, &Blob)| {
+            let Some((its_domain, its_tokens)) = &other.cached else { return false };
+            let same = *other_id != id && its_domain == domain && other.from <= blob.from;
+            same && (common(its_tokens, tokens) as u32).min(other.upto) >= needed
+        };
+        self.blobs.iter().any(holds)
+    }
+
     fn make_room(&mut self, tier: Tier, bytes: u64, dropped: &mut Vec<BlobId>) -> bool {
         let limit = match tier {
             Tier::Memory => self.shelves.memory_bytes,
@@ -163,13 +179,14 @@ impl Shelf {
         let mut used: u64 = self.blobs.values().filter(here).map(|blob| blob.bytes).sum();
         while used + bytes > limit {
             let cached = self.blobs.iter().filter(|(_, blob)| blob.tier == tier && blob.cached.is_some());
-            let Some(oldest) = cached.min_by_key(|(_, blob)| blob.used).map(|(id, _)| *id) else {
-                return false;
-            };
-            if let Some(blob) = self.blobs.remove(&oldest) {
+            let mut cached: Vec<(u64, BlobId)> = cached.map(|(id, blob)| (blob.used, *id)).collect();
+            cached.sort_unstable();
+            let Some((_, oldest)) = cached.first().copied() else { return false };
+            let spare = cached.iter().map(|(_, id)| *id).find(|id| self.is_in_another(*id)).unwrap_or(oldest);
+            if let Some(blob) = self.blobs.remove(&spare) {
                 used -= blob.bytes;
             }
-            dropped.push(oldest);
+            dropped.push(spare);
         }
         true
     }
@@ -210,6 +227,30 @@ mod tests {
         assert_eq!(shelf.put((50, 150), None, &mut dropped), None);
         assert!(shelf.has(own) && shelf.remove(own) && !shelf.has(own));
         assert!(shelf.used().0 <= shelf.shelves.memory_bytes);
+    }
+
+    /// A turn of a conversation is nearly all in the next: it goes before what another agent comes back for.
+    #[test]
+    fn what_is_in_another_goes_first() {
+        let (mut shelf, here) = (shelf(330, 0), Domain::from("a"));
+        let mut dropped = Vec::new();
+        let other = shelf.put((0, 100), Some((here.clone(), vec![-1; 100])), &mut dropped).unwrap().0;
+        let turn: Vec<i32> = text(90).into_iter().chain([-5; 10]).collect();
+        let turn = shelf.put((0, 100), Some((here.clone(), turn)), &mut dropped).unwrap().0;
+        shelf.touch(turn);
+        let next = shelf.put((0, 110), Some((here.clone(), text(110))), &mut dropped).unwrap().0;
+        assert!(dropped.is_empty());
+        let third = shelf.put((0, 80), Some((here.clone(), vec![-2; 80])), &mut dropped).unwrap().0;
+        assert_eq!(dropped, [turn], "though it was used last");
+        // A domain's cache is nobody else's, and what is only half in another is worth keeping.
+        let elsewhere = Some((Domain::from("b"), text(110)));
+        shelf.put((0, 110), elsewhere, &mut dropped).unwrap();
+        assert_eq!(dropped, [turn, other]);
+        shelf
+            .put((0, 60), Some((here, text(55).into_iter().chain([-3; 5]).collect())), &mut dropped)
+            .unwrap();
+        assert_eq!(dropped, [turn, other, next]);
+        assert!(shelf.has(third));
     }
 
     #[test]
