@@ -177,6 +177,7 @@ impl Machine {
         problems.extend(gpus.iter().filter_map(GpuReadings::problem));
         let mut status = ApplianceStatus {
             version: crate::VERSION.to_owned(),
+            variant: String::new(),
             slot: "unknown".to_owned(),
             uptime_ms: clock::boot_ms(),
             health: self.board.health(),
@@ -197,6 +198,7 @@ impl Machine {
         };
         if let Some(system) = system {
             status.version = system.version;
+            status.variant = system.variant;
             status.slot = system.slot;
             status.health = worse(status.health, system.health);
             for problem in system.problems {
@@ -222,6 +224,7 @@ impl Machine {
                 Ok(status) => {
                     let ready = EngineState::Ready {
                         backend: status.backend,
+                        backends: status.backends,
                         models: status.models,
                         rss_bytes: status.rss_bytes,
                         private_bytes: readings::engines_private_bytes(&self.places.cgroup_root),

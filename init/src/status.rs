@@ -30,6 +30,8 @@ const AGENTD_SILENT_MS: u64 = 200_000;
 #[derive(Debug, Default)]
 pub struct Facts {
     pub version: String,
+    /// Of the image, as its release file says.
+    pub variant: String,
     /// `a`, `b`, `direct` or `rescue`.
     pub slot: String,
     pub command_line: String,
@@ -116,6 +118,7 @@ pub fn of(machine: &mut Machine) -> SystemStatus {
     let facts = &machine.facts;
     SystemStatus {
         version: facts.version.clone(),
+        variant: facts.variant.clone(),
         slot: facts.slot.clone(),
         uptime_ms: now_ms,
         health,

@@ -145,6 +145,7 @@ fn answer(request: Request, seen: &mut Seen) -> std::io::Result<Vec<Event>> {
             gpus: Vec::new(),
             models: seen.loaded.clone(),
             backend: "fake".to_owned(),
+            backends: Vec::new(),
             running_sequences: 0,
             waiting_requests: 0,
             rss_bytes: 1,

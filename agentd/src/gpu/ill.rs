@@ -259,6 +259,7 @@ pub(super) mod tests {
             devices: vec![device],
             models: Vec::new(),
             backend: String::new(),
+            backends: Vec::new(),
             running_sequences: 0,
             waiting_requests: 0,
             rss_bytes: 1,

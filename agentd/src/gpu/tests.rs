@@ -94,6 +94,7 @@ fn status(on: &[Device], rss_bytes: u64) -> EngineStatus {
         devices: on.to_vec(),
         models: Vec::new(),
         backend: String::new(),
+        backends: Vec::new(),
         running_sequences: 0,
         waiting_requests: 0,
         rss_bytes,
@@ -307,7 +308,11 @@ fn the_configuration_puts_agents_into_partitions_now_and_when_they_come() {
     let (chat, own) = ("chat".parse().expect("a name"), "own".parse().expect("a name"));
     let name = |text: &str| text.parse::<AgentName>().expect("a name");
     let agents = [(name("writer"), PartitionId::clone(&chat)), (name("mail"), PartitionId::clone(&chat))];
-    let written = || Configured { partitions: vec![partition("chat", 500)], agents: agents.clone().into() };
+    let written = || Configured {
+        partitions: vec![partition("chat", 500)],
+        agents: agents.clone().into(),
+        ..Configured::default()
+    };
     let scene = scene.again_with(written());
     scene.may_load(&scene.model("m", 100), &[]).expect("it fits");
     let of = |scene: &Scene, number| scene.gpu.standing(agent(number), "m").partition;

@@ -126,6 +126,7 @@ pub fn mount_file_systems(machine: &mut Machine) -> Outcome {
     facts.command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default().trim().to_owned();
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     facts.version = release_value(&release, "VERSION_ID").unwrap_or_else(|| "unknown".to_owned());
+    facts.variant = release_value(&release, "VARIANT_ID").unwrap_or_default();
     facts.build_ms =
         release_value(&release, "AGENTD_BUILD_UNIX_S").and_then(|s| s.parse::<u64>().ok()).unwrap_or(0)
             * 1000;

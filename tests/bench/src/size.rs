@@ -186,6 +186,7 @@ mod tests {
         let backend = "cpu".to_owned();
         let engine = |private_bytes| EngineState::Ready {
             backend: backend.clone(),
+            backends: vec![],
             models: vec![],
             rss_bytes: 1 << 30,
             private_bytes,

@@ -51,6 +51,7 @@ pub fn status(status: &ApplianceStatus) -> String {
     let known = |bytes: u64| if bytes == 0 { "unknown".to_owned() } else { human::bytes(bytes) };
     let mut text = pairs(&[
         ("version", status.version.clone()),
+        ("variant", if status.variant.is_empty() { "unknown".to_owned() } else { status.variant.clone() }),
         ("slot", status.slot.clone()),
         ("health", colour(status.health).to_owned()),
         ("up for", human::span_ms(status.uptime_ms)),
@@ -67,6 +68,11 @@ pub fn status(status: &ApplianceStatus) -> String {
     for device in &status.devices {
         let free = human::bytes(device.memory_free_bytes);
         let _ = writeln!(text, "device     {} {}, {free} free", device.name, device.description);
+    }
+    if let EngineState::Ready { backends, .. } = &status.engine {
+        for back_end in backends {
+            let _ = writeln!(text, "back end   {}", back_end.line());
+        }
     }
     for gpu in &status.gpus {
         let name = gpu.name.as_deref().unwrap_or("GPU");

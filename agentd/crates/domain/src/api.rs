@@ -42,7 +42,7 @@
 //! shown as `Authorization: Bearer <token>`, or as the web console's cookie.
 
 use crate::device::Region;
-use crate::engine::{Device, GpuReadings, LoadedModel};
+use crate::engine::{BackEnd, Device, GpuReadings, LoadedModel};
 use crate::fault::Report;
 use crate::human;
 use crate::ids::{AgentId, AgentName, OwnerId, RunId};
@@ -157,6 +157,9 @@ pub struct Session {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ApplianceStatus {
     pub version: String,
+    /// Of the image: `base`, `vulkan`, `nvidia`. Empty where init did not say.
+    #[serde(default)]
+    pub variant: String,
     pub slot: String,
     pub uptime_ms: u64,
     pub health: Health,
@@ -187,6 +190,9 @@ pub struct ApplianceStatus {
 pub enum EngineState {
     Ready {
         backend: String,
+        /// Of the engine's package, with those that this machine has no driver for.
+        #[serde(default)]
+        backends: Vec<BackEnd>,
         models: Vec<LoadedModel>,
         /// Of the engine's process, with the pages of model files that it has read.
         rss_bytes: u64,

@@ -345,6 +345,9 @@ pub struct EngineStatus {
     pub models: Vec<LoadedModel>,
     /// The CPU back end that was chosen, for example `libggml-cpu-icelake.so`.
     pub backend: String,
+    /// Every kind of back end that the package brings.
+    #[serde(default)]
+    pub backends: Vec<BackEnd>,
     pub running_sequences: u32,
     pub waiting_requests: u32,
     pub rss_bytes: u64,
@@ -357,6 +360,34 @@ pub struct EngineStatus {
     /// Of each chat model.
     #[serde(default)]
     pub usage: Vec<ModelUsage>,
+}
+
+/// One kind of back end of an engine's package: `cpu`, `cuda`, `vulkan`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct BackEnd {
+    pub name: String,
+    /// The one of its files that was loaded, or would have been.
+    pub file: String,
+    pub loaded: bool,
+    pub devices: u32,
+    /// Why it is of no use here. That is a normal state of a machine without such a device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+impl BackEnd {
+    pub fn is_of_use(&self) -> bool {
+        self.loaded && self.devices > 0
+    }
+
+    /// `cuda: libcuda.so.1 is not on this machine`.
+    pub fn line(&self) -> String {
+        match (&self.why, self.devices) {
+            (Some(why), _) => format!("{}: {why}", self.name),
+            (None, 1) => format!("{}: one device", self.name),
+            (None, devices) => format!("{}: {devices} devices", self.name),
+        }
+    }
 }
 
 /// How one chat model's KV cache is used, and what was done since it was loaded.

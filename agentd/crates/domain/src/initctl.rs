@@ -75,6 +75,9 @@ pub enum Health {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SystemStatus {
     pub version: String,
+    /// Of the image: `base`, `vulkan`, `nvidia`. Empty in the answer of an older init.
+    #[serde(default)]
+    pub variant: String,
     /// `a`, `b`, `direct` or `rescue`.
     pub slot: String,
     pub uptime_ms: u64,

@@ -8,7 +8,7 @@ use crate::ggml;
 use crate::nodes;
 use crate::nvml::Nvidia;
 use agentd_domain::device::DeviceAction;
-use agentd_domain::engine::{Device, GpuReadings};
+use agentd_domain::engine::{BackEnd, Device, GpuReadings};
 use llama_cpp_2::LlamaBackendDeviceType;
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -22,16 +22,16 @@ pub(crate) struct Devices {
     addresses: Vec<Option<String>>,
     /// What was listed last: a back end that is asked for the memory of a lost device ends the process.
     listed: Mutex<Vec<Device>>,
-    /// File name of the CPU back end in use.
-    pub(crate) cpu_backend: String,
+    /// What was loaded, and what not.
+    pub(crate) backends: Vec<BackEnd>,
 }
 
 impl Devices {
     /// Call after the back ends are loaded.
-    pub(crate) fn probe(nvml_library: &OsStr) -> Self {
+    pub(crate) fn probe(nvml_library: &OsStr, backends: Vec<BackEnd>) -> Self {
         let nvidia = Nvidia::open(nvml_library);
         let addresses = ggml::device_addresses();
-        Self { nvidia, addresses, listed: Mutex::default(), cpu_backend: cpu_backend() }
+        Self { nvidia, addresses, listed: Mutex::default(), backends }
     }
 
     pub(crate) fn list(&self) -> Vec<Device> {
@@ -122,14 +122,6 @@ pub(crate) fn rss_bytes() -> u64 {
 pub(crate) fn anonymous_bytes() -> u64 {
     let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
     meminfo_bytes(&text, "RssAnon:").unwrap_or(0)
-}
-
-/// Which of the CPU variants is mapped: llama.cpp chooses by itself and does not tell.
-fn cpu_backend() -> String {
-    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let mapped = maps.lines().filter_map(|line| line.rsplit('/').next());
-    let name = mapped.into_iter().find(|name| name.starts_with("libggml-cpu"));
-    name.unwrap_or_default().to_owned()
 }
 
 /// Threads for one model: a core's second hyper-thread slows matrix products down.

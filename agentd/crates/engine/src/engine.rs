@@ -5,6 +5,7 @@
 //!         unloading, to a thread of its own. No lock is held while anything blocks, but the load lock, which
 //!         only loads wait for.
 
+use crate::backends;
 use crate::chat::{ChatJob, GenerateJob};
 use crate::devices::{self, Devices};
 use crate::embed::{EmbedJob, EmbedRequest};
@@ -122,7 +123,8 @@ impl Engine {
         EngineStatus {
             devices,
             gpus,
-            backend: self.devices.cpu_backend.clone(),
+            backend: backends::processors(&self.devices.backends),
+            backends: self.devices.backends.clone(),
             running_sequences: sum(|model| model.gauge.running.load(Ordering::Relaxed)),
             waiting_requests: sum(|model| model.gauge.waiting.load(Ordering::Relaxed)),
             rss_bytes: devices::rss_bytes(),

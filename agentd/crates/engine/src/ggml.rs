@@ -14,8 +14,9 @@ use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_sys_2::{
     GGML_BACKEND_DEVICE_TYPE_CPU, LLAMA_LOAD_MODE_NONE, ggml_backend_dev_count, ggml_backend_dev_get,
     ggml_backend_dev_get_props, ggml_backend_dev_name, ggml_backend_dev_t, ggml_backend_dev_type,
-    llama_context_default_params, llama_context_params, llama_max_devices, llama_model_default_params,
-    llama_model_params,
+    ggml_backend_load, ggml_backend_reg_count, ggml_backend_reg_dev_count, ggml_backend_reg_get,
+    ggml_backend_reg_name, llama_context_default_params, llama_context_params, llama_max_devices,
+    llama_model_default_params, llama_model_params,
 };
 use std::ffi::{CStr, CString, c_char};
 use std::path::Path;
@@ -55,6 +56,31 @@ unsafe extern "C" {
 
 /// Room for a reason, which C++ cuts to it.
 const ERROR_BYTES: usize = 512;
+
+/// The back ends that are loaded, by llama.cpp's names, with the number of their devices.
+pub(crate) fn registered() -> Vec<(String, u32)> {
+    // SAFETY: takes nothing and returns a number.
+    let count = unsafe { ggml_backend_reg_count() };
+    let one = |index| {
+        // SAFETY: the index is below the count; back ends are never removed from ggml's list, and by ggml's contract a name
+        // lives as long as its back end.
+        let (name, devices) = unsafe {
+            let registered = ggml_backend_reg_get(index);
+            (CStr::from_ptr(ggml_backend_reg_name(registered)), ggml_backend_reg_dev_count(registered))
+        };
+        (name.to_string_lossy().into_owned(), u32::try_from(devices).unwrap_or(u32::MAX))
+    };
+    (0..count).map(one).collect()
+}
+
+/// Loads the back end in this file, unlike [`load_backends_from_path`](llama_cpp_2::llama_backend::load_backends_from_path)
+/// with its reasons in llama.cpp's log when it cannot.
+pub(crate) fn load(file: &Path) {
+    let Ok(path) = CString::new(file.as_os_str().as_encoded_bytes()) else { return };
+    // SAFETY: the path ends with a zero byte and outlives the call. What the file's own start does is llama.cpp's, from the
+    // package that this program came with.
+    unsafe { ggml_backend_load(path.as_ptr()) };
+}
 
 /// Whether memory is taken, or only counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

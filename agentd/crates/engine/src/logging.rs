@@ -34,6 +34,13 @@ pub(crate) fn take_error() -> Option<String> {
     FIRST_ERROR.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
+/// Runs this with llama.cpp's words going nowhere, and returns its first error. For what is expected to fail.
+pub(crate) fn quietly<T>(run: impl FnOnce() -> T) -> Option<String> {
+    take_error();
+    tracing::subscriber::with_default(tracing_subscriber::registry().with(KeepFirstError), run);
+    take_error()
+}
+
 struct KeepFirstError;
 
 impl<S: Subscriber> Layer<S> for KeepFirstError {

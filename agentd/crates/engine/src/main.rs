@@ -10,6 +10,7 @@
 //! Never:   a network, a file of an agent, a decision about who may use what: agentd asks, agentd decides.
 
 mod answer;
+mod backends;
 mod chat;
 mod devices;
 mod draft;
@@ -41,11 +42,10 @@ use agentd_domain::paths;
 use clap::Parser;
 use devices::Devices;
 use engine::Engine;
-use llama_cpp_2::llama_backend::{LlamaBackend, load_backends_from_path};
 use model::Swapping;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -104,16 +104,14 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<(), String> {
     let listener = if arguments.probe { None } else { Some(listener(arguments)?) };
-    let backend = load_backends(&arguments.backends)?;
-    let devices = Devices::probe(arguments.nvml.as_os_str());
+    let (backend, backends) = backends::load(&arguments.backends)?;
+    let devices = Devices::probe(arguments.nvml.as_os_str(), backends);
     let list = devices.list();
-    if list.is_empty() {
-        return Err(format!("no back end in {} runs on this machine", arguments.backends.display()));
-    }
     let Some(listener) = listener else {
         // The one list is what models can be loaded to; the other what NVIDIA's driver knows.
+        let backends = &devices.backends;
         let (devices, gpus) = devices.read();
-        let probed = serde_json::json!({ "devices": devices, "gpus": gpus });
+        let probed = serde_json::json!({ "devices": devices, "gpus": gpus, "backends": backends });
         println!("{probed:#}");
         return Ok(());
     };
@@ -134,21 +132,13 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     };
     let threads = arguments.threads.unwrap_or(devices::physical_cores() as u32).max(1);
     tracing::info!(
-        backend = devices.cpu_backend,
+        backend = backends::processors(&devices.backends),
         devices = list.iter().map(|device| device.name.as_str()).collect::<Vec<_>>().join(","),
         threads,
         "engine ready"
     );
     let engine = Arc::new(Engine::new(backend, devices, threads, swapping));
     Err(format!("the socket failed: {}", server::serve(&listener, &engine)))
-}
-
-fn load_backends(folder: &Path) -> Result<LlamaBackend, String> {
-    if !folder.is_dir() {
-        return Err(format!("{} is not a folder: give --backends", folder.display()));
-    }
-    load_backends_from_path(folder);
-    LlamaBackend::init().map_err(|error| error.to_string())
 }
 
 fn listener(arguments: &Arguments) -> Result<UnixListener, String> {

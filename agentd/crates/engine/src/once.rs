@@ -88,7 +88,7 @@ pub(crate) fn run(once: &Once) -> ExitCode {
 }
 
 fn plan_of(arguments: &PlanArguments) -> Result<String, Report> {
-    let backend = crate::load_backends(&arguments.backends).map_err(|why| {
+    let (backend, _) = crate::backends::load(&arguments.backends).map_err(|why| {
         Report::environment("engine_no_backend", "the model was not planned", why, "give --backends")
     })?;
     let path = arguments.file.to_string_lossy().into_owned();

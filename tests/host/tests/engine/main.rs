@@ -14,6 +14,7 @@ mod holders;
 mod limits;
 mod mathematics;
 mod measured;
+mod package;
 mod plan;
 mod rude;
 mod seeded;

@@ -38,7 +38,7 @@ fn machine(status: &ApplianceStatus) -> Markup {
         section.card #machine data-live {
             h2 { "Appliance" }
             dl.facts {
-                (fact("Version", html! { (status.version) }))
+                (fact("Version", html! { (status.version) @if !status.variant.is_empty() { " " (pill("calm", &status.variant)) } }))
                 (fact("Slot", html! { (slot(&status.slot)) }))
                 (fact("Up for", html! { (units::span_ms(status.uptime_ms)) }))
                 (fact("Clock", html! { (units::moment(status.now_unix_ms)) " UTC " (clock(status.clock)) }))
@@ -77,9 +77,13 @@ fn engine(state: &EngineState) -> Markup {
                 EngineState::Down { .. } => pill("bad", "Down"),
             }) }
             @match state {
-                EngineState::Ready { backend, models, rss_bytes, private_bytes, uptime_ms, loading } => {
+                EngineState::Ready { backend, backends, models, rss_bytes, private_bytes, uptime_ms, loading } => {
                     dl.facts {
                         (fact("Back end", html! { code { (backend_name(backend)) } }))
+                        // One that has no driver here is a normal state, and the owner of a card wants to know.
+                        @for other in backends.iter().filter(|other| other.file != *backend) {
+                            (fact("", html! { (other.line()) }))
+                        }
                         (fact("Memory", html! {
                             (units::bytes(*rss_bytes))
                             @if *private_bytes > 0 {

@@ -725,6 +725,7 @@ pub fn status() -> ApplianceStatus {
     ];
     ApplianceStatus {
         version: "0.1.0~214".into(),
+        variant: "base".into(),
         slot: "a".into(),
         uptime_ms: 8_045_700,
         health: Health::Yellow,
@@ -747,6 +748,7 @@ pub fn status() -> ApplianceStatus {
         addresses: vec!["10.0.2.15/24".into(), "fec0::5054:ff:fe12:3456/64".into()],
         engine: EngineState::Ready {
             backend: "libggml-cpu-haswell.so".into(),
+            backends: Vec::new(),
             models: vec![loaded(&embedder(), 22_713_216, 384), loaded(&chat_model(), 1_213_440, 64)],
             rss_bytes: 118 * MIB,
             private_bytes: 71 * MIB,
