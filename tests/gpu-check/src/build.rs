@@ -4,14 +4,16 @@
 //! engine's build says. Only the back end is compiled, CUDA's only for this card's architecture, and not longer than a step
 //! may take: another run goes on with the same build folder. CUDA's needs no card to be compiled ([`compile_cuda`]).
 
-use crate::{Arguments, Backend};
+use crate::{Arguments, Backend, toolkit};
 use anyhow::{Context, Result, ensure};
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// A step of less than eight minutes, with what comes before it.
 const BUILD_LIMIT_S: u32 = 420;
+
 pub enum Built {
     /// A folder with the engine's own back ends and this one.
     Ready(PathBuf),
@@ -49,20 +51,21 @@ pub fn backends(arguments: &Arguments, compute: &str) -> Result<Built> {
 
 /// The back end for this architecture (`9.0` or `90`), or what keeps it from being there.
 pub fn compile_cuda(arguments: &Arguments, compute: &str) -> Result<Result<PathBuf, Built>> {
-    if Command::new("nvcc").arg("--version").output().is_err() {
-        let why = "there is no nvcc in PATH; install CUDA's compiler, or give --cuda";
+    let Some(toolkit) = toolkit::find(&arguments.cache.join("gpu-check/cuda"))? else {
+        let why = "there is no nvcc in $CUDA_HOME/bin or in PATH; install CUDA's compiler, or give --cuda";
         return Ok(Err(Built::Cannot(why.to_owned())));
-    }
+    };
     let architecture = compute.replace('.', "");
     // One folder for each: another card's objects are not this one's.
     let build = arguments.cache.join(format!("gpu-check/cuda-{architecture}"));
-    let options = [
+    let mut options = vec![
         "-DGGML_CUDA=ON".to_owned(),
         // A library that only some machines have; one card needs none.
         "-DGGML_CUDA_NCCL=OFF".to_owned(),
         format!("-DCMAKE_CUDA_ARCHITECTURES={architecture}"),
     ];
-    compiled(arguments, &build, "ggml-cuda", &options)
+    options.extend(toolkit.options);
+    compiled(arguments, &build, "ggml-cuda", &options, Some(&toolkit.path))
 }
 
 /// In the folder of `scripts/test long vulkan`, with the same options, so that it is compiled once for both.
@@ -71,14 +74,14 @@ fn compile_vulkan(arguments: &Arguments) -> Result<Result<PathBuf, Built>> {
         let why = "there is no glslc in PATH; install the shader compiler, or give --vulkan";
         return Ok(Err(Built::Cannot(why.to_owned())));
     }
-    let own = fs::read(arguments.source.join("tests/host/tests/engine/vulkan.hpp"))?;
+    let own = fs::read(arguments.source.join("agentd/crates/engine/src/ffi/vulkan.hpp"))?;
     let header = arguments.cache.join("vulkan/vulkan.hpp");
     if fs::read(&header).ok().as_ref() != Some(&own) {
         fs::create_dir_all(arguments.cache.join("vulkan"))?;
         fs::write(&header, own)?;
     }
     let options = ["-DGGML_VULKAN=ON".to_owned(), format!("-DCMAKE_CXX_FLAGS=-include {}", header.display())];
-    compiled(arguments, &arguments.cache.join("vulkan/build"), "ggml-vulkan", &options)
+    compiled(arguments, &arguments.cache.join("vulkan/build"), "ggml-vulkan", &options, None)
 }
 
 fn compiled(
@@ -86,12 +89,13 @@ fn compiled(
     build: &Path,
     target: &str,
     options: &[String],
+    path: Option<&OsStr>,
 ) -> Result<Result<PathBuf, Built>> {
     let Some(source) = source(&arguments.engine)? else {
         let why = "the engine's build folder does not say where llama.cpp is";
         return Ok(Err(Built::Cannot(why.to_owned())));
     };
-    if !compile(&source, build, target, options)? {
+    if !compile(&source, build, target, options, path)? {
         return Ok(Err(Built::NotYet));
     }
     find(build, arguments.backend.file()).context("the build made no back end").map(Ok)
@@ -118,8 +122,16 @@ fn home(record: &str) -> Option<&str> {
 }
 
 /// True when the back end is complete.
-fn compile(source: &Path, build: &Path, target: &str, options: &[String]) -> Result<bool> {
+fn compile(
+    source: &Path,
+    build: &Path,
+    target: &str,
+    options: &[String],
+    path: Option<&OsStr>,
+) -> Result<bool> {
+    let path = path.map(|path| ("PATH", path));
     let configured = Command::new("cmake")
+        .envs(path)
         .arg("-S")
         .arg(source)
         .arg("-B")
@@ -144,8 +156,10 @@ fn compile(source: &Path, build: &Path, target: &str, options: &[String]) -> Res
         .status()
         .context("cmake does not run")?;
     ensure!(configured.success(), "cmake could not configure {target} of llama.cpp");
-    let jobs = std::thread::available_parallelism().map_or(1, usize::from).to_string();
+    let all = || std::thread::available_parallelism().map_or(1, usize::from).to_string();
+    let jobs = std::env::var("AGENTD_JOBS").unwrap_or_else(|_| all());
     let status = Command::new("timeout")
+        .envs(path)
         .arg(BUILD_LIMIT_S.to_string())
         .args(["cmake", "--build"])
         .arg(build)

@@ -17,6 +17,7 @@ mod card;
 mod engine;
 mod progress;
 mod steps;
+mod toolkit;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
