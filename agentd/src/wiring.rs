@@ -125,7 +125,8 @@ async fn live(
     // People first: the sign-in page does not wait for models.
     let open = CancellationToken::new();
     let gpu = Gpu::new(engine_memory_bytes());
-    let engine = start_engine(&places, &data, &gpu, Arc::clone(&board), open.clone());
+    let to_engines = launcher.clone().with_software_devices(configured.software_devices);
+    let engine = start_engine(&places, &data, &gpu, to_engines, (Arc::clone(&board), open.clone()));
     data.spawn(gpu.clone().follow(engine.clone()));
     tokio::spawn(watch_engine(engine.clone(), Arc::clone(&board)));
     let models = Models::new(&places, engine.clone());
@@ -197,10 +198,10 @@ fn start_engine(
     places: &Places,
     data: &Handle,
     gpu: &Gpu,
-    board: Arc<Board>,
-    open: CancellationToken,
+    launcher: Launcher,
+    (board, open): (Arc<Board>, CancellationToken),
 ) -> Engine {
-    let (launcher, sockets) = (Launcher::at(&places.launcher_socket), places.engine_sockets.clone());
+    let sockets = places.engine_sockets.clone();
     let memory_max_bytes = engine_memory_bytes();
     let planner = engine::Planner::new(launcher.clone(), sockets.clone(), memory_max_bytes);
     let cgroup_root = places.cgroup_root.clone();

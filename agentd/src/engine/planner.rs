@@ -90,6 +90,7 @@ impl Planner {
             // What it sees is what the engine sees; it takes nothing that it would have to be held to.
             device_limits: terms.limits.iter().filter(|limit| limit.is_seen()).cloned().collect(),
             hidden: terms.hidden.clone(),
+            software_devices: false,
         };
         match tokio::task::spawn_blocking(move || launcher.start_engine(spec)).await {
             Ok(Ok(_)) => Ok(()),

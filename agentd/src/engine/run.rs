@@ -301,6 +301,7 @@ impl Task {
             memory_max_bytes,
             device_limits: terms.limits,
             hidden: terms.hidden,
+            software_devices: false,
         };
         match tokio::task::spawn_blocking(move || launcher.start_engine(spec)).await {
             Ok(Ok(_)) => Ok(()),

@@ -301,6 +301,8 @@ impl Gpu {
 pub struct Configured {
     pub partitions: Vec<Partition>,
     pub agents: BTreeMap<AgentName, PartitionId>,
+    /// `[gpu] software`.
+    pub software_devices: bool,
 }
 
 /// What the owner wrote down. What is wrong with the file init has said.
@@ -308,7 +310,8 @@ pub fn configured(places: &Places) -> Configured {
     let owner = init_sys::twofile::TwoFile::new(&places.config).read().ok().flatten();
     let text = owner.or_else(|| std::fs::read(&places.config_default).ok()).unwrap_or_default();
     let config = config::parse(&String::from_utf8_lossy(&text)).0;
-    Configured { partitions: config.partitions, agents: config.agents_in_partitions }
+    let software_devices = config.software_devices;
+    Configured { partitions: config.partitions, agents: config.agents_in_partitions, software_devices }
 }
 
 impl State {

@@ -41,6 +41,9 @@ pub struct Config {
     /// Their `agents`.
     #[serde(skip)]
     pub agents_in_partitions: BTreeMap<AgentName, PartitionId>,
+    /// `[gpu] software`: engines also take a device that computes on the processor, to try what needs a GPU without one.
+    #[serde(skip)]
+    pub software_devices: bool,
     /// `[models]`. Never written from here.
     #[serde(skip)]
     pub models: ModelSettings,
@@ -133,6 +136,7 @@ pub fn parse(text: &str) -> (Config, Vec<Problem>) {
     }
     if let Some(section) = gpu {
         (config.partitions, config.agents_in_partitions) = partitions::read(section, &mut problems);
+        config.software_devices = partitions::software(section, &mut problems);
     }
     if let Some(section) = models {
         config.models = models::read(section, &mut problems);

@@ -129,6 +129,9 @@ pub struct EngineSpec {
     /// Nodes of devices that it must not open: of those that take no work, and of agents' own programs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hidden: Vec<String>,
+    /// Vulkan's first device is taken although it computes on the processor: what needs a GPU is tried without one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub software_devices: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

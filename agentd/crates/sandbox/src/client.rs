@@ -115,6 +115,8 @@ pub struct CallHandles {
 #[derive(Debug, Clone)]
 pub struct Launcher {
     path: PathBuf,
+    /// Of every engine that is started from here.
+    software_devices: bool,
 }
 
 impl Default for Launcher {
@@ -125,7 +127,12 @@ impl Default for Launcher {
 
 impl Launcher {
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into() }
+        Self { path: path.into(), software_devices: false }
+    }
+
+    /// What the owner wants of all engines (`[gpu] software`).
+    pub fn with_software_devices(self, software_devices: bool) -> Self {
+        Self { software_devices, ..self }
     }
 
     /// Starts a run. When this returns, all walls are up, the self-probe has broken through none of them, and the
@@ -177,6 +184,7 @@ impl Launcher {
 
     /// The engine's socket exists when this returns, and its process is started again whenever it ends.
     pub fn start_engine(&self, spec: EngineSpec) -> Result<i32, LauncherError> {
+        let spec = EngineSpec { software_devices: self.software_devices, ..spec };
         match self.call(&Request::StartEngine(spec))? {
             (Response::EngineStarted { pid }, _) => Ok(pid),
             (other, _) => unexpected(&other),

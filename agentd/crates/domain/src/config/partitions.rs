@@ -21,7 +21,7 @@ pub(super) type Partitions = (Vec<Partition>, BTreeMap<AgentName, PartitionId>);
 
 /// An entry is taken whole or not at all.
 pub(super) fn read(section: &DeTable<'_>, problems: &mut Vec<Problem>) -> Partitions {
-    report_unknown("gpu.", section, &["partition"], problems);
+    report_unknown("gpu.", section, &["partition", "software"], problems);
     let fix = "write a section `[[gpu.partition]]` for each";
     let Some(value) = section.get("partition") else { return Partitions::default() };
     let Some(entries) = value.get_ref().as_array() else {
@@ -51,6 +51,11 @@ pub(super) fn read(section: &DeTable<'_>, problems: &mut Vec<Problem>) -> Partit
         }
     }
     (all, agents)
+}
+
+/// Beside the partitions: `software = true`.
+pub(super) fn software(section: &DeTable<'_>, problems: &mut Vec<Problem>) -> bool {
+    section.get("software").is_some() && read_bool(section, "gpu", "software", problems)
 }
 
 fn put_into(

@@ -45,7 +45,10 @@ const FILES: &[(&str, OwnAccess)] = &[
     ("/usr/lib", OwnAccess::ReadExecute),
     ("/usr/lib64", OwnAccess::ReadExecute),
     ("/etc/ld.so.cache", OwnAccess::Read),
+    // Which drivers of Vulkan's there are, their settings for single cards, the cards' names.
     ("/usr/share/vulkan", OwnAccess::Read),
+    ("/usr/share/drirc.d", OwnAccess::Read),
+    ("/usr/share/libdrm", OwnAccess::Read),
     (paths::BUILTIN_MODELS, OwnAccess::Read),
     (paths::MEDIA_MODELS, OwnAccess::Read),
     ("/proc/self", OwnAccess::Read),
@@ -523,6 +526,8 @@ fn confine_and_exec(
         .args(swap.iter().flatten())
         .env_clear()
         .env("LC_ALL", "C.UTF-8")
+        // llama.cpp leaves such a device out unless it is named (`ggml_vk_instance_init` in its ggml-vulkan.cpp).
+        .envs(spec.software_devices.then_some(("GGML_VK_VISIBLE_DEVICES", "0")))
         .envs(spec.device_limits.iter().flat_map(|limit| limit.by.variables(limit.bytes)))
         .exec();
     step("exec", Err(format!("{}: {error}", options.engine.display())))

@@ -250,6 +250,7 @@ fn fails_closed() -> Outcome {
         memory_max_bytes: 1 << 30,
         device_limits: Vec::new(),
         hidden: Vec::new(),
+        software_devices: false,
     };
     assert_eq!(code_of(scene.client().start_engine(spec)), "wall_missing");
     let listing = scene.client().list().unwrap();

@@ -77,6 +77,7 @@ fn engine(hidden: &[&str]) -> EngineSpec {
         memory_max_bytes: 1 << 30,
         device_limits: Vec::new(),
         hidden: hidden.iter().map(|path| (*path).to_owned()).collect(),
+        software_devices: false,
     }
 }
 

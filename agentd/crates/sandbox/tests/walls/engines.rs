@@ -30,6 +30,7 @@ pub(crate) fn engine() -> Outcome {
         memory_max_bytes: 1 << 30,
         device_limits: Vec::new(),
         hidden: Vec::new(),
+        software_devices: false,
     };
     assert!(scene.client().start_engine(spec.clone()).unwrap() > 0);
     let socket = scene.run_dir().join("engines/host.sock");
@@ -53,6 +54,7 @@ pub(crate) fn engine() -> Outcome {
         memory_max_bytes: 1 << 30,
         device_limits: Vec::new(),
         hidden: Vec::new(),
+        software_devices: false,
     };
     assert_eq!(code_of(scene.client().start_engine(foreign)), "plan_refused");
     scene.client().stop_engine("host").unwrap();
@@ -69,6 +71,7 @@ pub(crate) fn engine_limits() -> Outcome {
         memory_max_bytes: 1 << 30,
         device_limits: vec![DeviceLimit { by, bytes: 12 << 30 }],
         hidden: Vec::new(),
+        software_devices: false,
     };
     let driver = |uuid: &str| limited(LimitBy::Nvml { uuid: uuid.to_owned() });
     let error = scene.client().start_engine(driver("GPU-tells")).unwrap_err();
@@ -122,6 +125,7 @@ pub(crate) fn engine_after_another() -> Outcome {
         memory_max_bytes: 1 << 30,
         device_limits: Vec::new(),
         hidden: Vec::new(),
+        software_devices: false,
     };
     scene.client().start_engine(spec.clone()).unwrap();
     scene.kill_launcher();
