@@ -8,7 +8,8 @@ use crate::children::Child;
 use crate::machine::Machine;
 use crate::plan::Event;
 use crate::steps::{
-    clock, config, control_groups, crashes, disk, kernel, medium, provisioning, sysctl, volumes, walls,
+    clock, config, control_groups, crashes, disk, drivers, kernel, medium, provisioning, sysctl, volumes,
+    walls,
 };
 use agentd_domain::fault::Report;
 use agentd_domain::initctl::{StepOutcome, StepStatus};
@@ -69,6 +70,7 @@ pub const STEPS: &[Step] = &[
     step("settings on the boot partition", Optional("they can be entered on the console"), &["state"], provisioning::take_settings),
     step("configuration", Optional("safe defaults stand in"), &[], config::load),
     step("clock", Optional("time servers set it later"), &[], clock::raise_to_floor),
+    step("drivers", Optional("the processor computes without them"), &["kernel file systems"], drivers::load),
     step("no more modules", Required("root in the kernel would pass every wall"), &[], sysctl::end_module_loading),
     step("network", Optional("everything but the network works without it"), &[], start_netd),
     step("data", Required("agents, their memory and models lie there"), &["partition table", "state"], volumes::open_data),

@@ -10,7 +10,8 @@
 //!         records why and restarts the machine in order.
 //! Never:  network, HTTP, names, agents. Those belong to netd, agentd and the launcher.
 //!
-//! `init disk-setup <job>` is that child: see [`disk::table`].
+//! `init disk-setup <job>` is that child: see [`disk::table`]. `init load-drivers <names>` is one whose work may never end:
+//! see [`steps::drivers`].
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     match arguments.next().as_deref() {
         Some("disk-setup") => disk::table::main(arguments.next()),
+        Some("load-drivers") => steps::drivers::main(arguments.next()),
         _ if std::process::id() == 1 => {
             let mut machine = machine::Machine::start();
             boot::run(&mut machine);

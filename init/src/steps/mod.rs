@@ -5,6 +5,7 @@ pub mod config;
 pub mod control_groups;
 pub mod crashes;
 pub mod disk;
+pub mod drivers;
 pub mod kernel;
 pub mod medium;
 pub mod provisioning;

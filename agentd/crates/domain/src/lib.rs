@@ -11,6 +11,7 @@ pub mod api;
 pub mod audit;
 pub mod config;
 pub mod device;
+pub mod drivers;
 pub mod enforcement;
 pub mod engine;
 pub mod fault;

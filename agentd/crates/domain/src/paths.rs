@@ -50,6 +50,8 @@ pub const BUILTIN_EMBEDDER: &str = "all-minilm-l6-v2.q8_0.gguf";
 /// File name of the tiny model that stands in for a chat model when the owner has given none.
 pub const BUILTIN_TINY: &str = "tiny.gguf";
 
+/// Which modules of the kernel the image brings (`drivers::List`), if it brings any.
+pub const DRIVERS: &str = "/usr/lib/modules/drivers.json";
 pub const BACKENDS: &str = "/usr/lib/agentd/backends";
 pub const BIN_LAUNCHER: &str = "/usr/lib/agentd/agent-launcher";
 pub const BIN_JAIL: &str = "/usr/lib/agentd/agent-jail";
