@@ -2,7 +2,8 @@
 #
 # Debian 12 and 13: installs missing packages when it may (root, or sudo without a password), otherwise prints
 # the exact commands and stops. Any other distribution: names what is missing and stops.
-# Sets PATH so that `rustc` is new enough, and AGENTD_SOURCE. With agentd_window set, QEMU can also open a window.
+# Sets PATH so that `rustc` is new enough, and AGENTD_SOURCE. With agentd_window set, QEMU can also open a window; agentd_variant
+# adds what that variant of the image needs.
 
 agentd_rust_minimum=1.90
 
@@ -26,6 +27,13 @@ agentd_needs=(
     "/usr/share/ca-certificates/mozilla|image (certificate authorities, file by file)"
     "/usr/share/OVMF/OVMF_CODE_4M.fd|--uefi" "qemu-system-x86_64|scripts/run"
 )
+
+# What a variant of the image takes from Debian beside that.
+if [ "${agentd_variant-}" = vulkan ]; then
+    agentd_packages+=(glslc libdrm-common libvulkan-dev mesa-vulkan-drivers spirv-headers)
+    agentd_needs+=("glslc|engine on Vulkan" "/usr/include/vulkan/vulkan.h|engine on Vulkan (headers)"
+        "/usr/share/vulkan/icd.d|Vulkan's drivers (Mesa)")
+fi
 
 # Debian packs QEMU's window apart, with a desktop's libraries.
 if [ -n "${agentd_window-}" ]; then

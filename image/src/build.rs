@@ -9,8 +9,9 @@ use crate::kernel::selftests::SelfTests;
 use crate::kernel::{self, Kernel};
 use crate::models;
 use crate::programs::{self, Programs};
-use crate::root::{self, Entry, MAX_ROOT_BYTES, Root};
+use crate::root::{self, Entry, Root};
 use crate::source::Checkout;
+use crate::variant::{self, Variant, Wanted};
 use agentd_domain::paths;
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
@@ -25,13 +26,19 @@ pub struct Built {
     pub disk: Disk,
 }
 
-/// Builds what is missing. Blocks for as long as an hour on a machine that has built nothing yet.
+/// Builds what is missing of base. Blocks for as long as an hour on a machine that has built nothing yet.
 pub fn everything(cache: &Cache) -> Result<Built> {
+    of_variant(cache, &Wanted::base())
+}
+
+/// The same of a variant, whose drivers take longer than all the rest.
+pub fn of_variant(cache: &Cache, wanted: &Wanted) -> Result<Built> {
     let _lock = cache.lock()?;
     let checkout = Checkout::find()?;
+    wanted.variant.is_there()?;
     let kernel = kernel::ensure_kernel(cache, &checkout, &[])?;
     let programs = programs::build(cache, &checkout)?;
-    assemble(cache, checkout, kernel, programs)
+    assemble(cache, checkout, kernel, programs, wanted)
 }
 
 /// The escape suite's image: the same but for an init, a launcher and a jail that can lower walls. For no machine.
@@ -40,11 +47,18 @@ pub fn lowerable(cache: &Cache) -> Result<Built> {
     let checkout = Checkout::find()?;
     let kernel = kernel::ensure_kernel(cache, &checkout, &[])?;
     let programs = programs::build_lowerable(cache, &checkout)?;
-    assemble(cache, checkout, kernel, programs)
+    assemble(cache, checkout, kernel, programs, &Wanted::base())
 }
 
-fn assemble(cache: &Cache, checkout: Checkout, kernel: Kernel, programs: Programs) -> Result<Built> {
-    let root = build_root(cache, &checkout, &programs)?;
+fn assemble(
+    cache: &Cache,
+    checkout: Checkout,
+    kernel: Kernel,
+    mut programs: Programs,
+    wanted: &Wanted,
+) -> Result<Built> {
+    let parts = variant::parts(cache, wanted, &kernel, &mut programs)?;
+    let root = build_root(cache, &checkout, &programs, wanted.variant, parts)?;
     let disk = disk::ensure_disk(cache, &kernel, &root)?;
     Ok(Built { checkout, kernel, programs, root, disk })
 }
@@ -61,23 +75,34 @@ pub fn selftests(cache: &Cache) -> Result<SelfTests> {
     kernel::selftests::ensure_selftests(cache)
 }
 
-/// The root alone, with its models. `prebuilt` programs are taken as they are; else they are compiled.
+/// Base's root alone, with its models. `prebuilt` programs are taken as they are; else they are compiled.
 pub fn root_only(cache: &Cache, prebuilt: Option<Programs>) -> Result<Root> {
     let _lock = cache.lock()?;
     let checkout = Checkout::find()?;
     match prebuilt {
-        Some(programs) => build_root(cache, &checkout, &programs),
-        None => build_root(cache, &checkout, &programs::build(cache, &checkout)?),
+        Some(programs) => build_root(cache, &checkout, &programs, Variant::Base, Vec::new()),
+        None => {
+            let programs = programs::build(cache, &checkout)?;
+            build_root(cache, &checkout, &programs, Variant::Base, Vec::new())
+        }
     }
 }
 
-fn build_root(cache: &Cache, checkout: &Checkout, programs: &Programs) -> Result<Root> {
+fn build_root(
+    cache: &Cache,
+    checkout: &Checkout,
+    programs: &Programs,
+    variant: Variant,
+    parts: Vec<Entry>,
+) -> Result<Root> {
     let models = model_entries(cache)?;
-    let root = root::ensure_root(cache, checkout, programs, &models)?;
+    let beside = [models.clone(), parts].concat();
+    let root = root::ensure_root(cache, checkout, programs, &beside, variant)?;
     // Models are not packed, so what they take is their size.
     let model_bytes = total_bytes(&models)?;
     let own = root.about.bytes.saturating_sub(model_bytes);
-    ensure!(own <= MAX_ROOT_BYTES, "the root has {own} bytes without models, more than {MAX_ROOT_BYTES}");
+    let most = variant.max_root_bytes();
+    ensure!(own <= most, "the root has {own} bytes without models, more than {most}");
     Ok(root)
 }
 

@@ -28,4 +28,5 @@ pub mod root;
 pub mod run;
 pub mod source;
 pub mod uki;
+pub mod variant;
 pub mod verity;

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use anyhow::{Context, Result, ensure};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use image::build;
 use image::cache::{Cache, Line};
 use image::disk::Extent;
@@ -10,6 +10,7 @@ use image::flash;
 use image::programs;
 use image::run::{self, Options};
 use image::source::Checkout;
+use image::variant::{self, Firmware, Graphics, Variant, Wanted};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -18,6 +19,15 @@ use std::process::ExitCode;
 struct Arguments {
     #[command(subcommand)]
     stage: Stage,
+    /// Of the image: what computes besides the processor.
+    #[arg(long, global = true, value_enum, default_value_t = Variant::Base)]
+    variant: Variant,
+    /// Of the variant vulkan: drivers that the image brings. Each takes minutes to compile.
+    #[arg(long, global = true, value_enum, value_delimiter = ',', default_values_t = Graphics::value_variants().to_vec())]
+    drivers: Vec<Graphics>,
+    /// No firmware of graphics cards, which is not free software: most cards do not start without.
+    #[arg(long, global = true)]
+    without_firmware: bool,
 }
 
 #[derive(Subcommand)]
@@ -44,6 +54,8 @@ enum Stage {
     },
     /// Boot item (kernel, command line, name).
     Uki,
+    /// Vulkan's back end of the engine, beside no image.
+    VulkanBackEnd,
     /// Disk image, with everything it needs.
     Disk,
     /// The escape suite's disk image, whose walls can be lowered. For no machine.
@@ -86,7 +98,10 @@ struct RunArguments {
 }
 
 fn main() -> ExitCode {
-    match stage(Arguments::parse().stage) {
+    let arguments = Arguments::parse();
+    let firmware = if arguments.without_firmware { Firmware::LeftOut } else { Firmware::Included };
+    let wanted = Wanted { variant: arguments.variant, firmware, drivers: arguments.drivers };
+    match stage(arguments.stage, wanted) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("\nerror: {error:#}");
@@ -95,7 +110,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn stage(stage: Stage) -> Result<()> {
+fn stage(stage: Stage, wanted: Wanted) -> Result<()> {
     let cache = Cache::from_env()?;
     match stage {
         Stage::Kernel { extra_fragment } => {
@@ -122,22 +137,28 @@ fn stage(stage: Stage) -> Result<()> {
             let root = build::root_only(&cache, prebuilt)?;
             println!("{} {}", root.about.root_hash.hex(), root.image.display());
         }
-        Stage::Uki => println!("{}", build::everything(&cache)?.disk.boot_item.display()),
+        Stage::Uki => println!("{}", build::of_variant(&cache, &wanted)?.disk.boot_item.display()),
         Stage::Lowerable => println!("{}", build::lowerable(&cache)?.disk.image.display()),
-        Stage::Flash { device, image } => flash(&cache, &device, image)?,
-        Stage::Run(arguments) => run::run(&cache, &options(arguments))?,
-        Stage::Disk | Stage::Build => println!("{}", build::everything(&cache)?.disk.image.display()),
+        Stage::Flash { device, image } => flash(&cache, &device, image, wanted)?,
+        Stage::Run(arguments) => run::run(&cache, &options(arguments, wanted))?,
+        Stage::Disk | Stage::Build => {
+            println!("{}", build::of_variant(&cache, &wanted)?.disk.image.display());
+        }
+        Stage::VulkanBackEnd => {
+            let _lock = cache.lock()?;
+            println!("{}", variant::vulkan_back_end(&cache)?.display());
+        }
     }
     Ok(())
 }
 
-fn flash(cache: &Cache, device: &Path, image: Option<PathBuf>) -> Result<()> {
+fn flash(cache: &Cache, device: &Path, image: Option<PathBuf>, wanted: Wanted) -> Result<()> {
     let target = flash::inspect(device)?;
     let objections = target.objections();
     ensure!(objections.is_empty(), "{} is not written to: {}", device.display(), objections.join("; "));
     let image = match image {
         Some(image) => image,
-        None => build::everything(cache)?.disk.image,
+        None => build::of_variant(cache, &wanted)?.disk.image,
     };
     let list = image.with_file_name("extents.json");
     let extents = std::fs::read(&list).with_context(|| format!("cannot read {}", list.display()))?;
@@ -154,8 +175,9 @@ fn flash(cache: &Cache, device: &Path, image: Option<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-fn options(arguments: RunArguments) -> Options {
+fn options(arguments: RunArguments, wanted: Wanted) -> Options {
     Options {
+        wanted,
         headless: arguments.headless,
         uefi: arguments.uefi,
         disk: arguments.disk,

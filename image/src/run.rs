@@ -13,6 +13,7 @@ use crate::disk;
 use crate::media;
 use crate::qemu::accelerator::{self, Choice};
 use crate::qemu::{self, Accelerator, Boot, Drive, Machine, Network, OnReboot, Running, Screen};
+use crate::variant::Wanted;
 use agentd_domain::config::APP_PORTS_FIRST;
 use agentd_domain::paths;
 use anyhow::{Context, Result, bail};
@@ -36,6 +37,7 @@ const LOOK: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Clone)]
 pub struct Options {
+    pub wanted: Wanted,
     pub headless: bool,
     pub uefi: bool,
     /// `None`: the cache's own disk, kept between runs.
@@ -49,7 +51,7 @@ pub struct Options {
 
 /// Builds, boots and stays until the guest is off.
 pub fn run(cache: &Cache, options: &Options) -> Result<()> {
-    let built = build::everything(cache)?;
+    let built = build::of_variant(cache, &options.wanted)?;
     let choice = accelerator::choose(cache, &built.kernel)?;
     let name = if choice.accelerator == Accelerator::Kvm { "KVM" } else { "TCG (emulation)" };
     eprintln!("machine     {name}: {}", choice.why);

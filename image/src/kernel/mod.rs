@@ -7,6 +7,7 @@
 //!         only inputs show in the result.
 
 pub mod fragments;
+pub mod modules;
 pub mod selftests;
 
 use crate::cache::{Cache, Inputs, sha256_file};
@@ -126,10 +127,21 @@ fn tarball_digest(cache: &Cache, tarball: &Path) -> Result<String> {
     Ok(digest)
 }
 
+/// One tree for all configurations: a changed option rebuilds what it touches.
+fn tree_of(cache: &Cache) -> PathBuf {
+    cache.path("kernel/tree")
+}
+
+/// The unpacked source of the kernel, as it was built last.
+fn source_of(cache: &Cache) -> Result<PathBuf> {
+    let tarball = tarball()?;
+    let digest = tarball_digest(cache, &tarball)?;
+    unpack(cache, &tarball, &digest)
+}
+
 fn build(cache: &Cache, tarball: &Path, digest: &str, fragments: &Fragments, out: &Path) -> Result<()> {
     let source = unpack(cache, tarball, digest)?;
-    // One tree for all configurations: a changed option rebuilds what it touches.
-    let tree = cache.path("kernel/tree");
+    let tree = tree_of(cache);
     std::fs::create_dir_all(&tree)?;
     let merged = tree.join("merged.config");
     std::fs::write(&merged, &fragments.text)?;

@@ -14,6 +14,7 @@ use crate::layout;
 use crate::programs::Programs;
 use crate::release;
 use crate::source::Checkout;
+use crate::variant::Variant;
 use crate::verity::{self, RootHash};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -50,15 +51,16 @@ pub struct About {
     pub bytes: u64,
 }
 
-/// Files that belong into the root beside programs: models, with their place.
+/// `beside` are files that belong into the root beside programs: models, and what the variant adds.
 pub fn ensure_root(
     cache: &Cache,
     checkout: &Checkout,
     programs: &Programs,
-    models: &[Entry],
+    beside: &[Entry],
+    variant: Variant,
 ) -> Result<Root> {
-    let os_release = release::os_release(checkout, "base");
-    let entries = tree::entries(checkout, programs, models)?;
+    let os_release = release::os_release(checkout, variant.name());
+    let entries = tree::entries(checkout, programs, beside, variant)?;
     let mut inputs = Inputs::default();
     inputs
         .text("os-release", os_release.clone())

@@ -4,6 +4,7 @@ use crate::cache::sha256_file;
 use crate::elf;
 use crate::programs::Programs;
 use crate::source::Checkout;
+use crate::variant::{self, Variant};
 use agentd_domain::paths;
 use anyhow::{Context, Result, bail, ensure};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -70,6 +71,10 @@ impl Entry {
         Self { place: place.into(), content: Content::File(source.to_owned()), mode }
     }
 
+    pub fn text(place: impl Into<String>, text: impl Into<String>, mode: u32) -> Self {
+        Self { place: place.into(), content: Content::Text(text.into()), mode }
+    }
+
     pub fn source(&self) -> Option<&Path> {
         match &self.content {
             Content::File(path) => Some(path),
@@ -88,8 +93,13 @@ impl Entry {
 }
 
 /// All files but `os-release`, sorted by place; a place that stands twice is an error.
-pub fn entries(checkout: &Checkout, programs: &Programs, models: &[Entry]) -> Result<Vec<Entry>> {
-    let mut entries = models.to_vec();
+pub fn entries(
+    checkout: &Checkout,
+    programs: &Programs,
+    beside: &[Entry],
+    variant: Variant,
+) -> Result<Vec<Entry>> {
+    let mut entries = beside.to_vec();
     let skeleton = checkout.path("rootfs/skeleton");
     add_folder(&mut entries, &skeleton, &skeleton, "")?;
     let agents = checkout.path("rootfs/agents");
@@ -113,6 +123,12 @@ pub fn entries(checkout: &Checkout, programs: &Programs, models: &[Entry]) -> Re
     }
     add_libraries(&mut entries, programs)?;
     entries.push(authorities()?);
+    if variant != Variant::Base {
+        let licences = variant::licences(&entries)?;
+        // A package that was fetched has brought its own.
+        entries
+            .extend(licences.into_iter().filter(|one| beside.iter().all(|other| other.place != one.place)));
+    }
     entries.sort_by(|a, b| a.place.cmp(&b.place));
     if let Some(pair) = entries.windows(2).find(|pair| pair[0].place == pair[1].place) {
         bail!("{} is put into the root twice", pair[0].place);

@@ -72,6 +72,8 @@ pub struct Start {
     pub rtc_base: String,
     pub capture: bool,
     pub drives: Vec<Drive>,
+    /// Further devices, in QEMU's words.
+    pub devices: Vec<String>,
     pub disk: Disk,
     pub uplink: Uplink,
     /// A kernel other than the appliance's; only for direct boot.
@@ -103,6 +105,7 @@ impl Default for Start {
             rtc_base: "utc".to_owned(),
             capture: false,
             drives: Vec::new(),
+            devices: Vec::new(),
             disk: Disk::Attached,
             uplink: Uplink::Connected,
             kernel: None,
@@ -214,6 +217,7 @@ impl Appliance {
             rtc_base: start.rtc_base.clone(),
             screen: Screen::None,
             on_reboot: OnReboot::Exit,
+            extra: start.devices.clone(),
             ..Machine::new(setup.accelerator, boot)
         })
     }

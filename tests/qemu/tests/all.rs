@@ -34,6 +34,8 @@ mod sharing;
 mod tokens;
 #[path = "suite/uefi.rs"]
 mod uefi;
+#[path = "suite/variants.rs"]
+mod variants;
 #[path = "suite/walls.rs"]
 mod walls;
 #[path = "suite/web.rs"]

@@ -402,7 +402,7 @@ fn found<'a>(now: &'a Devices, agent: &str) -> Result<(&'a PartitionView, &'a Ag
 }
 
 /// What an agent is answered on its own HTTP API.
-fn asked(ctl: &Ctl, agent: &str, times: u32, max_tokens: u32) -> Result<(u16, Value)> {
+pub(crate) fn asked(ctl: &Ctl, agent: &str, times: u32, max_tokens: u32) -> Result<(u16, Value)> {
     let body = json!({
         "model": "default", "temperature": 0, "max_tokens": max_tokens,
         "messages": [{ "role": "user", "content": "What is for breakfast on a ship that sails before the sun is up, and who makes it?" }],
