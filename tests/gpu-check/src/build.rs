@@ -65,7 +65,14 @@ pub fn compile_cuda(arguments: &Arguments, compute: &str) -> Result<Result<PathB
         format!("-DCMAKE_CUDA_ARCHITECTURES={architecture}"),
     ];
     options.extend(toolkit.options);
-    compiled(arguments, &build, "ggml-cuda", &options, Some(&toolkit.path))
+    let built = compiled(arguments, &build, "ggml-cuda", &options, Some(&toolkit.path))?;
+    if let Ok(file) = &built {
+        let shown = Command::new("readelf").arg("-d").arg(file).output().context("readelf does not run")?;
+        let names = String::from_utf8_lossy(&shown.stdout).contains("[libcuda.so.1]");
+        // With open symbols and no library to have them from, it could be loaded nowhere.
+        ensure!(names, "{} was linked and does not name the driver's libcuda.so.1", file.display());
+    }
+    Ok(built)
 }
 
 /// In the folder of `scripts/test long vulkan`, with the same options, so that it is compiled once for both.

@@ -39,7 +39,13 @@ pub fn find(scratch: &Path) -> Result<Option<Toolkit>> {
         complete(programs.parent().context("nvcc's folder has no parent")?, scratch, Path::new(SYSTEM))?;
     let folders = [toolkit.join("bin")].into_iter().chain(std::env::split_paths(&path));
     let path = std::env::join_paths(folders).context("PATH")?;
-    Ok(Some(Toolkit { path, options: driver(&toolkit, scratch, Path::new(SYSTEM))? }))
+    let mut options = driver(&toolkit, scratch, Path::new(SYSTEM))?;
+    // Where the back end finds them when it is loaded here.
+    let libraries = LIBRARIES.map(|below| toolkit.join(below));
+    if let Some(folder) = libraries.iter().find(|folder| folder.join("libcudart.so").exists()) {
+        options.push(format!("-DCMAKE_BUILD_RPATH={}", folder.display()));
+    }
+    Ok(Some(Toolkit { path, options }))
 }
 
 /// The toolkit, or a folder of links to it in which libraries have the names that a linker looks for.
@@ -94,7 +100,8 @@ fn driver(toolkit: &Path, scratch: &Path, system: &Path) -> Result<Vec<String>> 
     Ok(vec![
         format!("-DCUDA_cuda_driver_LIBRARY={}", stub.display()),
         // Some linkers leave a library out that defines nothing which is asked for.
-        "-DCMAKE_SHARED_LINKER_FLAGS=-Wl,--no-as-needed".to_owned(),
+        // A back end that is loaded at run time is a module to CMake.
+        "-DCMAKE_MODULE_LINKER_FLAGS=-Wl,--no-as-needed".to_owned(),
     ])
 }
 

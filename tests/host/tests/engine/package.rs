@@ -93,6 +93,26 @@ fn a_package_without_the_processors_back_end_is_refused_with_the_folder() {
     assert!(said.contains("runs on this machine's processor"), "{said}");
 }
 
+/// A folder with a libcuda.so.1 that has every function which this back end wants of one; each says that there is no device
+/// (`CUDA_ERROR_NO_DEVICE`, 100, in cuda.h).
+fn driver_without_a_device(back_end: &Path) -> TempDir {
+    let shown =
+        Command::new("readelf").args(["-W", "--dyn-syms"]).arg(back_end).output().expect("readelf runs");
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    // Without a version: those of the toolkit's own libraries have one.
+    let wanted =
+        shown.lines().filter(|line| line.contains(" UND ")).filter_map(|line| line.split_whitespace().last());
+    let of_driver = |name: &&str| {
+        name.strip_prefix("cu").is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_uppercase()))
+    };
+    let code: String =
+        wanted.filter(of_driver).map(|name| format!("int {name}(void) {{ return 100; }}\n")).collect();
+    assert!(code.contains("cuMemMap"), "{code}");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    compile(&code, &folder.path().join("libcuda.so.1"), &["-Wl,-soname,libcuda.so.1"]);
+    folder
+}
+
 /// The real back ends. Devices of Vulkan that compute on the processor are left out here, so it has none, or a GPU.
 #[test]
 fn on_vulkan_one_package_holds_every_back_end() {
@@ -119,6 +139,18 @@ fn on_vulkan_one_package_holds_every_back_end() {
         let cuda = of(&status, "cuda");
         let missing = cuda.why.as_deref().unwrap_or_default();
         assert!(cuda.is_of_use() || missing.contains("lib") || missing.contains("device"), "{cuda:?}");
+    }
+    if let Some(cuda) = &cuda {
+        let driver = driver_without_a_device(cuda);
+        let (status, same) =
+            status_and_answer(package.path(), &[("LD_LIBRARY_PATH", driver.path().display().to_string())]);
+        let found = of(&status, "cuda");
+        println!("RESULT: with a driver that finds no device, {}", found.line());
+        assert!(found.loaded, "{found:?}");
+        if found.devices == 0 {
+            assert_eq!(found.line(), "cuda: its driver shows no device here");
+        }
+        assert!(!same.is_empty());
     }
     // Without a driver of Vulkan's there is no instance.
     let nothing = [("VK_ICD_FILENAMES", "/dev/null".to_owned()), ("VK_DRIVER_FILES", "/dev/null".to_owned())];
