@@ -102,7 +102,7 @@ pub use check::Checked;
 pub use error::{Damage, OpenError, Refusal, RefusedVector, StoreError};
 pub use journal::{Deed, Entry, Why};
 pub use key::remove_store;
-pub use life::{Life, State};
+pub use life::{Life, State, Told};
 pub use plan::{At, Budget, Budgets, Detail, Duplicates};
 pub use pool::{Lease, Limits, Pool, PoolUse};
 pub use read::{History, Listing, Pending, Stored};

@@ -6,7 +6,9 @@
 //! Always: the last four bytes are the CRC-32 of all before.
 
 use crate::error::Damage;
+use crate::rank::{asks, speaker, tells_time};
 use crate::record::{Role, SourceKind, tier_code, tier_from_code};
+use crate::seal::Mark;
 use agentd_domain::agent_api::Tier;
 
 pub(crate) const LIFE_BYTES: usize = 96;
@@ -64,12 +66,42 @@ pub struct Life {
     pub order: u64,
     /// Bytes of the record's content: what a budget counts.
     pub bytes: u32,
+    /// What its text tells besides its words; none: nobody has looked yet.
+    pub told: Option<Told>,
+}
+
+/// Read from the text when the record is written, so that no question needs the text for it (`rank/told.rs`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Told {
+    /// 24 bits of the keyed hash of who says it; 0: nobody is named.
+    pub speaker: u32,
+    /// It ends with a question mark.
+    pub asks: bool,
+    /// It has words of time.
+    pub tells_time: bool,
 }
 
 /// No end of validity is known.
 pub(crate) const OPEN_END: i64 = i64::MAX;
 
 const PINNED: u8 = 1;
+const ASKS: u8 = 2;
+const TELLS_TIME: u8 = 4;
+/// Somebody has looked.
+const TOLD: u8 = 8;
+
+impl Told {
+    /// `mark` gives the keyed hash of a term.
+    pub(crate) fn read(text: &str, mark: impl FnOnce(&str) -> Mark) -> Self {
+        let speaker = speaker(text).map_or(0, |term| speaker_number(&mark(&term)));
+        Self { speaker, asks: asks(text), tells_time: tells_time(text) }
+    }
+}
+
+/// How a speaker stands in a life: never 0.
+pub(crate) fn speaker_number(mark: &Mark) -> u32 {
+    u32::from_le_bytes([mark[0], mark[1], mark[2], 0]).max(1)
+}
 
 impl State {
     fn code(self) -> u8 {
@@ -97,8 +129,17 @@ impl Life {
     pub(crate) fn to_bytes(self) -> [u8; LIFE_BYTES] {
         let mut out = Vec::with_capacity(LIFE_BYTES);
         out.extend([tier_code(self.tier), self.role.code(), self.source.code(), self.state.code()]);
-        out.extend([self.before.code(), if self.pinned { PINNED } else { 0 }, self.trust, 0]);
-        out.extend(self.words.to_le_bytes());
+        let flag = |there: bool, flag: u8| if there { flag } else { 0 };
+        let told = self.told.unwrap_or_default();
+        let flags = flag(self.pinned, PINNED)
+            | flag(told.asks, ASKS)
+            | flag(told.tells_time, TELLS_TIME)
+            | flag(self.told.is_some(), TOLD);
+        let [a, b, c, _] = told.speaker.to_le_bytes();
+        out.extend([self.before.code(), flags, self.trust, a]);
+        // A text of 32 KiB has fewer than 2^16 terms.
+        out.extend(u16::try_from(self.words).unwrap_or(u16::MAX).to_le_bytes());
+        out.extend([b, c]);
         out.extend(self.uses.to_le_bytes());
         out.extend(self.strength.to_le_bytes());
         out.extend(self.half_life_days.to_le_bytes());
@@ -139,7 +180,7 @@ impl Life {
             before: State::from_code(row[4]).ok_or_else(|| damage("state before"))?,
             pinned: row[5] & PINNED != 0,
             trust: row[6],
-            words: u32_at(8),
+            words: u32::from(u16::from_le_bytes([row[8], row[9]])),
             uses: u32_at(12),
             strength: f32::from_bits(u32_at(16)),
             half_life_days: f32::from_bits(u32_at(20)),
@@ -152,6 +193,11 @@ impl Life {
             session: u64_at(72),
             order: u64_at(80),
             bytes: u32_at(88),
+            told: (row[5] & TOLD != 0).then(|| Told {
+                speaker: u32::from_le_bytes([row[7], row[10], row[11], 0]),
+                asks: row[5] & ASKS != 0,
+                tells_time: row[5] & TELLS_TIME != 0,
+            }),
         })
     }
 
@@ -176,11 +222,12 @@ pub(crate) mod tests {
         let state = || (0u8..3).prop_map(|code| State::from_code(code).unwrap());
         (
             (0usize..5, 0u8..6, 0u8..5, state(), state(), any::<bool>(), 0u8..=100),
-            (any::<u32>(), any::<u32>(), 0f32..=1.0, prop_oneof![0.1f32..1e5, Just(f32::INFINITY)]),
+            (0u32..1 << 16, any::<u32>(), 0f32..=1.0, prop_oneof![0.1f32..1e5, Just(f32::INFINITY)]),
             any::<[i64; 6]>(),
             (any::<u64>(), any::<u64>(), any::<u32>()),
+            proptest::option::of((0u32..1 << 24, any::<bool>(), any::<bool>())),
         )
-            .prop_map(|(a, b, times, c)| Life {
+            .prop_map(|(a, b, times, c, told)| Life {
                 tier: TIERS[a.0],
                 role: Role::from_code(a.1).unwrap(),
                 source: SourceKind::from_code(a.2).unwrap(),
@@ -201,6 +248,7 @@ pub(crate) mod tests {
                 session: c.0,
                 order: c.1,
                 bytes: c.2,
+                told: told.map(|(speaker, asks, tells_time)| Told { speaker, asks, tells_time }),
             })
     }
 
@@ -249,6 +297,7 @@ pub(crate) mod tests {
             session: 0,
             order: 0,
             bytes: 0,
+            told: None,
         }
     }
 }

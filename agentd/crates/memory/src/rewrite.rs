@@ -375,6 +375,7 @@ fn first_record(seq: u64, bytes: &[u8]) -> Result<(Record, Life), StoreError> {
         session: 0,
         order: 0,
         bytes: 0,
+        told: None,
     };
     Ok((record, life))
 }

@@ -36,7 +36,7 @@ pub use dates::Span;
 pub use kin::{KIN_MOST, KinTable};
 pub use plain::Plain;
 pub use question::{Question, Term, as_told};
-pub use told::{Facts, WINDOW_BEFORE, speaker, speaker_id, window};
+pub use told::{Facts, WINDOW_BEFORE, asks, speaker, speaker_id, tells_time, window};
 pub use weights::{SIGNALS, Signal, Signals, Weights};
 
 use std::collections::HashMap;

@@ -31,17 +31,21 @@ pub struct Facts {
 impl Facts {
     /// `Ana: shall we?` is Ana's question.
     pub fn read(record_text: &str, session: u64, event_unix_ms: i64) -> Self {
-        let said = without_remark(record_text);
         let words = text::terms(record_text).len();
         Self {
             session,
             event_unix_ms,
             words: u32::try_from(words).unwrap_or(u32::MAX),
             speaker: speaker(record_text).map_or(0, |term| speaker_id(&term)),
-            asks: said.trim_end().ends_with('?'),
-            tells_time: tells_time(said),
+            asks: asks(record_text),
+            tells_time: tells_time(record_text),
         }
     }
+}
+
+/// Does it end with a question mark?
+pub fn asks(record_text: &str) -> bool {
+    without_remark(record_text).trim_end().ends_with('?')
 }
 
 /// The term of the name before a colon, as `Corpus::speaks` is asked for it.
@@ -79,7 +83,8 @@ fn without_remark(record_text: &str) -> &str {
     }
 }
 
-fn tells_time(said: &str) -> bool {
+/// Has it words of time?
+pub fn tells_time(record_text: &str) -> bool {
     const WORDS: [&str; 43] = [
         "yesterday",
         "today",
@@ -125,10 +130,11 @@ fn tells_time(said: &str) -> bool {
         "months",
         "years",
     ];
-    said.split(|c: char| !c.is_alphanumeric()).any(|word| {
+    without_remark(record_text).split(|c: char| !c.is_alphanumeric()).any(|word| {
         let year =
             word.len() == 4 && word.bytes().all(|b| b.is_ascii_digit()) && matches!(&word[..2], "19" | "20");
-        year || WORDS.contains(&word.to_lowercase().as_str())
+        // No word of the list is longer.
+        year || word.len() <= 9 && WORDS.iter().any(|known| word.eq_ignore_ascii_case(known))
     })
 }
 

@@ -190,6 +190,7 @@ impl Batch<'_> {
             session: 0,
             order: 0,
             bytes: 0,
+            told: None,
         };
         self.put(seq, &record, life, None)?;
         self.block.remove(&block_mark(self.ground.seal, &block.key))?;

@@ -33,7 +33,7 @@ pub use session::{SessionEnd, SessionEnded};
 use crate::error::{Damage, Refusal, StoreError};
 use crate::index::Change;
 use crate::journal::{Deed, Entry, Why};
-use crate::life::{LIFE_BYTES, Life, State};
+use crate::life::{LIFE_BYTES, Life, State, Told};
 use crate::plan::{self, Budgets, Duplicates};
 use crate::postings::{self, Posting};
 use crate::record::Record;
@@ -200,7 +200,8 @@ impl<'txn> Batch<'txn> {
     ) -> Result<Life, StoreError> {
         let content = record.to_bytes();
         let words = self.gather_postings(seq, life.tier, &record.text)?;
-        let life = Life { words, bytes: content.len() as u32, ..life };
+        let told = Told::read(&record.text, |term| self.mark(term));
+        let life = Life { words, bytes: content.len() as u32, told: Some(told), ..life };
         let sealed = self.seal(Row::Record, &seq.to_be_bytes(), &content)?;
         self.record.insert(seq, sealed.as_slice())?;
         self.by_id.insert(record.id.0.as_u128(), seq)?;
@@ -446,7 +447,8 @@ impl<'txn> Batch<'txn> {
             let text = self.record(seq)?.text;
             let words = self.gather_postings(seq, life.tier, &text)?;
             self.counters.tier_mut(life.tier).words += u64::from(words);
-            self.life.insert(seq, &Life { words, ..life }.to_bytes())?;
+            let told = Some(Told::read(&text, |term| self.mark(term)));
+            self.life.insert(seq, &Life { words, told, ..life }.to_bytes())?;
         }
         self.changes.push(Change::Rebuild);
         Ok(())

@@ -208,6 +208,7 @@ impl Batch<'_> {
             session,
             order,
             bytes: 0,
+            told: None,
         })
     }
 
