@@ -6,18 +6,19 @@
 use crate::error::{Damage, StoreError};
 use crate::forget::supersede;
 use crate::index::{embedder, read_counters};
-use crate::life::{Life, State};
+use crate::life::State;
+use crate::pack::{COARSE, Entries, FINE, LIVES, RECORDS};
 use crate::plan;
 use crate::postings;
 use crate::read::{View, blocks, entry};
 use crate::record::{TIERS, tier_code};
-use crate::seal::{Hashed, Mark, Row};
+use crate::seal::{Hashed, Mark};
 use crate::tables::{
-    BY_ID, CLAIM, COARSE, Counters, FINE, JOURNAL, LIFE, LINK, PENDING, POSTING, RECORD, TierCounts,
+    BY_ID, CLAIM, Counters, ENTRIES, JOURNAL, LINK, META, PENDING, POSTING, TierCounts, entries_from_bytes,
 };
 use crate::text;
 use crate::vector::{coarse_bytes, coarse_of_stored};
-use crate::write::{decode, open_block};
+use crate::write::open_block;
 use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata};
 use std::collections::{BTreeMap, HashMap};
 
@@ -36,16 +37,16 @@ pub struct Checked {
 
 pub(crate) fn check_counts(txn: &ReadTransaction) -> Result<Counters, StoreError> {
     let counters = read_counters(txn)?;
-    let records = txn.open_table(RECORD)?.len()?;
+    let entries = read_entries(txn)?;
+    let records = RECORDS.count(&entries);
     let with_meaning: u64 =
         TIERS.into_iter().filter(|t| plan::has_meaning(*t)).map(|t| counters.tier(t).records).sum();
-    let coarse = txn.open_table(COARSE)?.len()?;
     let pairs = [
         ("records and the tiers' sum", records, counters.records()),
         ("records and their ids", records, txn.open_table(BY_ID)?.len()?),
-        ("records and their lives", records, txn.open_table(LIFE)?.len()?),
+        ("records and their lives", records, LIVES.count(&entries)),
         ("pending records and their counter", txn.open_table(PENDING)?.len()?, counters.pending),
-        ("both parts of vectors", coarse, txn.open_table(FINE)?.len()?),
+        ("both parts of vectors", COARSE.count(&entries), FINE.count(&entries)),
         (
             "records with meaning and those with a vector or pending",
             with_meaning,
@@ -60,6 +61,12 @@ pub(crate) fn check_counts(txn: &ReadTransaction) -> Result<Counters, StoreError
     Ok(counters)
 }
 
+fn read_entries(txn: &ReadTransaction) -> Result<Entries, StoreError> {
+    let meta = txn.open_table(META)?;
+    let row = meta.get(ENTRIES)?.ok_or(Damage::Meta(ENTRIES))?;
+    Ok(entries_from_bytes(row.value())?)
+}
+
 pub(crate) fn check(view: View<'_>) -> Result<Checked, StoreError> {
     let counters = check_counts(view.txn)?;
     let (tiers, expected) = check_records(view, &counters)?;
@@ -68,7 +75,7 @@ pub(crate) fn check(view: View<'_>) -> Result<Checked, StoreError> {
     }
     let postings = check_postings(view, expected)?;
     let vectors = check_vectors(view, &counters)?;
-    check_links(view.txn)?;
+    check_links(view)?;
     let blocks = blocks(view)?;
     let block_bytes: usize = blocks.iter().map(|b| b.key.len() + b.text.len()).sum();
     if (blocks.len() as u64, block_bytes as u64) != (counters.blocks, counters.block_bytes) {
@@ -89,18 +96,20 @@ pub(crate) fn check(view: View<'_>) -> Result<Checked, StoreError> {
 type Expected = BTreeMap<(u8, Mark, u64), u32>;
 
 fn check_records(view: View<'_>, counters: &Counters) -> Result<([TierCounts; 5], Expected), StoreError> {
-    let (by_id, lives) = (view.txn.open_table(BY_ID)?, view.txn.open_table(LIFE)?);
+    let by_id = view.txn.open_table(BY_ID)?;
     let claims = view.txn.open_table(CLAIM)?;
+    let rows = view.rows()?;
     let mut tiers = [TierCounts::default(); 5];
     let mut expected = Expected::new();
     let mut marks: HashMap<String, Mark> = HashMap::new();
-    let mut with_claim = 0;
-    for row in view.txn.open_table(RECORD)?.iter()? {
-        let (seq, row) = row?;
-        let seq = seq.value();
-        let record = decode(view.seal, seq, row.value())?;
-        let life = lives.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
-        let life = Life::from_bytes(seq, life.value())?;
+    let (mut records, mut lives, mut with_claim) = (0, 0, 0);
+    rows.for_each_life(|_, _| {
+        lives += 1;
+        Ok(())
+    })?;
+    rows.for_each_record(|seq, record| {
+        records += 1;
+        let life = rows.life(seq)?;
         let mut words = 0;
         for (term, count) in text::term_counts(&record.text) {
             words += count;
@@ -132,6 +141,13 @@ fn check_records(view: View<'_>, counters: &Counters) -> Result<([TierCounts; 5]
             let why = "its id, life, claim or number disagrees with it".to_owned();
             return Err(Damage::Record { seq, why }.into());
         }
+        Ok(())
+    })?;
+    let entries = read_entries(view.txn)?;
+    if (records, lives) != (RECORDS.count(&entries), LIVES.count(&entries)) {
+        return Err(
+            Damage::Counts(format!("{records} records and {lives} lives, counted {entries:?}")).into()
+        );
     }
     if claims.len()? != with_claim {
         return Err(Damage::Counts("claims and records with one".to_owned()).into());
@@ -163,23 +179,17 @@ fn check_postings(view: View<'_>, mut expected: Expected) -> Result<u64, StoreEr
 }
 
 fn check_vectors(view: View<'_>, counters: &Counters) -> Result<u64, StoreError> {
-    let (lives, pending) = (view.txn.open_table(LIFE)?, view.txn.open_table(PENDING)?);
-    let fine = view.txn.open_table(FINE)?;
-    let mut current = 0;
-    let (mut a, mut b) = (Vec::new(), Vec::new());
-    for row in view.txn.open_table(COARSE)?.iter()? {
-        let (seq, row) = row?;
-        let (seq, (number, sealed)) = (seq.value(), row.value());
+    let pending = view.txn.open_table(PENDING)?;
+    let rows = view.rows()?;
+    let (mut current, mut all) = (0, 0);
+    rows.for_each_coarse(|seq, number, first| {
+        all += 1;
         let damage = || Damage::Vector { seq };
         let dimension = embedder(view.txn, number)?.1 as usize;
-        let key = seq.to_be_bytes();
-        let first = view.seal.open(Row::Coarse, &key, sealed, &mut a).ok_or_else(damage)?;
-        let second = fine.get(seq)?.ok_or_else(damage)?;
-        let second = view.seal.open(Row::Fine, &key, second.value(), &mut b).ok_or_else(damage)?;
+        let second = rows.vector(seq)?.ok_or_else(damage)?.fine;
         let whole =
             coarse_of_stored(first, dimension).is_some() && second.len() + 4 == coarse_bytes(dimension);
-        let life = lives.get(seq)?.ok_or_else(damage)?;
-        if !whole || !plan::has_meaning(Life::from_bytes(seq, life.value())?.tier) {
+        if !whole || !plan::has_meaning(rows.life(seq)?.tier) {
             return Err(damage().into());
         }
         if (number == counters.embedder) == pending.get(seq)?.is_some() {
@@ -187,6 +197,10 @@ fn check_vectors(view: View<'_>, counters: &Counters) -> Result<u64, StoreError>
             return Err(Damage::Counts(why).into());
         }
         current += u64::from(number == counters.embedder);
+        Ok(())
+    })?;
+    if all != COARSE.count(&read_entries(view.txn)?) {
+        return Err(Damage::Counts(format!("{all} vectors of all embedders are there")).into());
     }
     if current != counters.vectors {
         return Err(Damage::Counts(format!("{current} vectors, counted are {}", counters.vectors)).into());
@@ -195,12 +209,12 @@ fn check_vectors(view: View<'_>, counters: &Counters) -> Result<u64, StoreError>
 }
 
 /// Links name records that are there.
-fn check_links(txn: &ReadTransaction) -> Result<(), StoreError> {
-    let lives = txn.open_table(LIFE)?;
-    for row in txn.open_table(LINK)?.iter()? {
+fn check_links(view: View<'_>) -> Result<(), StoreError> {
+    let rows = view.rows()?;
+    for row in view.txn.open_table(LINK)?.iter()? {
         let (from, _, to) = row?.0.value();
         for seq in [from, to] {
-            if lives.get(seq)?.is_none() {
+            if !rows.has(seq)? {
                 return Err(Damage::RecordMissing { seq }.into());
             }
         }

@@ -26,6 +26,8 @@ pub enum Damage {
     Vector { seq: u64 },
     #[error("record {seq} does not open with the store's key: it was changed")]
     Sealed { seq: u64 },
+    #[error("the rows from record {seq} on are malformed")]
+    Packed { seq: u64 },
     #[error("an entry of the journal is unreadable")]
     Journal,
     #[error("a block is unreadable")]

@@ -134,6 +134,18 @@ impl Home for Folder {
         let secret = self.key(row.key)?.secret;
         let open = Open { database, seal: Seal::new(&secret), row };
         check_canary(&open, &self.path)?;
+        if format == 2 {
+            if row.identity.agent_id != self.identity.agent_id {
+                let (path, found) = (self.path.clone(), row.identity.agent_id);
+                return Err(OpenError::OtherAgent { path, found, expected: self.identity.agent_id });
+            }
+            tracing::info!(path = %self.path.display(), "the memory is written anew in format {FORMAT_VERSION}");
+            self.begin_next(|next, key| rewrite::from_second_format(&open, next, key, &self.path))?;
+            drop(open);
+            // Its pages need not be overwritten: their key is destroyed when the new file is opened.
+            self.take_place()?;
+            return self.open();
+        }
         self.clean_up(&open)?;
         Ok(open)
     }

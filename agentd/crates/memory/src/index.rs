@@ -11,11 +11,12 @@ use crate::error::{Damage, StoreError};
 use crate::life::{Life, State};
 use crate::plan::At;
 use crate::record::{TIERS, tier_code, tier_from_code};
-use crate::seal::{Row, Seal};
-use crate::tables::{COARSE, COUNTERS, Counters, EMBEDDER, LIFE, META};
+use crate::rows::ReadRows;
+use crate::seal::Seal;
+use crate::tables::{COUNTERS, Counters, EMBEDDER, META};
 use crate::vector::{Coarse, coarse_of_stored, dot};
 use agentd_domain::agent_api::Tier;
-use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata};
+use redb::ReadTransaction;
 use std::collections::HashMap;
 
 /// What a commit means for the index.
@@ -91,30 +92,24 @@ impl Index {
             number => embedder(txn, number)?.1 as usize,
         };
         let mut index = Self { embedder: counters.embedder, dimension, ..Self::default() };
-        let lives = txn.open_table(LIFE)?;
-        index.reserve(lives.len()? as usize);
+        let rows = ReadRows::read(txn, seal)?;
+        index.reserve(counters.records() as usize);
         let mut places = Vec::new();
-        for row in lives.iter()? {
-            let (seq, row) = row?;
-            let life = Life::from_bytes(seq.value(), row.value())?;
-            let slot = index.add(seq.value(), &life);
+        rows.for_each_life(|seq, life| {
+            let slot = index.add(seq, &life);
             if life.session != 0 {
                 places.push((life.session, life.order, slot));
             }
-        }
+            Ok(())
+        })?;
         index.link_neighbours(places);
-        let mut buffer = Vec::new();
-        for row in txn.open_table(COARSE)?.iter()? {
-            let (seq, row) = row?;
-            let (seq, (number, sealed)) = (seq.value(), row.value());
+        rows.for_each_coarse(|seq, number, first| {
             if number == index.embedder {
-                let damage = || Damage::Vector { seq };
-                let first =
-                    seal.open(Row::Coarse, &seq.to_be_bytes(), sealed, &mut buffer).ok_or_else(damage)?;
-                let (scale, values) = coarse_of_stored(first, dimension).ok_or_else(damage)?;
+                let (scale, values) = coarse_of_stored(first, dimension).ok_or(Damage::Vector { seq })?;
                 index.set_vector(seq, scale, values.iter().map(|v| *v as i8));
             }
-        }
+            Ok(())
+        })?;
         Ok(index)
     }
 

@@ -11,17 +11,17 @@ use crate::error::{Damage, StoreError};
 use crate::index::{self, Index};
 use crate::journal::Entry;
 use crate::life::{Life, State};
+use crate::pack::Going;
 use crate::plan::{self, Question, Scored};
 use crate::postings;
 use crate::record::{self, Claim, Record, Role};
+use crate::rows::ReadRows;
 use crate::seal::{Hashed, Row, Seal};
-use crate::tables::{
-    BLOCK, BY_ID, COARSE, Counters, FINE, JOURNAL, LIFE, LINK, LINK_SUPERSEDED, PENDING, POSTING, RECORD,
-};
+use crate::tables::{BLOCK, BY_ID, Counters, JOURNAL, LINK, LINK_SUPERSEDED, PENDING, POSTING};
 use crate::text;
 use crate::vector::Vector;
 use crate::write::{
-    Block, EmbedderDigest, EmbedderUse, Embedding, block_mark, decode, open_block, open_prompt_block,
+    Block, EmbedderDigest, EmbedderUse, Embedding, block_mark, open_block, open_prompt_block,
 };
 use agentd_domain::agent_api::{Explain, Hit, Recalled, Signals, Source, Tier};
 use agentd_domain::ids::{OwnerId, RecordId};
@@ -87,6 +87,13 @@ pub struct History {
 pub(crate) struct View<'a> {
     pub(crate) txn: &'a ReadTransaction,
     pub(crate) seal: &'a Seal,
+}
+
+impl<'a> View<'a> {
+    /// What stands under the records' numbers.
+    pub(crate) fn rows(self) -> Result<ReadRows<'a>, StoreError> {
+        ReadRows::read(self.txn, self.seal)
+    }
 }
 
 pub(crate) fn recall(
@@ -229,18 +236,11 @@ fn rescore(
     signals: Signals,
     query: &Vector,
 ) -> Result<Vec<Scored>, StoreError> {
-    let (coarse, fine) = (view.txn.open_table(COARSE)?, view.txn.open_table(FINE)?);
-    let (mut a, mut b) = (Vec::new(), Vec::new());
+    let rows = view.rows()?;
     for one in &mut scored {
-        let (seq, key) = (one.seq, one.seq.to_be_bytes());
-        let (Some(first), Some(second)) = (coarse.get(seq)?, fine.get(seq)?) else { continue };
-        let (number, first) = first.value();
-        if number == embedder {
-            let cosine = view
-                .seal
-                .open(Row::Coarse, &key, first, &mut a)
-                .zip(view.seal.open(Row::Fine, &key, second.value(), &mut b))
-                .and_then(|(first, fine)| query.cosine_with_stored(first, fine));
+        let seq = one.seq;
+        if let Some(stored) = rows.vector(seq)?.filter(|stored| stored.embedder == embedder) {
+            let cosine = query.cosine_with_stored(&stored.first, &stored.fine);
             one.meaning = cosine.ok_or(Damage::Vector { seq })?;
             one.score = plan::fuse(signals, one.words, one.meaning);
         }
@@ -249,14 +249,11 @@ fn rescore(
 }
 
 fn read_hits(view: View<'_>, best: Vec<Scored>, question: &Question) -> Result<Vec<Hit>, StoreError> {
-    let (records, lives) = (view.txn.open_table(RECORD)?, view.txn.open_table(LIFE)?);
+    let rows = view.rows()?;
     best.into_iter()
         .map(|scored| {
-            let seq = scored.seq;
-            let row = records.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
-            let life = lives.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
-            let life = Life::from_bytes(seq, life.value())?;
-            Ok(hit(decode(view.seal, seq, row.value())?, &life, scored, question))
+            let (record, life) = (rows.record(scored.seq)?, rows.life(scored.seq)?);
+            Ok(hit(record, &life, scored, question))
         })
         .collect()
 }
@@ -298,12 +295,10 @@ pub(crate) fn embedder_in_use(
 
 /// The oldest records that wait for a vector.
 pub(crate) fn pending(view: View<'_>, most: usize) -> Result<Vec<Pending>, StoreError> {
-    let records = view.txn.open_table(RECORD)?;
+    let rows = view.rows()?;
     let mut batch = Vec::new();
     for row in view.txn.open_table(PENDING)?.iter()?.take(most) {
-        let seq = row?.0.value();
-        let row = records.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
-        let record = decode(view.seal, seq, row.value())?;
+        let record = rows.record(row?.0.value())?;
         batch.push(Pending { id: record.id, text: record.text });
     }
     Ok(batch)
@@ -312,7 +307,7 @@ pub(crate) fn pending(view: View<'_>, most: usize) -> Result<Vec<Pending>, Store
 pub(crate) fn get(view: View<'_>, id: RecordId) -> Result<Option<Stored>, StoreError> {
     match seq_of(view, id)? {
         None => Ok(None),
-        Some(seq) => stored(view, seq).map(Some),
+        Some(seq) => stored(view, &view.rows()?, seq).map(Some),
     }
 }
 
@@ -320,13 +315,9 @@ fn seq_of(view: View<'_>, id: RecordId) -> Result<Option<u64>, StoreError> {
     Ok(view.txn.open_table(BY_ID)?.get(id.0.as_u128())?.map(|row| row.value()))
 }
 
-fn stored(view: View<'_>, seq: u64) -> Result<Stored, StoreError> {
-    let records = view.txn.open_table(RECORD)?;
-    let row = records.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
-    let record = decode(view.seal, seq, row.value())?;
-    let life = view.txn.open_table(LIFE)?.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
-    let life = Life::from_bytes(seq, life.value())?;
-    let embedder = match view.txn.open_table(COARSE)?.get(seq)?.map(|row| row.value().0) {
+fn stored(view: View<'_>, rows: &ReadRows<'_>, seq: u64) -> Result<Stored, StoreError> {
+    let (record, life) = (rows.record(seq)?, rows.life(seq)?);
+    let embedder = match rows.embedder_of(seq)? {
         None => None,
         Some(number) => Some(index::embedder(view.txn, number)?.0),
     };
@@ -355,19 +346,19 @@ pub(crate) fn list(view: View<'_>, listing: &Listing) -> Result<Vec<Stored>, Sto
         Some(id) => seq_of(view, id)?.unwrap_or(u64::MAX),
         None => u64::MAX,
     };
+    let rows = view.rows()?;
     let mut found = Vec::new();
-    for row in view.txn.open_table(LIFE)?.range(..before)?.rev() {
+    rows.lives_back_from(before, |seq, life| {
         if found.len() == listing.most {
-            break;
+            return Ok(Going::Enough);
         }
-        let (seq, row) = row?;
-        let life = Life::from_bytes(seq.value(), row.value())?;
         let wanted = (listing.tiers.is_empty() || listing.tiers.contains(&life.tier))
             && (listing.states.is_empty() || listing.states.contains(&life.state));
         if wanted {
-            found.push(stored(view, seq.value())?);
+            found.push(stored(view, &rows, seq)?);
         }
-    }
+        Ok(Going::On)
+    })?;
     Ok(found)
 }
 
@@ -375,6 +366,7 @@ pub(crate) fn list(view: View<'_>, listing: &Listing) -> Result<Vec<Stored>, Sto
 const CHAIN_MOST: usize = 1000;
 
 pub(crate) fn history(view: View<'_>, id: RecordId) -> Result<History, StoreError> {
+    let rows = view.rows()?;
     let mut chain = Vec::new();
     let mut wanted = vec![id];
     if let Some(seq) = seq_of(view, id)? {
@@ -382,7 +374,7 @@ pub(crate) fn history(view: View<'_>, id: RecordId) -> Result<History, StoreErro
         let mut seen = std::collections::BTreeSet::from([seq]);
         let mut open = vec![seq];
         while let Some(seq) = open.pop().filter(|_| seen.len() < CHAIN_MOST) {
-            let record = stored(view, seq)?;
+            let record = stored(view, &rows, seq)?;
             let mut next = Vec::new();
             if let Some(before) = record.supersedes {
                 next.extend(seq_of(view, before)?);
@@ -392,7 +384,7 @@ pub(crate) fn history(view: View<'_>, id: RecordId) -> Result<History, StoreErro
             }
             open.extend(next.into_iter().filter(|seq| seen.insert(*seq)));
         }
-        chain = seen.into_iter().map(|seq| stored(view, seq)).collect::<Result<Vec<_>, _>>()?;
+        chain = seen.into_iter().map(|seq| stored(view, &rows, seq)).collect::<Result<Vec<_>, _>>()?;
         wanted = chain.iter().map(|stored| stored.id).collect();
     }
     let mut entries = Vec::new();

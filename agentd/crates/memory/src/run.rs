@@ -24,7 +24,7 @@ use crate::text::WORDS_VERSION;
 use crate::work::{Job, Work};
 use crate::write::{
     Batch, Block, BlockWork, Completed, CorrectWork, EmbedderDigest, EmbedderUse, Embedding, ForgetMode,
-    RememberWork, RolledBack, SessionEnd, SessionEnded, Swept, check_block,
+    Meaning, Ready, RememberWork, RolledBack, SessionEnd, SessionEnded, Swept, check_block, share_out,
 };
 use agentd_domain::agent_api::{Recall, Recalled, Remember, Remembered};
 use agentd_domain::ids::RecordId;
@@ -169,7 +169,8 @@ impl Store {
 
     /// Stores one record; returns when it is on disk. Without a usable embedding it is stored as pending.
     pub fn remember(&self, new: NewRecord, embedding: Option<Embedding>) -> Result<Remembered, StoreError> {
-        let work = self.check_new(new, embedding)?;
+        let mut work = self.check_new(new, embedding)?;
+        self.make_ready(std::slice::from_mut(&mut work), |work| Some(work));
         self.submit(work.record.text.len(), move |batch| batch.remember(&work))
     }
 
@@ -179,7 +180,9 @@ impl Store {
         &self,
         news: Vec<(NewRecord, Option<Embedding>)>,
     ) -> Result<Vec<Result<Remembered, Refusal>>, StoreError> {
-        let works: Vec<_> = news.into_iter().map(|(new, embedding)| self.check_new(new, embedding)).collect();
+        let mut works: Vec<_> =
+            news.into_iter().map(|(new, embedding)| self.check_new(new, embedding)).collect();
+        self.make_ready(&mut works, |work| work.as_mut().ok());
         let bytes = works.iter().flatten().map(|work| work.record.text.len()).sum();
         self.submit(bytes, move |batch| works.iter().map(|work| outcome_of(batch, work)).collect())
     }
@@ -190,7 +193,27 @@ impl Store {
             plan::check_key(key)?;
         }
         let (recorded_unix_ms, key) = (new.recorded_unix_ms, new.idempotency_key);
-        Ok(RememberWork { record, recorded_unix_ms, key, embedding })
+        Ok(RememberWork { record, recorded_unix_ms, key, embedding, ready: Ready::default() })
+    }
+
+    /// Finds the words of what is to be told and rounds its vectors. If the store is closed the writer finds them, or says why it cannot.
+    fn make_ready<T: Send>(
+        &self,
+        works: &mut [T],
+        work_of: impl Fn(&mut T) -> Option<&mut RememberWork> + Sync,
+    ) {
+        let made = self.shared.with_open(|open| {
+            share_out(works, &open.seal, |one, marker| {
+                if let Some(work) = work_of(one) {
+                    work.ready.terms = Some(marker.terms(&work.record.text));
+                    work.ready.meaning = work.embedding.take().map(Meaning::of);
+                }
+            });
+            Ok(())
+        });
+        if let Err(error) = made {
+            tracing::debug!(%error, "what is told is left to the writer as it is");
+        }
     }
 
     /// Answers a question on the caller's thread. Without a usable embedding of it, by words alone.

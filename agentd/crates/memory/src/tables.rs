@@ -1,9 +1,10 @@
-//! Which tables does a store have, and what stands in its meta rows? FORMAT.md is the page for people.
+//! Which tables does a store have, and what stands in its meta rows? FORMAT.md is the page for people. The four
+//! tables of what stands under a record's number are in `pack.rs`.
 //!
 //! Always: a change to any of these tables happens in the same transaction as the counters that describe it.
 
 use crate::error::Damage;
-use crate::life::LIFE_BYTES;
+use crate::pack::Entries;
 use crate::record::TIERS;
 use agentd_domain::agent_api::Tier;
 use agentd_domain::ids::{AgentId, OwnerId};
@@ -11,24 +12,16 @@ use redb::TableDefinition;
 use uuid::Uuid;
 
 /// Raised when an older program would misread the file; see FORMAT.md for the migration rule.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
-/// `identity`, `canary` and `counters`.
+/// `identity`, `canary`, `counters` and `entries`.
 pub(crate) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
-/// Sequence number, given in order of commit, to a sealed [`crate::record::Record`].
-pub(crate) const RECORD: TableDefinition<u64, &[u8]> = TableDefinition::new("record");
 /// Record id (its 16 bytes as a big-endian number) to sequence number.
 pub(crate) const BY_ID: TableDefinition<u128, u64> = TableDefinition::new("by_id");
-/// Sequence number to a [`crate::life::Life`]: what a question and forgetting need of every record.
-pub(crate) const LIFE: TableDefinition<u64, &[u8; LIFE_BYTES]> = TableDefinition::new("life");
-/// Sequence number to embedder number and the sealed first part of a vector.
-pub(crate) const COARSE: TableDefinition<u64, (u32, &[u8])> = TableDefinition::new("coarse");
-/// Sequence number to the sealed second part of the same vector.
-pub(crate) const FINE: TableDefinition<u64, &[u8]> = TableDefinition::new("fine");
 /// Records of a tier with meaning that have no vector of the current embedder.
 pub(crate) const PENDING: TableDefinition<u64, ()> = TableDefinition::new("pending");
 /// [`crate::postings::key`] to a sealed block.
-pub(crate) const POSTING: TableDefinition<&[u8], &[u8]> = TableDefinition::new("posting");
+pub(crate) const POSTING: TableDefinition<&[u8], &[u8]> = TableDefinition::new("term_block");
 /// Embedder number to digest (SHA-256 of its file) and dimension.
 pub(crate) const EMBEDDER: TableDefinition<u32, (&[u8; 32], u32)> = TableDefinition::new("embedder");
 /// 16 bytes of the hash of an idempotency key to when it was used, the sequence number it led to and a keyed hash
@@ -50,6 +43,8 @@ pub(crate) const LINK_EVIDENCE: u8 = 1;
 
 pub(crate) const IDENTITY: &str = "identity";
 pub(crate) const COUNTERS: &str = "counters";
+/// How many entries the tables of blocks hold: redb knows only how many blocks.
+pub(crate) const ENTRIES: &str = "entries";
 /// Sealed nothing: opens only with the store's own key.
 pub(crate) const CANARY: &str = "canary";
 
@@ -195,6 +190,19 @@ impl Counters {
         }
         Ok(counters)
     }
+}
+
+pub(crate) fn entries_to_bytes(entries: &Entries) -> [u8; 32] {
+    let mut out = [0; 32];
+    for (to, count) in out.chunks_exact_mut(8).zip(entries) {
+        to.copy_from_slice(&count.to_le_bytes());
+    }
+    out
+}
+
+pub(crate) fn entries_from_bytes(bytes: &[u8]) -> Result<Entries, Damage> {
+    let bytes: &[u8; 32] = bytes.try_into().map_err(|_| Damage::Meta(ENTRIES))?;
+    Ok(std::array::from_fn(|i| u64::from_le_bytes(std::array::from_fn(|b| bytes[8 * i + b]))))
 }
 
 #[cfg(test)]

@@ -29,8 +29,9 @@ const STOP_WORDS: &str = include_str!("stop_words.txt");
 
 /// The terms of a text, in order, with repetitions.
 pub fn terms(text: &str) -> Vec<String> {
-    let stemmer = Stemmer::create(Algorithm::English);
-    content_words(text).into_iter().map(|word| cut(&stemmer.stem(&word))).collect()
+    let mut terms = Vec::new();
+    Words::default().for_each(text, |word, stemmer| terms.extend(term_of(word, stemmer)));
+    terms
 }
 
 /// How often each term occurs in the text.
@@ -45,16 +46,54 @@ pub fn term_counts(text: &str) -> BTreeMap<String, u32> {
 /// Folded words without stop words, not yet stemmed.
 pub fn content_words(text: &str) -> Vec<String> {
     let mut words = Vec::new();
-    let mut run = String::new();
-    for c in text.nfkd().filter(|c| !is_combining_mark(*c)).flat_map(char::to_lowercase) {
-        if c.is_alphanumeric() {
-            run.push(c);
-        } else {
-            take_run(&mut run, &mut words);
+    Words::default().for_each(text, |word, _| {
+        if !is_stop_word(word) {
+            words.push(word.to_owned());
         }
-    }
-    take_run(&mut run, &mut words);
+    });
     words
+}
+
+/// The term of a folded word; none if it carries no content.
+pub(crate) fn term_of(word: &str, stemmer: &Stemmer) -> Option<String> {
+    (!is_stop_word(word)).then(|| cut(&stemmer.stem(word)))
+}
+
+/// Splits texts into folded words, stop words among them.
+pub(crate) struct Words {
+    stemmer: Stemmer,
+    /// The word that is being read.
+    run: String,
+}
+
+impl Default for Words {
+    fn default() -> Self {
+        Self { stemmer: Stemmer::create(Algorithm::English), run: String::new() }
+    }
+}
+
+impl Words {
+    pub(crate) fn for_each(&mut self, text: &str, mut each: impl FnMut(&str, &Stemmer)) {
+        let Self { stemmer, run } = self;
+        run.clear();
+        if text.is_ascii() {
+            // No marks to take off, and one case for each letter.
+            for word in text.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty()) {
+                run.clear();
+                run.extend(word.chars().map(|c| c.to_ascii_lowercase()));
+                each(run, stemmer);
+            }
+            return;
+        }
+        for c in text.nfkd().filter(|c| !is_combining_mark(*c)).flat_map(char::to_lowercase) {
+            if c.is_alphanumeric() {
+                run.push(c);
+            } else {
+                take_run(run, stemmer, &mut each);
+            }
+        }
+        take_run(run, stemmer, &mut each);
+    }
 }
 
 pub fn is_stop_word(folded: &str) -> bool {
@@ -62,14 +101,11 @@ pub fn is_stop_word(folded: &str) -> bool {
     SET.contains(folded)
 }
 
-fn take_run(run: &mut String, words: &mut Vec<String>) {
-    if run.is_empty() {
-        return;
-    }
+fn take_run(run: &mut String, stemmer: &Stemmer, each: &mut impl FnMut(&str, &Stemmer)) {
     if run.chars().any(is_unspaced) {
-        words.extend(pairs(run));
-    } else if !is_stop_word(run) {
-        words.push(run.clone());
+        pairs(run).iter().for_each(|pair| each(pair, stemmer));
+    } else if !run.is_empty() {
+        each(run, stemmer);
     }
     run.clear();
 }

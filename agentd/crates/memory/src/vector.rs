@@ -7,6 +7,8 @@
 //!
 //! Always: vectors have length 1 once they passed [`Vector::new`], so a dot product is the cosine.
 
+use std::sync::OnceLock;
+
 /// Far above any embedding model in use; a larger number comes from a broken engine.
 pub(crate) const DIMENSION_MAX: u32 = 4096;
 
@@ -21,14 +23,30 @@ pub enum BadVector {
 }
 
 /// A vector of length 1.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Vector(Vec<f32>);
+#[derive(Debug, Clone)]
+pub(crate) struct Vector(Vec<f32>, OnceLock<Parts>);
+
+/// A vector as it stands on disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Parts {
+    /// The scale, and the 8-bit numbers.
+    pub(crate) first: Vec<u8>,
+    /// What their rounding left.
+    pub(crate) fine: Vec<u8>,
+}
 
 /// A vector as the scan sees it: value = `scale` times the 8-bit number.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Coarse {
     pub(crate) scale: f32,
     pub(crate) values: Vec<i8>,
+}
+
+impl Parts {
+    pub(crate) fn coarse(&self) -> Coarse {
+        let (scale, values) = self.first.split_first_chunk().unwrap_or((&[0; 4], &[]));
+        Coarse { scale: f32::from_le_bytes(*scale), values: values.iter().map(|v| *v as i8).collect() }
+    }
 }
 
 impl Vector {
@@ -44,26 +62,29 @@ impl Vector {
         if length < f64::from(f32::MIN_POSITIVE) {
             return Err(BadVector::Zero);
         }
-        Ok(Self(values.iter().map(|v| (f64::from(*v) / length) as f32).collect()))
+        Ok(Self(values.iter().map(|v| (f64::from(*v) / length) as f32).collect(), OnceLock::new()))
     }
 
     pub(crate) fn coarse(&self) -> Coarse {
-        let largest = self.0.iter().fold(0f32, |most, v| most.max(v.abs()));
-        let scale = largest / 127.0;
-        Coarse { scale, values: self.0.iter().map(|v| (v / scale).round() as i8).collect() }
+        self.parts().coarse()
     }
 
-    /// Both parts as they stand on disk.
-    pub(crate) fn to_parts(&self) -> (Vec<u8>, Vec<u8>) {
-        let coarse = self.coarse();
-        let mut first = Vec::with_capacity(coarse_bytes(self.0.len()));
-        first.extend_from_slice(&coarse.scale.to_le_bytes());
-        first.extend(coarse.values.iter().map(|v| *v as u8));
-        let left = |(value, rounded): (&f32, &i8)| {
-            let left = value / coarse.scale - f32::from(*rounded);
-            (left * FINE_STEPS).round().clamp(-127.0, 127.0) as i8 as u8
-        };
-        (first, self.0.iter().zip(&coarse.values).map(left).collect())
+    /// Both parts as they stand on disk; rounded once.
+    pub(crate) fn parts(&self) -> &Parts {
+        self.1.get_or_init(|| {
+            let largest = self.0.iter().fold(0f32, |most, v| most.max(v.abs()));
+            let scale = largest / 127.0;
+            let mut first = Vec::with_capacity(coarse_bytes(self.0.len()));
+            first.extend_from_slice(&scale.to_le_bytes());
+            let mut fine = Vec::with_capacity(self.0.len());
+            for value in &self.0 {
+                let steps = value / scale;
+                let rounded = round(steps).clamp(-127, 127);
+                first.push(rounded as i8 as u8);
+                fine.push(round((steps - rounded as f32) * FINE_STEPS).clamp(-127, 127) as i8 as u8);
+            }
+            Parts { first, fine }
+        })
     }
 
     /// The cosine with a stored vector, from both parts. None when it has another dimension.
@@ -82,21 +103,13 @@ impl Vector {
         // The scale cancels out, and so does what rounding did to the length.
         Some((dot / square.sqrt().max(f32::MIN_POSITIVE)).clamp(-1.0, 1.0))
     }
+}
 
-    /// The vector that both parts stand for.
-    pub(crate) fn of_stored(first: &[u8], fine: &[u8]) -> Option<Self> {
-        let dimension = first.len().checked_sub(4)?;
-        let (_, values) = coarse_of_stored(first, dimension)?;
-        let stored: Vec<f32> = values
-            .iter()
-            .zip(fine)
-            .map(|(v, f)| f32::from(*v as i8) + f32::from(*f as i8) / FINE_STEPS)
-            .collect();
-        if fine.len() != dimension {
-            return None;
-        }
-        Self::new(&stored, u32::try_from(dimension).ok()?).ok()
-    }
+/// The nearest whole number of one far below 2^22: added to 1.5 * 2^23, a float has no room for a fraction. (`f32::round`
+/// is a call into the C library on processors without SSE 4.1, for which this is compiled.)
+fn round(value: f32) -> i32 {
+    const NO_FRACTION: f32 = 12_582_912.0;
+    (value + NO_FRACTION).to_bits() as i32 - NO_FRACTION.to_bits() as i32
 }
 
 /// What is left of a number after rounding is at most half a step of the scale; it is kept in 254ths of a step.
@@ -143,9 +156,9 @@ mod tests {
             prop_assume!(a.iter().any(|v| v.abs() > 0.1) && b.iter().any(|v| v.abs() > 0.1));
             let (a, b) = (unit(&a), unit(&b));
             let exact: f32 = a.0.iter().zip(&b.0).map(|(x, y)| x * y).sum();
-            let (first, fine) = b.to_parts();
+            let Parts { first, fine } = b.parts().clone();
             prop_assert!((a.cosine_with_stored(&first, &fine).unwrap() - exact).abs() < 1e-5);
-            prop_assert!((Vector::of_stored(&first, &fine).unwrap().cosine_with_stored(&first, &fine).unwrap() - 1.0).abs() < 1e-5);
+            prop_assert!((b.cosine_with_stored(&first, &fine).unwrap() - 1.0).abs() < 1e-5);
             let (scale, values) = coarse_of_stored(&first, 384).unwrap();
             let values: Vec<i8> = values.iter().map(|v| *v as i8).collect();
             let query = a.coarse();
@@ -167,19 +180,19 @@ mod tests {
 
     #[test]
     fn a_broken_embedder_is_refused() {
-        assert_eq!(Vector::new(&[1.0], 2), Err(BadVector::Dimension { expected: 2, got: 1 }));
-        assert_eq!(Vector::new(&[1.0, f32::NAN], 2), Err(BadVector::NotFinite { at: 1 }));
-        assert_eq!(Vector::new(&[1.0, f32::INFINITY], 2), Err(BadVector::NotFinite { at: 1 }));
-        assert_eq!(Vector::new(&[0.0, 0.0], 2), Err(BadVector::Zero));
+        assert_eq!(Vector::new(&[1.0], 2).unwrap_err(), BadVector::Dimension { expected: 2, got: 1 });
+        assert_eq!(Vector::new(&[1.0, f32::NAN], 2).unwrap_err(), BadVector::NotFinite { at: 1 });
+        assert_eq!(Vector::new(&[1.0, f32::INFINITY], 2).unwrap_err(), BadVector::NotFinite { at: 1 });
+        assert_eq!(Vector::new(&[0.0, 0.0], 2).unwrap_err(), BadVector::Zero);
         assert!(Vector::new(&[f32::MAX, f32::MAX], 2).is_ok());
     }
 
     #[test]
     fn a_row_of_another_dimension_is_not_compared() {
-        let (first, fine) = unit(&[1.0, 0.0]).to_parts();
+        let Parts { first, fine } = unit(&[1.0, 0.0]).parts().clone();
         assert_eq!(unit(&[1.0, 0.0, 0.0]).cosine_with_stored(&first, &fine), None);
         assert_eq!(coarse_of_stored(&first, 3), None);
-        assert_eq!(Vector::of_stored(&first, &fine[1..]), None);
+        assert_eq!(unit(&[1.0, 0.0]).cosine_with_stored(&first, &fine[1..]), None);
         assert_eq!(unit(&[1.0, 0.0]).cosine_with_stored(&first, &fine), Some(1.0));
     }
 }

@@ -1,19 +1,20 @@
 //! Does what was purged open no more, with any key that is left?
 //!
-//! The proof does not trust redb's view of the file. It walks every byte of every file of the store and tries to
-//! open, with the key that is left, each row that the purged record ever had: its text, both parts of its vector, its
-//! postings. Before the rewriting the same walk must find them, or it could not fail.
+//! The proof does not trust redb's view of the file. It takes every page of every file of the store, free ones too,
+//! for a leaf, opens all rows on it with the key that is left, and looks for the purged record's number in them: its
+//! text, its life, both parts of its vector, its words. Before the rewriting the same walk must find them, or it
+//! could not fail.
 
 use crate::file::{Folder, Home};
 use crate::key;
 use crate::life::State;
+use crate::pack::{self, COARSE, FINE, LIVES, RECORDS};
 use crate::plan::Budgets;
-use crate::postings;
 use crate::run::{NewRecord, Options, Store};
-use crate::seal::{Hashed, Row, SEAL_BYTES, Seal, Secret};
+use crate::seal::{Seal, Secret};
 use crate::tables::Identity;
 use crate::text;
-use crate::write::{Embedding, ForgetMode};
+use crate::write::{Embedding, ForgetMode, open_block};
 use agentd_domain::agent_api::{Recall, Remember, Tier};
 use agentd_domain::ids::{AgentId, OwnerId, RecordId};
 use std::path::{Path, PathBuf};
@@ -59,44 +60,62 @@ fn secret(path: &Path) -> (Uuid, Secret) {
     (keys[0].0, key::read(path, keys[0].0).unwrap().secret)
 }
 
-/// Every row that the record with this number and text ever had, as (table, key, length when sealed).
-fn rows(seal: &Seal, seq: u64, text: &str) -> Vec<(Row, Vec<u8>, usize)> {
-    let place = seq.to_be_bytes().to_vec();
-    let record = 1 + 1 + 1 + 3 * 16 + text.len();
-    let mut rows = vec![
-        (Row::Record, place.clone(), record),
-        (Row::Coarse, place.clone(), 4 + 3),
-        (Row::Fine, place, 3),
-    ];
-    for term in text::term_counts(text).into_keys() {
-        let key = postings::key(Tier::Spirit, &seal.mark(Hashed::Term, term.as_bytes()), seq);
-        // A block that was begun with it: one posting has 12 bytes, as long as numbers are small.
-        rows.push((Row::Posting, key.to_vec(), 12));
-    }
-    rows
+/// The pairs of a page, if it is a leaf of redb's (its `docs/design.md`): a byte 1, the number of pairs, the ends of
+/// keys (where they differ in length) and of values, the keys, the values.
+fn pairs(page: &[u8], key_bytes: Option<usize>) -> Vec<(&[u8], &[u8])> {
+    let number = |at: usize| Some(u32::from_le_bytes(page.get(at..at + 4)?.try_into().ok()?) as usize);
+    let read = || {
+        let count = usize::from(u16::from_le_bytes(page.get(2..4)?.try_into().ok()?));
+        let ends = if key_bytes.is_none() { 2 } else { 1 };
+        let mut from = 4 + 4 * count * ends;
+        let mut keys = Vec::new();
+        for i in 0..count {
+            let to = match key_bytes {
+                Some(bytes) => from + bytes,
+                None => number(4 + 4 * i)?,
+            };
+            keys.push(page.get(from..to)?);
+            from = to;
+        }
+        let mut found = Vec::new();
+        for (i, key) in keys.into_iter().enumerate() {
+            let to = number(4 + 4 * (count * (ends - 1) + i))?;
+            found.push((key, page.get(from..to)?));
+            from = to;
+        }
+        Some(found)
+    };
+    if page.first() == Some(&1) { read().unwrap_or_default() } else { Vec::new() }
 }
 
-/// How many places of the store's files open as one of these rows.
-fn opened(path: &Path, secret: &Secret, seq: u64) -> usize {
+/// Every sealed row, on any page of any file of the store, that opens with this key to something of the record:
+/// its text, its life, a part of its vector, one of its words.
+fn opened(path: &Path, secret: &Secret, seq: u64) -> Vec<Vec<u8>> {
+    const PAGE_BYTES: usize = 4096;
+    /// No page of these tests is larger.
+    const LARGEST_BYTES: usize = 16 * PAGE_BYTES;
     let seal = Seal::new(secret);
-    let rows = rows(&seal, seq, SECRET_TEXT);
-    let mut into = Vec::new();
-    let mut count = 0;
+    let mut found = Vec::new();
     for entry in std::fs::read_dir(path.parent().unwrap()).unwrap() {
         let bytes = std::fs::read(entry.unwrap().path()).unwrap();
-        for at in 0..bytes.len() {
-            // A nonce of zeros is no nonce but a free page.
-            if bytes[at..].iter().take(12).all(|b| *b == 0) {
-                continue;
+        for at in (0..bytes.len()).step_by(PAGE_BYTES) {
+            let page = &bytes[at..bytes.len().min(at + LARGEST_BYTES)];
+            for (key, sealed) in pairs(page, Some(8)) {
+                let key = u64::from_le_bytes(key.try_into().unwrap());
+                let holds = [&RECORDS, &LIVES, &COARSE, &FINE]
+                    .into_iter()
+                    .any(|shape| pack::numbers_in(&seal, shape, key, sealed).contains(&seq));
+                found.extend(holds.then(|| sealed.to_vec()));
             }
-            for (row, key, length) in &rows {
-                if let Some(sealed) = bytes.get(at..at + length + SEAL_BYTES) {
-                    count += usize::from(seal.open(*row, key, sealed, &mut into).is_some());
-                }
+            for (key, sealed) in pairs(page, None) {
+                let Ok(key) = key.try_into() else { continue };
+                let postings = open_block(&seal, &key, sealed).unwrap_or_default();
+                let holds = postings.iter().any(|posting| posting.seq == seq);
+                found.extend(holds.then(|| sealed.to_vec()));
             }
         }
     }
-    count
+    found
 }
 
 fn holds(path: &Path, needle: &[u8]) -> bool {
@@ -118,11 +137,15 @@ fn no_page_opens_to_what_was_purged() {
     let seq = 5;
     let kept = tell(&store, "the portrait shows an uncle");
     assert_eq!(found(&store, "zanzibar"), 1);
+    let (old, old_secret) = secret(&path);
+    let sealed = opened(&path, &old_secret, seq);
+    let terms = text::term_counts(SECRET_TEXT).len();
+    assert!(sealed.len() >= 4 + terms, "the walk finds text, life, both parts of the vector and every word");
     store.forget(vec![purged], ForgetMode::Purge, NOW).unwrap();
     assert_eq!((found(&store, "zanzibar"), found(&store, "portrait")), (0, 1), "gone at once");
-    let (old, old_secret) = secret(&path);
     drop(store);
-    assert!(opened(&path, &old_secret, seq) > 0, "the walk cannot find what is there");
+    let left = opened(&path, &old_secret, seq);
+    assert!(!left.is_empty(), "redb leaves free pages as they are: the walk must find what is there");
 
     let store = open(&path);
     assert!(store.sweep(NOW).unwrap().rewrite_by_unix_ms.is_some());
@@ -130,8 +153,14 @@ fn no_page_opens_to_what_was_purged() {
     assert_eq!(store.sweep(NOW).unwrap().rewrite_by_unix_ms, None);
     let (live, live_secret) = secret(&path);
     assert_ne!(live, old, "another key");
-    assert_eq!(opened(&path, &live_secret, seq), 0, "opens with the live key");
-    assert_eq!(opened(&path, &old_secret, seq), 0, "is in the new file under the old key");
+    assert_eq!(opened(&path, &live_secret, seq).len(), 0, "opens with the live key");
+    assert_eq!(opened(&path, &old_secret, seq).len(), 0, "is in the new file under the old key");
+    // Not even what nobody can open: no row of it was copied.
+    for row in sealed.iter().chain(&left) {
+        assert!(!holds(&path, &row[..row.len().min(64)]), "a sealed row of it is left");
+    }
+    // The same walk with the live key finds what was not purged.
+    assert!(opened(&path, &live_secret, seq + 1).len() >= 4);
     assert!(!holds(&path, old_secret.as_slice()), "the old key is somewhere");
     assert!(holds(&path, live_secret.as_slice()));
     assert!(!holds(&path, b"zanzibar"));

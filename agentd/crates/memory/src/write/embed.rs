@@ -3,7 +3,7 @@
 //! Always: vectors of two embedders are never compared. Another digest is another space: its records wait until
 //!         each has a vector of it, which takes the old one's place.
 
-use super::Batch;
+use super::{Batch, Meaning};
 use crate::error::{Damage, Refusal, RefusedVector, StoreError};
 use crate::index::Change;
 use crate::journal::{Deed, Why};
@@ -46,12 +46,22 @@ impl Batch<'_> {
         tier: Tier,
         embedding: Option<&Embedding>,
     ) -> Result<Option<Vector>, StoreError> {
-        let Some(embedding) = embedding.filter(|_| plan::has_meaning(tier)) else { return Ok(None) };
+        let meaning = embedding.cloned().map(Meaning::of);
+        Ok(self.usable(tier, meaning.as_ref())?.cloned())
+    }
+
+    /// The same of one that was made ready.
+    pub(super) fn usable<'m>(
+        &self,
+        tier: Tier,
+        meaning: Option<&'m Meaning>,
+    ) -> Result<Option<&'m Vector>, StoreError> {
+        let Some(meaning) = meaning.filter(|_| plan::has_meaning(tier)) else { return Ok(None) };
         let Some((digest, dimension)) = self.current_embedder()? else { return Ok(None) };
-        if digest != embedding.embedder {
+        if digest != meaning.embedding.embedder {
             return Ok(None);
         }
-        match Vector::new(&embedding.vector, dimension) {
+        match meaning.vector(dimension) {
             Ok(vector) => Ok(Some(vector)),
             Err(why) => {
                 tracing::warn!(%why, "the embedder gave an unusable vector; the record is stored without it");
@@ -95,7 +105,7 @@ impl Batch<'_> {
             if self.pending.remove(seq)?.is_none() {
                 continue;
             }
-            self.put_vector(seq, self.counters.embedder, &vector)?;
+            self.put_vector(seq, self.counters.embedder, &vector);
             self.counters.pending -= 1;
             self.counters.vectors += 1;
             done.embedded += 1;
@@ -146,7 +156,7 @@ impl Batch<'_> {
         self.counters.pending = 0;
         self.pending.retain(|_, ()| false)?;
         for (seq, _) in self.lives(|life| plan::has_meaning(life.tier))? {
-            if self.coarse.get(seq)?.is_some_and(|row| row.value().0 == number) {
+            if self.rows.embedder_of(seq)? == Some(number) {
                 self.counters.vectors += 1;
             } else {
                 self.pending.insert(seq, ())?;

@@ -8,6 +8,7 @@
 //!
 //! | file | works |
 //! |---|---|
+//! | `prepare.rs` | (before the transaction: the words and the rounded vector of a record) |
 //! | `remember.rs` | a record is told |
 //! | `embed.rs` | vectors come, and embedders change |
 //! | `room.rs` | a tier is full |
@@ -18,6 +19,7 @@
 mod block;
 mod embed;
 mod forget;
+mod prepare;
 mod remember;
 mod room;
 mod session;
@@ -27,27 +29,30 @@ pub(crate) use block::{BlockWork, block_mark, check_block, open_block as open_pr
 pub use embed::{Completed, EmbedderDigest, EmbedderUse, Embedding};
 pub(crate) use forget::CorrectWork;
 pub use forget::{ForgetMode, RolledBack, Swept};
+pub(crate) use prepare::{Marker, Meaning, Ready, Terms, share_out};
 pub(crate) use remember::RememberWork;
 pub use session::{SessionEnd, SessionEnded};
 
 use crate::error::{Damage, Refusal, StoreError};
 use crate::index::Change;
 use crate::journal::{Deed, Entry, Why};
-use crate::life::{LIFE_BYTES, Life, State, Told};
+use crate::life::{Life, State};
+use crate::pack::Entries;
 use crate::plan::{self, Budgets, Duplicates};
 use crate::postings::{self, Posting};
 use crate::record::Record;
-use crate::seal::{Hashed, Mark, Nonces, Row, Seal};
+use crate::rows::{StoredVector, WriteRows};
+use crate::seal::{Mark, Nonces, Row, Seal};
 use crate::tables::{
-    BLOCK, BY_ID, CANARY, CLAIM, COARSE, COUNTERS, Counters, EMBEDDER, FINE, IDENTITY, IdentityRow, JOURNAL,
-    LIFE, LINK, META, ONCE, PENDING, POSTING, RECORD, SESSION,
+    BLOCK, BY_ID, CANARY, CLAIM, COUNTERS, Counters, EMBEDDER, ENTRIES, IDENTITY, IdentityRow, JOURNAL, LINK,
+    META, ONCE, PENDING, POSTING, SESSION, entries_from_bytes, entries_to_bytes,
 };
-use crate::text;
-use crate::vector::Vector;
+use crate::vector::{Parts, Vector};
 use agentd_domain::agent_api::Tier;
 use agentd_domain::ids::{OwnerId, RecordId};
 use redb::{ReadableTable, Table, WriteTransaction};
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, Hasher};
 use uuid::{NoContext, Timestamp, Uuid};
 
 /// Old idempotency keys are dropped at every so many-th transaction.
@@ -70,11 +75,9 @@ pub(crate) struct Batch<'txn> {
     nonces: Nonces,
     pub(crate) counters: Counters,
     meta: Table<'txn, &'static str, &'static [u8]>,
-    record: Table<'txn, u64, &'static [u8]>,
+    entries: Entries,
+    rows: WriteRows<'txn>,
     by_id: Table<'txn, u128, u64>,
-    life: Table<'txn, u64, &'static [u8; LIFE_BYTES]>,
-    coarse: Table<'txn, u64, (u32, &'static [u8])>,
-    fine: Table<'txn, u64, &'static [u8]>,
     pending: Table<'txn, u64, ()>,
     posting: Table<'txn, &'static [u8], &'static [u8]>,
     embedder: Table<'txn, u32, (&'static [u8; 32], u32)>,
@@ -84,10 +87,10 @@ pub(crate) struct Batch<'txn> {
     pub(crate) session: Table<'txn, u64, (u64, i64)>,
     block: Table<'txn, &'static [u8; 16], &'static [u8]>,
     journal: Table<'txn, u64, &'static [u8]>,
-    new_postings: BTreeMap<(Tier, Mark), Vec<Posting>>,
+    new_postings: HashMap<(Tier, Mark), Vec<Posting>, ByMark>,
     gone_postings: BTreeMap<(Tier, Mark), Vec<u64>>,
     /// Hashing a term costs more than looking it up, and a batch meets most of its terms again.
-    marks: HashMap<String, Mark>,
+    marker: Marker<'txn>,
     changes: Vec<Change>,
     /// The latest time any work of this batch was told at.
     told_unix_ms: Option<i64>,
@@ -100,16 +103,18 @@ impl<'txn> Batch<'txn> {
             Some(row) => Counters::from_bytes(row.value())?,
             None => Counters::default(),
         };
+        let entries = match meta.get(ENTRIES)? {
+            Some(row) => entries_from_bytes(row.value())?,
+            None => Entries::default(),
+        };
         Ok(Self {
             ground,
             nonces: Nonces::new(),
             counters,
             meta,
-            record: txn.open_table(RECORD)?,
+            entries,
+            rows: WriteRows::write(txn, ground.seal)?,
             by_id: txn.open_table(BY_ID)?,
-            life: txn.open_table(LIFE)?,
-            coarse: txn.open_table(COARSE)?,
-            fine: txn.open_table(FINE)?,
             pending: txn.open_table(PENDING)?,
             posting: txn.open_table(POSTING)?,
             embedder: txn.open_table(EMBEDDER)?,
@@ -119,9 +124,9 @@ impl<'txn> Batch<'txn> {
             session: txn.open_table(SESSION)?,
             block: txn.open_table(BLOCK)?,
             journal: txn.open_table(JOURNAL)?,
-            new_postings: BTreeMap::new(),
+            new_postings: HashMap::default(),
             gone_postings: BTreeMap::new(),
-            marks: HashMap::new(),
+            marker: Marker::new(ground.seal),
             changes: Vec::new(),
             told_unix_ms: None,
         })
@@ -130,6 +135,8 @@ impl<'txn> Batch<'txn> {
     /// Writes what was gathered; the transaction is ready to commit afterwards.
     pub(crate) fn finish(mut self) -> Result<(Counters, Vec<Change>), StoreError> {
         self.flush_postings()?;
+        self.rows.flush(&mut self.nonces, &mut self.entries)?;
+        self.meta.insert(ENTRIES, entries_to_bytes(&self.entries).as_slice())?;
         self.clean_keys()?;
         self.counters.commits += 1;
         self.meta.insert(COUNTERS, self.counters.to_bytes().as_slice())?;
@@ -156,13 +163,11 @@ impl<'txn> Batch<'txn> {
     }
 
     fn record(&self, seq: u64) -> Result<Record, StoreError> {
-        let row = self.record.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
-        Ok(decode(self.ground.seal, seq, row.value())?)
+        self.rows.record(seq)
     }
 
     fn life(&self, seq: u64) -> Result<Life, StoreError> {
-        let row = self.life.get(seq)?.ok_or(Damage::RecordMissing { seq })?;
-        Ok(Life::from_bytes(seq, row.value())?)
+        self.rows.life(seq)
     }
 
     /// The record of this id, tombstones included; refused when there is none.
@@ -172,7 +177,7 @@ impl<'txn> Batch<'txn> {
     }
 
     fn set_life(&mut self, seq: u64, life: Life) -> Result<(), StoreError> {
-        self.life.insert(seq, &life.to_bytes())?;
+        self.rows.put_life(seq, life);
         self.changes.push(Change::Life { seq, life });
         Ok(())
     }
@@ -180,13 +185,10 @@ impl<'txn> Batch<'txn> {
     /// All records of a tier in this state, in order of telling.
     fn lives(&self, of: impl Fn(&Life) -> bool) -> Result<Vec<(u64, Life)>, StoreError> {
         let mut found = Vec::new();
-        for row in self.life.iter()? {
-            let (seq, row) = row?;
-            let life = Life::from_bytes(seq.value(), row.value())?;
-            if of(&life) {
-                found.push((seq.value(), life));
-            }
-        }
+        self.rows.for_each_life(|seq, life| {
+            found.extend(of(&life).then_some((seq, life)));
+            Ok(())
+        })?;
         Ok(found)
     }
 
@@ -198,14 +200,49 @@ impl<'txn> Batch<'txn> {
         life: Life,
         vector: Option<&Vector>,
     ) -> Result<Life, StoreError> {
+        let terms = self.marker.terms(&record.text);
+        self.put_ready(seq, record, life, vector.map(Vector::parts), &terms)
+    }
+
+    /// Writes a record that was in another file under this number.
+    pub(crate) fn put_copied(
+        &mut self,
+        seq: u64,
+        record: &Record,
+        life: Life,
+        vector: Option<StoredVector>,
+    ) -> Result<(), StoreError> {
+        let terms = self.marker.terms(&record.text);
+        let current = vector.as_ref().filter(|vector| vector.embedder == self.counters.embedder);
+        let parts = current.map(|v| Parts { first: v.first.clone(), fine: v.fine.clone() });
+        self.put_ready(seq, record, life, parts.as_ref(), &terms)?;
+        // A vector of an earlier embedder: the record waits, and going back finds it.
+        if let Some(vector) = vector.filter(|_| parts.is_none()) {
+            self.rows.put_vector(seq, vector.embedder, &vector.first, vector.fine);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn has(&self, seq: u64) -> Result<bool, StoreError> {
+        self.rows.has(seq)
+    }
+
+    /// The same, when the terms of the text are known.
+    fn put_ready(
+        &mut self,
+        seq: u64,
+        record: &Record,
+        life: Life,
+        vector: Option<&Parts>,
+        terms: &Terms,
+    ) -> Result<Life, StoreError> {
         let content = record.to_bytes();
-        let words = self.gather_postings(seq, life.tier, &record.text)?;
-        let told = Told::read(&record.text, |term| self.mark(term));
-        let life = Life { words, bytes: content.len() as u32, told: Some(told), ..life };
-        let sealed = self.seal(Row::Record, &seq.to_be_bytes(), &content)?;
-        self.record.insert(seq, sealed.as_slice())?;
+        self.gather_postings(seq, life.tier, terms);
+        let words = terms.words;
+        let life = Life { words, bytes: content.len() as u32, told: Some(terms.told), ..life };
+        self.rows.put_record(seq, content);
         self.by_id.insert(record.id.0.as_u128(), seq)?;
-        self.life.insert(seq, &life.to_bytes())?;
+        self.rows.put_life(seq, life);
         if let Some(claim) = &record.claim {
             self.claim.insert(self.claim_key(claim, seq).as_slice(), ())?;
         }
@@ -218,8 +255,8 @@ impl<'txn> Batch<'txn> {
             held.forgotten_bytes += u64::from(life.bytes);
         }
         match vector {
-            Some(vector) => {
-                self.put_vector(seq, self.counters.embedder, vector)?;
+            Some(parts) => {
+                self.rows.put_vector(seq, self.counters.embedder, &parts.first, parts.fine.clone());
                 self.counters.vectors += 1;
             }
             None if plan::has_meaning(life.tier) => {
@@ -228,34 +265,27 @@ impl<'txn> Batch<'txn> {
             }
             None => {}
         }
-        self.changes.push(Change::Added { seq, life, vector: vector.map(Vector::coarse) });
+        self.changes.push(Change::Added { seq, life, vector: vector.map(Parts::coarse) });
         Ok(life)
     }
 
-    pub(crate) fn put_vector(&mut self, seq: u64, embedder: u32, vector: &Vector) -> Result<(), StoreError> {
-        let (first, fine) = vector.to_parts();
-        let first = self.seal(Row::Coarse, &seq.to_be_bytes(), &first)?;
-        let fine = self.seal(Row::Fine, &seq.to_be_bytes(), &fine)?;
-        self.coarse.insert(seq, (embedder, first.as_slice()))?;
-        self.fine.insert(seq, fine.as_slice())?;
-        Ok(())
+    pub(crate) fn put_vector(&mut self, seq: u64, embedder: u32, vector: &Vector) {
+        let parts = vector.parts();
+        self.rows.put_vector(seq, embedder, &parts.first, parts.fine.clone());
     }
 
     /// Removes every trace of a record but the journal's.
     fn drop_row(&mut self, seq: u64) -> Result<(Record, Life), StoreError> {
         let (record, life) = (self.record(seq)?, self.life(seq)?);
-        for (term, _) in text::term_counts(&record.text) {
-            let mark = self.mark(&term);
+        for (mark, _) in self.marker.terms(&record.text).marks {
             self.gone_postings.entry((life.tier, mark)).or_default().push(seq);
         }
-        self.record.remove(seq)?;
+        let of_current = self.rows.embedder_of(seq)?.map(|number| number == self.counters.embedder);
+        self.rows.remove(seq);
         self.by_id.remove(record.id.0.as_u128())?;
-        self.life.remove(seq)?;
         if let Some(claim) = &record.claim {
             self.claim.remove(self.claim_key(claim, seq).as_slice())?;
         }
-        let of_current = self.coarse.remove(seq)?.map(|row| row.value().0 == self.counters.embedder);
-        self.fine.remove(seq)?;
         if of_current == Some(true) {
             self.counters.vectors -= 1;
         }
@@ -342,27 +372,17 @@ impl<'txn> Batch<'txn> {
         Ok(())
     }
 
-    fn mark(&mut self, term: &str) -> Mark {
-        if let Some(mark) = self.marks.get(term) {
-            return *mark;
+    fn gather_postings(&mut self, seq: u64, tier: Tier, terms: &Terms) {
+        for (mark, count) in &terms.marks {
+            self.new_postings.entry((tier, *mark)).or_default().push(Posting { seq, count: *count });
         }
-        let mark = self.ground.seal.mark(Hashed::Term, term.as_bytes());
-        self.marks.insert(term.to_owned(), mark);
-        mark
-    }
-
-    fn gather_postings(&mut self, seq: u64, tier: Tier, text: &str) -> Result<u32, StoreError> {
-        let mut words = 0u32;
-        for (term, count) in text::term_counts(text) {
-            words += count;
-            let mark = self.mark(&term);
-            self.new_postings.entry((tier, mark)).or_default().push(Posting { seq, count });
-        }
-        Ok(words)
     }
 
     pub(crate) fn flush_postings(&mut self) -> Result<(), StoreError> {
-        for ((tier, mark), new) in std::mem::take(&mut self.new_postings) {
+        let mut new: Vec<_> = std::mem::take(&mut self.new_postings).into_iter().collect();
+        // In the order of their keys: neighbours stand in one page.
+        new.sort_unstable_by_key(|(term, _)| *term);
+        for ((tier, mark), new) in new {
             self.append_postings(tier, &mark, &new)?;
         }
         for ((tier, mark), gone) in std::mem::take(&mut self.gone_postings) {
@@ -371,22 +391,25 @@ impl<'txn> Batch<'txn> {
         Ok(())
     }
 
+    /// The last block of a term in this range, as it stands.
     fn block_at(
         &self,
         from: &postings::Key,
         to: &postings::Key,
-    ) -> Result<Option<(postings::Key, Vec<Posting>)>, StoreError> {
+    ) -> Result<Option<(postings::Key, Vec<u8>)>, StoreError> {
         let Some(row) = self.posting.range(from.as_slice()..=to.as_slice())?.next_back() else {
             return Ok(None);
         };
         let (key, sealed) = row?;
         let key: postings::Key =
             key.value().try_into().map_err(|_| Damage::Postings("a key of another length".to_owned()))?;
-        Ok(Some((key, open_block(self.ground.seal, &key, sealed.value())?)))
+        let mut content = Vec::new();
+        open_terms(self.ground.seal, &key, sealed.value(), &mut content)?;
+        Ok(Some((key, content)))
     }
 
     fn write_block(&mut self, key: &postings::Key, block: &postings::Block) -> Result<(), StoreError> {
-        let sealed = self.seal(Row::Posting, key, block.as_bytes())?;
+        let sealed = self.seal(Row::TermBlock, key, block.as_bytes())?;
         self.posting.insert(key.as_slice(), sealed.as_slice())?;
         Ok(())
     }
@@ -394,17 +417,22 @@ impl<'txn> Batch<'txn> {
     fn append_postings(&mut self, tier: Tier, mark: &Mark, new: &[Posting]) -> Result<(), StoreError> {
         let Some(first) = new.first() else { return Ok(()) };
         let (from, to) = (postings::key(tier, mark, 0), postings::key(tier, mark, u64::MAX));
+        let begin = |seq| (postings::key(tier, mark, seq), postings::Block::begun(seq));
         let (mut key, mut block) = match self.block_at(&from, &to)? {
-            Some((key, old)) if old.len() < usize::from(postings::BLOCK_RECORDS) => {
-                (key, postings::Block::of(&old))
+            None => begin(first.seq),
+            Some((key, old)) => {
+                let old = postings::Block::from_bytes(postings::begun(&key), &old);
+                (key, old.map_err(|why| Damage::Postings(why.to_string()))?)
             }
-            _ => (postings::key(tier, mark, first.seq), postings::Block::default()),
         };
+        // A full block is left as it is.
+        if block.is_full() {
+            (key, block) = begin(first.seq);
+        }
         for posting in new {
             if block.is_full() {
                 self.write_block(&key, &block)?;
-                key = postings::key(tier, mark, posting.seq);
-                block = postings::Block::default();
+                (key, block) = begin(posting.seq);
             }
             block.push(*posting);
         }
@@ -415,16 +443,17 @@ impl<'txn> Batch<'txn> {
         gone.sort_unstable();
         let from = postings::key(tier, mark, 0);
         while let Some(last) = gone.last().copied() {
-            let Some((key, mut block)) = self.block_at(&from, &postings::key(tier, mark, last))? else {
+            let Some((key, content)) = self.block_at(&from, &postings::key(tier, mark, last))? else {
                 break;
             };
+            let mut block = postings_in(&key, &content)?;
             block.retain(|posting| gone.binary_search(&posting.seq).is_err());
-            let begun = u64::from_be_bytes(std::array::from_fn(|i| key[17 + i]));
+            let begun = postings::begun(&key);
             gone.retain(|seq| *seq < begun);
             if block.is_empty() {
                 self.posting.remove(key.as_slice())?;
             } else {
-                self.write_block(&key, &postings::Block::of(&block))?;
+                self.write_block(&key, &postings::Block::of(begun, &block))?;
             }
         }
         Ok(())
@@ -444,32 +473,59 @@ impl<'txn> Batch<'txn> {
             self.counters.tier_mut(tier).words = 0;
         }
         for (seq, life) in self.lives(|_| true)? {
-            let text = self.record(seq)?.text;
-            let words = self.gather_postings(seq, life.tier, &text)?;
+            let terms = self.marker.terms(&self.rows.record(seq)?.text);
+            self.gather_postings(seq, life.tier, &terms);
+            let words = terms.words;
             self.counters.tier_mut(life.tier).words += u64::from(words);
-            let told = Some(Told::read(&text, |term| self.mark(term)));
-            self.life.insert(seq, &Life { words, told, ..life }.to_bytes())?;
+            self.rows.put_life(seq, Life { words, told: Some(terms.told), ..life });
         }
         self.changes.push(Change::Rebuild);
         Ok(())
     }
 }
 
-pub(crate) fn decode(seal: &Seal, seq: u64, sealed: &[u8]) -> Result<Record, Damage> {
-    let mut content = Vec::new();
-    let content =
-        seal.open(Row::Record, &seq.to_be_bytes(), sealed, &mut content).ok_or(Damage::Sealed { seq })?;
-    Record::from_bytes(content).map_err(|why| Damage::Record { seq, why: why.to_string() })
-}
-
 pub(crate) fn open_block(seal: &Seal, key: &postings::Key, sealed: &[u8]) -> Result<Vec<Posting>, Damage> {
     let mut content = Vec::new();
-    let content = seal
-        .open(Row::Posting, key, sealed, &mut content)
-        .ok_or_else(|| Damage::Postings("a block does not open".to_owned()))?;
+    open_terms(seal, key, sealed, &mut content)?;
+    postings_in(key, &content)
+}
+
+fn open_terms(seal: &Seal, key: &postings::Key, sealed: &[u8], into: &mut Vec<u8>) -> Result<(), Damage> {
+    let opened = seal.open(Row::TermBlock, key, sealed, into).map(<[u8]>::len);
+    into.truncate(opened.ok_or_else(|| Damage::Postings("a block does not open".to_owned()))?);
+    Ok(())
+}
+
+fn postings_in(key: &postings::Key, content: &[u8]) -> Result<Vec<Posting>, Damage> {
     let mut postings = Vec::new();
-    postings::for_each(content, |p| postings.push(p)).map_err(|e| Damage::Postings(e.to_string()))?;
+    postings::for_each(postings::begun(key), content, |p| postings.push(p))
+        .map_err(|e| Damage::Postings(e.to_string()))?;
     Ok(postings)
+}
+
+/// Marks are keyed hashes: eight bytes of one are as good a hash as any.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct ByMark;
+
+impl BuildHasher for ByMark {
+    type Hasher = FirstBytes;
+
+    fn build_hasher(&self) -> FirstBytes {
+        FirstBytes(0)
+    }
+}
+
+pub(crate) struct FirstBytes(u64);
+
+impl Hasher for FirstBytes {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        let first = bytes.first_chunk().map_or(0, |b| u64::from_le_bytes(*b));
+        self.0 = self.0.rotate_left(1) ^ first;
+    }
 }
 
 /// RFC 9562 UUIDv7 of the time the record was told; a clock before 1970 counts as 1970.

@@ -3,7 +3,7 @@
 //! Steps: the same request again gives its first answer; what is known already is strengthened instead of stored
 //! twice; room is made; a later claim closes the earlier; the record is written.
 
-use super::{Batch, Embedding, new_id};
+use super::{Batch, Embedding, Meaning, Ready, new_id};
 use crate::error::{Refusal, StoreError};
 use crate::forget::{decay, duplicate, supersede, trust};
 use crate::journal::{Deed, Entry, Why};
@@ -11,11 +11,12 @@ use crate::life::{Life, OPEN_END, State};
 use crate::plan::{self, Checked, Detail, Duplicates};
 use crate::postings;
 use crate::record::{Claim, Record};
-use crate::seal::{Hashed, Mark, Row};
+use crate::seal::{Hashed, Mark};
 use crate::tables::{LINK_EVIDENCE, LINK_SUPERSEDED};
 use crate::text;
 use crate::vector::Vector;
 use agentd_domain::agent_api::{EmbedState, Remembered, Tier};
+use agentd_domain::ids::RecordId;
 use redb::ReadableTable;
 use ring::digest;
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,7 +26,9 @@ pub(crate) struct RememberWork {
     pub(crate) record: Checked,
     pub(crate) recorded_unix_ms: i64,
     pub(crate) key: Option<String>,
+    /// Until it is made ready.
     pub(crate) embedding: Option<Embedding>,
+    pub(crate) ready: Ready,
 }
 
 /// So many of the records that share words with a new one are looked at: those that share most, newest first.
@@ -40,11 +43,12 @@ impl Batch<'_> {
             return Ok(earlier);
         }
         let tier = work.record.tier;
-        let vector = self.usable_vector(tier, work.embedding.as_ref())?;
+        let unready = work.embedding.clone().map(Meaning::of);
+        let vector = self.usable(tier, work.ready.meaning.as_ref().or(unready.as_ref()))?;
         let standing = self.standing(work.record.claim.as_ref())?;
-        if let Some((seq, cosine)) = self.known_already(&work.record, vector.as_ref(), &standing)? {
+        if let Some((seq, cosine)) = self.known_already(&work.record, vector, &standing)? {
             self.repeat(seq, cosine, now)?;
-            return self.told(work, seq);
+            return self.told(work, seq, self.record(seq)?.id);
         }
         let evidence = self.evidence_of(&work.record)?;
         let record = self.record_of(work);
@@ -63,30 +67,33 @@ impl Batch<'_> {
         };
         // A record names the one it takes the place of; of several only the last, the table `link` has all.
         let record = Record { supersedes: self.last_of(&placement.closes)?, ..record };
-        self.put(seq, &record, life, vector.as_ref())?;
+        match work.ready.terms.as_ref().filter(|terms| terms.are_of(self.ground.seal)) {
+            Some(terms) => self.put_ready(seq, &record, life, vector.map(Vector::parts), terms)?,
+            None => self.put(seq, &record, life, vector)?,
+        };
         for old in placement.closes {
             self.close(old, seq, &record, life.valid_from_unix_ms, Why::LaterClaim, now)?;
         }
         for other in evidence {
-            if self.life.get(other)?.is_some() {
+            if self.rows.has(other)? {
                 self.link.insert((other, LINK_EVIDENCE, seq), ())?;
             }
         }
-        self.told(work, seq)
+        self.told(work, seq, record.id)
     }
 
-    fn last_of(&self, closes: &[u64]) -> Result<Option<agentd_domain::ids::RecordId>, StoreError> {
+    fn last_of(&self, closes: &[u64]) -> Result<Option<RecordId>, StoreError> {
         let Some(seq) = closes.iter().max() else { return Ok(None) };
         // Making room may have purged it.
-        if self.record.get(*seq)?.is_none() { Ok(None) } else { Ok(Some(self.record(*seq)?.id)) }
+        if self.rows.has(*seq)? { Ok(Some(self.record(*seq)?.id)) } else { Ok(None) }
     }
 
-    fn told(&mut self, work: &RememberWork, seq: u64) -> Result<Remembered, StoreError> {
+    fn told(&mut self, work: &RememberWork, seq: u64, id: RecordId) -> Result<Remembered, StoreError> {
         if let Some(key) = &work.key {
             let (key, request) = (self.once_key(key), self.request_mark(&work.record));
             self.once.insert(&key, (work.recorded_unix_ms, seq, &request))?;
         }
-        Ok(Remembered { id: self.record(seq)?.id, state: self.embed_state(seq)? })
+        Ok(Remembered { id, state: self.embed_state(seq)? })
     }
 
     fn embed_state(&self, seq: u64) -> Result<EmbedState, StoreError> {
@@ -109,7 +116,7 @@ impl Batch<'_> {
             return Ok(None);
         }
         // It may have been purged meanwhile; then nothing is known of it, as it should be.
-        if self.record.get(seq)?.is_none() {
+        if !self.rows.has(seq)? {
             return Ok(None);
         }
         let (record, life) = (self.record(seq)?, self.life(seq)?);
@@ -277,7 +284,7 @@ impl Batch<'_> {
         now: i64,
     ) -> Result<(), StoreError> {
         // Making room for the new one may have taken the old one.
-        if self.life.get(old)?.is_none() {
+        if !self.rows.has(old)? {
             return Ok(());
         }
         let life = self.life(old)?;
@@ -376,10 +383,7 @@ impl Batch<'_> {
     }
 
     pub(super) fn seqs_with(&self, tier: Tier, term: &str) -> Result<Vec<u64>, StoreError> {
-        let mark = match self.marks.get(term) {
-            Some(mark) => *mark,
-            None => self.ground.seal.mark(Hashed::Term, term.as_bytes()),
-        };
+        let mark = self.ground.seal.mark(Hashed::Term, term.as_bytes());
         let (from, to) = (postings::key(tier, &mark, 0), postings::key(tier, &mark, u64::MAX));
         let mut found = Vec::new();
         for row in self.posting.range(from.as_slice()..=to.as_slice())? {
@@ -396,23 +400,11 @@ impl Batch<'_> {
     }
 
     pub(super) fn cosine_with(&self, seq: u64, vector: &Vector) -> Result<Option<f32>, StoreError> {
-        let (Some(coarse), Some(fine)) = (self.coarse.get(seq)?, self.fine.get(seq)?) else {
+        let Some(stored) = self.rows.vector(seq)?.filter(|v| v.embedder == self.counters.embedder) else {
             return Ok(None);
         };
-        let (number, coarse) = coarse.value();
-        if number != self.counters.embedder {
-            return Ok(None);
-        }
-        let (mut a, mut b) = (Vec::new(), Vec::new());
-        let key = seq.to_be_bytes();
-        let opened = self.ground.seal.open(Row::Coarse, &key, coarse, &mut a).zip(self.ground.seal.open(
-            Row::Fine,
-            &key,
-            fine.value(),
-            &mut b,
-        ));
-        let (coarse, fine) = opened.ok_or(crate::Damage::Vector { seq })?;
-        Ok(Some(vector.cosine_with_stored(coarse, fine).ok_or(crate::Damage::Vector { seq })?))
+        let cosine = vector.cosine_with_stored(&stored.first, &stored.fine);
+        Ok(Some(cosine.ok_or(crate::Damage::Vector { seq })?))
     }
 
     /// Told again: what is known is strengthened.
