@@ -394,7 +394,7 @@ impl Loop {
     async fn remove_files(&mut self, agent: AgentId) {
         let Some(known) = self.known.get(&agent) else { return };
         let uid = known.row.uid;
-        self.links.memories.close(agent).await;
+        self.links.memories.destroy(agent).await;
         self.order(Order::RemoveAgent { agent, uid });
     }
 

@@ -18,7 +18,7 @@ use agentd_domain::agent_api::{EmbedState, Remember, Source, Tier};
 use agentd_domain::fault::Report;
 use agentd_domain::ids::{AgentId, RecordId};
 use agentd_domain::memory_api::{Access, Collection, CollectionName, Document, DocumentAdded, Quota};
-use agentd_memory::{Detail, ForgetMode, Listing, NewRecord, Refusal, Store, StoreError, remove_store};
+use agentd_memory::{Detail, ForgetMode, Listing, NewRecord, Refusal, Store, StoreError, destroy};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -170,7 +170,7 @@ impl Memories {
         let memory = self.of_collection(&row);
         let removed = tokio::task::spawn_blocking(move || {
             memory.pool.close(&memory.path);
-            remove_store(&memory.path)
+            destroy(&memory.path)
         });
         removed.await.map_err(|_| super::thread_lost())?.map_err(|error| {
             let fix = "nobody can read it any more; its file goes when the appliance is set up anew";

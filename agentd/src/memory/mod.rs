@@ -186,14 +186,30 @@ impl Memories {
         blocking(memory, move |store| store.recall_at(&request, embedding.as_ref(), at)).await
     }
 
-    /// Closes an agent's store, because its files are about to be removed.
-    pub async fn close(&self, agent: AgentId) {
-        let Some(memory) = self.0.known.lock().await.remove(&agent) else { return };
+    /// Closes an agent's store and destroys it, its key first: the agent is about to be removed, and what it
+    /// remembered must open no more wherever pages of it are left.
+    pub async fn destroy(&self, agent: AgentId) {
+        let known = self.0.known.lock().await.remove(&agent);
+        let path = self.path_of(agent);
         // Waits for who uses it, and for the writer's thread.
-        let closed = tokio::task::spawn_blocking(move || memory.pool.close(&memory.path)).await;
-        if !matches!(closed, Ok(true)) {
-            tracing::warn!(agent_id = %agent, "a memory store was still in use when its files were removed");
+        let destroyed = tokio::task::spawn_blocking(move || {
+            if known.is_some_and(|memory| !memory.pool.close(&memory.path)) {
+                tracing::warn!(agent_id = %agent, "a memory store was still in use when its key was destroyed");
+            }
+            agentd_memory::destroy(&path)
+        });
+        // The launcher removes the files in any case; whoever asked is not kept from it.
+        match destroyed.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::error!(agent_id = %agent, %error, "the key of a removed agent's memory was not overwritten");
+            }
+            Err(error) => tracing::error!(agent_id = %agent, %error, "destroying a memory store ended early"),
         }
+    }
+
+    fn path_of(&self, agent: AgentId) -> PathBuf {
+        self.0.folders.agents.join(agent.to_string()).join("memory.redb")
     }
 
     async fn memory(&self, agent: AgentId) -> Result<Arc<Memory>, Report> {
@@ -201,8 +217,7 @@ impl Memories {
             let mut known = self.0.known.lock().await;
             let is_new = !known.contains_key(&agent);
             let memory = known.entry(agent).or_insert_with(|| {
-                let path = self.0.folders.agents.join(agent.to_string()).join("memory.redb");
-                Arc::new(self.at(path, agent, Bound::Token))
+                Arc::new(self.at(self.path_of(agent), agent, Bound::Token))
             });
             (Arc::clone(memory), is_new)
         };

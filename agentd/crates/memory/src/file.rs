@@ -234,6 +234,22 @@ impl Folder {
     }
 }
 
+/// Destroys a store that nobody has open: first every key, so that from then on nothing opens its rows, wherever
+/// copies of its pages are; then its files. What was interrupted is finished by doing it again. Blocks: some fsyncs.
+pub fn destroy(path: &Path) -> Result<(), OpenError> {
+    let failed = |source| file_error(path, source);
+    match key::directory(path).try_exists() {
+        Ok(false) => return Ok(()),
+        Ok(true) => {}
+        Err(source) => return Err(failed(source)),
+    }
+    key::destroy_all(path).map_err(failed)?;
+    for extension in ["redb", "redb.next", "redb.new", "redb.opening"] {
+        remove(&path.with_extension(extension)).map_err(failed)?;
+    }
+    sync_directory(path).map_err(failed)
+}
+
 fn remove(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),

@@ -75,9 +75,18 @@ pub(crate) fn read(store: &Path, id: Uuid) -> io::Result<StoreKey> {
 
 /// Destroys all keys beside the store but this one; says how many.
 pub(crate) fn destroy_others(store: &Path, live: Uuid) -> io::Result<usize> {
+    destroy_but(store, Some(live))
+}
+
+/// Destroys every key beside the store: nothing opens it after this.
+pub(crate) fn destroy_all(store: &Path) -> io::Result<usize> {
+    destroy_but(store, None)
+}
+
+fn destroy_but(store: &Path, live: Option<Uuid>) -> io::Result<usize> {
     let mut destroyed = 0;
     for (id, path) in keys(store)? {
-        if id != live {
+        if Some(id) != live {
             destroy(&path)?;
             destroyed += 1;
         }
@@ -86,18 +95,6 @@ pub(crate) fn destroy_others(store: &Path, live: Uuid) -> io::Result<usize> {
         sync_directory(store)?;
     }
     Ok(destroyed)
-}
-
-/// Removes a store that nobody has open: its keys first, so that what is left of it opens no more.
-pub fn remove_store(store: &Path) -> io::Result<()> {
-    for (_, path) in keys(store)? {
-        destroy(&path)?;
-    }
-    match std::fs::remove_file(store) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    sync_directory(store)
 }
 
 fn destroy(path: &Path) -> io::Result<()> {

@@ -101,9 +101,9 @@ mod work;
 mod write;
 
 pub use check::Checked;
+pub use file::destroy;
 pub use error::{Damage, OpenError, Refusal, RefusedVector, StoreError};
 pub use journal::{Deed, Entry, Why};
-pub use key::remove_store;
 pub use life::{Life, State, Told};
 pub use plan::{At, Budget, Budgets, Detail, Duplicates};
 pub use pool::{Lease, Limits, Pool, PoolUse};

@@ -1,5 +1,5 @@
-//! Does a store of an earlier format become one of this format, whole? The file was written by the program that had
-//! format 1 (`tests/data/format-1.redb.zst`).
+//! Does a store of an earlier format become one of this format, whole? The files were written by the programs that had
+//! format 1 (`tests/data/format-1.redb.zst`) and 2 (`format-2.redb.zst`, with its key).
 
 use agentd_domain::agent_api::{EmbedState, Recall, Remember, Signals, Source, Tier};
 use agentd_domain::ids::{AgentId, OwnerId};
@@ -17,10 +17,20 @@ fn options(agent: u128) -> Options {
 }
 
 fn first_format(dir: &Path) -> PathBuf {
+    unpacked(dir, include_bytes!("data/format-1.redb.zst"))
+}
+
+const SECOND_KEY: &str = "memory.01a202e4fefd73c2b1bbae5fe64e52ff.key";
+
+fn second_format(dir: &Path) -> PathBuf {
+    std::fs::write(dir.join(SECOND_KEY), include_bytes!("data/format-2.key")).unwrap();
+    unpacked(dir, include_bytes!("data/format-2.redb.zst"))
+}
+
+fn unpacked(dir: &Path, packed: &[u8]) -> PathBuf {
     let path = dir.join("memory.redb");
-    let packed = include_bytes!("data/format-1.redb.zst");
     let mut bytes = Vec::new();
-    ruzstd::decoding::StreamingDecoder::new(&packed[..]).unwrap().read_to_end(&mut bytes).unwrap();
+    ruzstd::decoding::StreamingDecoder::new(packed).unwrap().read_to_end(&mut bytes).unwrap();
     std::fs::write(&path, bytes).unwrap();
     path
 }
@@ -117,4 +127,56 @@ fn a_store_of_format_1_of_another_agent_is_refused() {
     assert!(std::fs::read(&path).unwrap().windows(5).any(|w| w == b"Porto"), "not migrated for a stranger");
     assert_eq!(before.len(), std::fs::read(&path).unwrap().len());
     assert_eq!(Store::open(&path, options(2)).unwrap().check().unwrap().records, 4);
+}
+
+/// Everything that format 2 had: claims, a session, a tombstone, a pinned record, a block, vectors and records that
+/// wait for one, keys of requests, the journal. One record had been purged.
+#[test]
+fn a_store_of_format_2_becomes_one_of_this_format() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = second_format(dir.path());
+    let before = std::fs::metadata(&path).unwrap().len();
+    let store = Store::open(&path, options(2)).unwrap();
+    let checked = store.check().unwrap();
+    assert_eq!((checked.records, checked.forgotten, checked.vectors, checked.pending), (47, 1, 31, 10));
+    assert_eq!((checked.postings, checked.blocks, checked.entries), (230, 1, 3));
+    assert!(!dir.path().join(SECOND_KEY).exists(), "the old file's rows open no more");
+    assert!(std::fs::metadata(&path).unwrap().len() < before);
+
+    let found = |query: &str| store.recall(&asked(query, Signals::Words), None).unwrap().hits;
+    assert_eq!(found("Lisbon")[0].text, "Ana lives in Lisbon");
+    assert!(found("Porto").is_empty(), "superseded");
+    let history = store.history(found("Lisbon")[0].id).unwrap();
+    assert_eq!(history.chain.len(), 2);
+    let question = Embedding { embedder: [7; 32], vector: vec![0.1, 0.3, 9.0] };
+    let near = store.recall(&asked("anything", Signals::Meaning), Some(&question)).unwrap().hits;
+    assert_eq!(near[0].text, "Ana lives in Lisbon");
+    assert!(near[0].score > 0.999, "{}", near[0].score);
+
+    let all = store.list(&Listing { most: 100, ..Listing::default() }).unwrap();
+    let of = |text: &str| all.iter().find(|stored| stored.text.starts_with(text)).unwrap();
+    assert!(of("note 7 ").life.pinned);
+    assert_eq!(of("note 5 ").life.state.name(), "forgotten");
+    assert!(!all.iter().any(|stored| stored.text.starts_with("note 6 ")));
+    assert_eq!(of("turn 42").session.as_deref(), Some("run"));
+    assert_eq!(store.block("goal").unwrap().unwrap().text, "sail at noon");
+    assert_eq!(store.pending_batch(100).unwrap().len(), 10);
+
+    // A request of before is known by its key, and a tombstone comes back.
+    let text = of("note 8 ").text.clone();
+    let request = Remember { tier: Tier::Spirit, text, role: None, source: None, event_unix_ms: None };
+    let again = NewRecord { idempotency_key: Some("key 8".into()), ..NewRecord::new(request, TOLD + 90) };
+    assert_eq!(store.remember(again, None).unwrap().id, of("note 8 ").id);
+    store.restore(of("note 5 ").id, TOLD + 91).unwrap();
+    drop(store);
+    assert_eq!(Store::open(&path, options(2)).unwrap().check().unwrap().forgotten, 0);
+}
+
+#[test]
+fn a_store_of_format_2_of_another_agent_is_refused_unchanged() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = second_format(dir.path());
+    assert!(matches!(Store::open(&path, options(3)), Err(OpenError::OtherAgent { .. })));
+    assert!(dir.path().join(SECOND_KEY).exists());
+    assert_eq!(Store::open(&path, options(2)).unwrap().check().unwrap().records, 47);
 }

@@ -143,3 +143,55 @@ fn a_store_that_does_not_open_leaves_its_place() {
     assert!(pool.lease(&path(dir.path(), 1), || options(1)).is_err());
     pool.lease(&path(dir.path(), 2), || options(2)).unwrap().remember(told("works"), None).unwrap();
 }
+
+/// Bytes of this process in memory, and its open files.
+fn taken() -> (usize, usize) {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap_or_default();
+    let kib: usize = line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0);
+    (kib * 1024, std::fs::read_dir("/proc/self/fd").map(Iterator::count).unwrap_or(0))
+}
+
+/// A thousand agents (`POOL_AGENTS`; fewer in the short run) use their memories in turn: what the process takes is
+/// bounded by the pool's limits, not by the number of agents.
+#[test]
+fn what_a_thousand_stores_take_is_bounded() {
+    let agents: u128 = std::env::var("POOL_AGENTS").map_or(150, |n| n.parse().expect("POOL_AGENTS is a number"));
+    // Nothing here asks whether the disk keeps it: memory spares a thousand stores' fsyncs.
+    let memory = Path::new("/dev/shm");
+    let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
+    let pool = Pool::new(Limits::default());
+    let each = |agent: u128| {
+        let store = pool.lease(&path(dir.path(), agent), || options(agent)).unwrap();
+        let texts = (0..20).map(|i| (told(&format!("agent{agent} note{i} of the harbour and its ships")), None));
+        assert!(store.remember_many(texts.collect()).unwrap().iter().all(Result::is_ok));
+        assert!(!store.recall(&asked("harbour"), None).unwrap().hits.is_empty());
+    };
+    // As many as are open at once: from here on nothing may be added by more agents.
+    let full = Limits::default().open as u128;
+    (0..full).for_each(each);
+    let (bytes_at_full, files_at_full) = taken();
+    let (mut most_bytes, mut most_files) = (0, 0);
+    for agent in full..agents.max(full + 50) {
+        each(agent);
+        let (bytes, files) = taken();
+        (most_bytes, most_files) = (most_bytes.max(bytes), most_files.max(files));
+        let used = pool.in_use();
+        assert!(used.open <= Limits::default().open && used.index_bytes <= Limits::default().index_bytes);
+    }
+    let mib = |bytes: usize| bytes / (1024 * 1024);
+    println!(
+        "{agents} stores: {} MiB and {most_files} files at most; with {full} stores {} MiB and {files_at_full} files",
+        mib(most_bytes),
+        mib(bytes_at_full)
+    );
+    // Other tests of this program run beside this one and open files of their own.
+    assert!(most_files <= files_at_full + 48, "{files_at_full} files with {full} stores, then {most_files}");
+    let spare = 48 * 1024 * 1024;
+    assert!(most_bytes <= bytes_at_full + spare, "{} MiB, then {}", mib(bytes_at_full), mib(most_bytes));
+    // All are there, whoever was closed meanwhile.
+    for agent in (0..agents).step_by(37) {
+        let store = pool.lease(&path(dir.path(), agent), || options(agent)).unwrap();
+        assert_eq!(store.counters().unwrap().records(), 20, "agent {agent}");
+    }
+}

@@ -3,7 +3,8 @@
 //! A disk in memory that knows what was synced. It can stop for good at its N-th operation, after which the
 //! power is cut: of what was not synced a seeded subset survives, torn at 512 bytes. Or it can fail once and work
 //! on. Every N is tried until a run of the script ends without meeting it. A third disk ignores syncs: with it
-//! records must be lost, or these tests could not fail.
+//! records must be lost, or these tests could not fail. A fourth has room for so many blocks of 4 KiB and no more.
+//! `DISK_FULL_STEP` (default 37) is the number of blocks between two of its sizes; the long run takes 1.
 
 use crate::file::{Home, Open, check_canary, initialise, open_database, read_identity};
 use crate::key::StoreKey;
@@ -15,12 +16,15 @@ use crate::write::{Embedding, ForgetMode};
 use agentd_domain::agent_api::{Recall, Remember, Tier};
 use agentd_domain::ids::{AgentId, OwnerId, RecordId};
 use redb::StorageBackend;
+use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use uuid::Uuid;
 
 const SECTOR_BYTES: usize = 512;
+/// A file system's.
+const BLOCK_BYTES: usize = 4096;
 const EMBEDDER: [u8; 32] = [1; 32];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +52,10 @@ struct State {
     operations: u64,
     failure: Failure,
     honours_syncs: bool,
+    /// Which blocks were ever written: the others are holes and take no room.
+    written: BTreeSet<usize>,
+    /// So many blocks may be written; none: as many as wanted.
+    room_blocks: Option<usize>,
 }
 
 #[derive(Debug, Clone)]
@@ -56,6 +64,8 @@ struct Disk(Arc<Mutex<State>>);
 impl Disk {
     fn new(content: Vec<u8>, failure: Failure) -> Self {
         let state = State {
+            written: (0..content.len().div_ceil(BLOCK_BYTES)).collect(),
+            room_blocks: None,
             cached: content.clone(),
             durable: content,
             unsynced: Vec::new(),
@@ -138,8 +148,15 @@ impl StorageBackend for Disk {
     fn sync_data(&self) -> io::Result<()> {
         let mut state = self.step()?;
         if state.honours_syncs {
-            state.durable = state.cached.clone();
-            state.unsynced.clear();
+            for change in std::mem::take(&mut state.unsynced) {
+                match change {
+                    Unsynced::Length(length) => state.durable.resize(length, 0),
+                    Unsynced::Write { offset, bytes } => {
+                        state.durable[offset..offset + bytes.len()].copy_from_slice(&bytes);
+                    }
+                }
+            }
+            debug_assert_eq!(state.durable.len(), state.cached.len());
         }
         Ok(())
     }
@@ -147,6 +164,12 @@ impl StorageBackend for Disk {
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut state = self.step()?;
         let from = offset as usize;
+        let blocks = from / BLOCK_BYTES..(from + data.len()).div_ceil(BLOCK_BYTES);
+        let new: Vec<usize> = blocks.filter(|block| !state.written.contains(block)).collect();
+        if state.room_blocks.is_some_and(|room| state.written.len() + new.len() > room) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        state.written.extend(new);
         let place = state.cached.get_mut(from..from + data.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
         place.copy_from_slice(data);
         state.unsynced.push(Unsynced::Write { offset: from, bytes: data.to_vec() });
@@ -370,4 +393,77 @@ fn one_failed_operation_costs_at_most_its_own_requests() {
         let again = open(&Disk::new(disk.state().cached.clone(), Failure::Never)).unwrap();
         verify(&again, &complete).unwrap_or_else(|why| panic!("operation {operation}, reopened: {why}"));
     }
+}
+
+/// How much of the disk's end is tried.
+const LAST_BYTES: usize = 8 * 1024 * 1024;
+/// What is told until the disk is full has this size, so that some dozens of commits fill its last 8 MiB.
+const LARGE_TEXT_BYTES: usize = 8 * 1024;
+
+fn large(i: usize) -> NewRecord {
+    let mut text = format!("page {i} of the log:");
+    while text.len() < LARGE_TEXT_BYTES {
+        let word = text.len().wrapping_mul(2_654_435_761).wrapping_add(i * 7919) % 100_000;
+        text.push_str(&format!(" w{word:05}"));
+    }
+    let mut new = told(i % 20);
+    new.idempotency_key = Some(format!("large {i}"));
+    new.request.text = text;
+    new
+}
+
+/// The disk is full at a block of its last 8 MiB: what was acknowledged is there, before and after a power cut, the
+/// store opens, counts agree, questions are answered, and with room again everything goes on.
+#[test]
+fn a_disk_that_is_full_at_any_block_loses_nothing() {
+    let step: usize =
+        std::env::var("DISK_FULL_STEP").map_or(37, |step| step.parse().expect("DISK_FULL_STEP is a number"));
+    let new = new_store();
+    let (mut full, mut sizes) = (0, 0);
+    for free_blocks in (0..LAST_BYTES / BLOCK_BYTES).step_by(step) {
+        let disk = Disk::new(new.clone(), Failure::Never);
+        let store = open(&disk).unwrap_or_else(|why| panic!("{why}"));
+        store.use_embedder(EMBEDDER, 3).unwrap();
+        {
+            let mut state = disk.state();
+            state.room_blocks = Some(state.written.len() + free_blocks);
+        }
+        let mut acknowledged = Acknowledged::default();
+        let mut refused = 0;
+        // A full disk is met twice, so that reopening on one is tried, too.
+        for i in 0..200 {
+            let new = large(i);
+            let text = new.request.text.clone();
+            let embedding = (i % 2 == 0).then(|| Embedding { embedder: EMBEDDER, vector: vector(i) });
+            match store.remember(new, embedding) {
+                Ok(remembered) => acknowledged.records.push((remembered.id, text)),
+                Err(_) => refused += 1,
+            }
+            if refused == 2 {
+                break;
+            }
+        }
+        full += usize::from(refused > 0);
+        sizes += 1;
+        let scene = format!("{free_blocks} blocks free, {} acknowledged", acknowledged.records.len());
+        let whole = |store: &Store, when: &str| {
+            for (id, text) in &acknowledged.records {
+                let stored = store.get(*id).unwrap_or_else(|why| panic!("{scene}, {when}: {why}"));
+                assert!(stored.is_some_and(|s| s.text == *text), "{scene}, {when}: a record is gone");
+            }
+            let checked = store.check().unwrap_or_else(|why| panic!("{scene}, {when}: {why}"));
+            assert!(checked.records >= acknowledged.records.len() as u64, "{scene}, {when}");
+            store.recall(&asked(), None).unwrap_or_else(|why| panic!("{scene}, {when}: {why}"));
+        };
+        whole(&store, "while it is full");
+        let cut = Disk::new(disk.after_power_cut(free_blocks as u64), Failure::Never);
+        whole(
+            &open(&cut).unwrap_or_else(|why| panic!("{scene}, after a power cut: {why}")),
+            "after a power cut",
+        );
+        disk.state().room_blocks = None;
+        store.remember(told(1), None).unwrap_or_else(|why| panic!("{scene}, with room again: {why}"));
+        whole(&store, "with room again");
+    }
+    assert!(full * 10 >= sizes * 9, "only {full} of {sizes} disks were ever full");
 }

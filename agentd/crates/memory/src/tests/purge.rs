@@ -275,3 +275,45 @@ fn a_store_without_its_key_is_refused_and_left_alone() {
     std::fs::write(&key_path, &bytes).unwrap();
     assert_eq!(open(&path).get(id).unwrap().unwrap().text, "still here");
 }
+
+/// An agent is removed: its keys are overwritten where they stood, before any file loses its name.
+#[test]
+fn a_store_that_is_destroyed_leaves_no_key() {
+    use std::io::{Read, Seek};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("memory.redb");
+    tell(&open(&path), SECRET_TEXT);
+    let (id, live) = secret(&path);
+    // As after a rewriting that was interrupted: two keys, a file that was begun.
+    let second = key::make(&path).unwrap();
+    std::fs::write(path.with_extension("redb.next"), b"half").unwrap();
+    let other = tell(&open(&dir.path().join("other.redb")), "another agent's");
+    let stale = |id| std::fs::File::open(key::path(&path, id)).unwrap();
+    let mut held = [stale(id), key::make(&path).map(|key| stale(key.id)).unwrap()];
+    let copy = snapshot(&path);
+
+    crate::destroy(&path).unwrap();
+    for file in &mut held {
+        let mut bytes = Vec::new();
+        file.rewind().unwrap();
+        file.read_to_end(&mut bytes).unwrap();
+        assert!(!bytes.is_empty() && bytes.iter().all(|byte| *byte == 0), "overwritten before it was removed");
+    }
+    let left: Vec<String> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| !name.starts_with("other."))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert!(!holds(&path, live.as_slice()) && !holds(&path, second.secret.as_slice()));
+    assert!(open(&dir.path().join("other.redb")).get(other).unwrap().is_some(), "another's store stays");
+
+    // Interrupted after the keys: nothing opens it, and it can be done again.
+    let (_copy, copied) = copy;
+    key::destroy_all(&copied).unwrap();
+    let refused = Store::open(&copied, Options::new(identity(), Budgets::agent())).unwrap_err();
+    assert_eq!(refused.report().code, "memory_key_missing");
+    crate::destroy(&copied).unwrap();
+    assert!(!copied.exists());
+    crate::destroy(&copied).unwrap();
+}
