@@ -244,7 +244,7 @@ impl Memories {
         let news = records_of(&document, &kind, id, key.as_deref())?;
         let parts = u32::try_from(news.len()).unwrap_or(u32::MAX);
         blocking(&memory, move |store| add_whole(store, news)).await?;
-        self.note_pending(&memory, EmbedState::Pending);
+        self.note_waiting(&memory, EmbedState::Pending);
         Ok(DocumentAdded { document: id.to_string(), parts })
     }
 

@@ -16,6 +16,7 @@
 
 mod echo;
 mod knowledge;
+mod meaning;
 mod orders;
 mod parts;
 mod sessions;
@@ -32,12 +33,11 @@ use crate::engine::{Embedder, Engine, Stage};
 use crate::store::Db;
 use agentd_domain::agent_api::{EmbedState, Recall, Recalled, Remembered, Signals, Tier};
 use agentd_domain::fault::Report;
-use agentd_domain::ids::{AgentId, OwnerId, RecordId, RunId};
+use agentd_domain::ids::{AgentId, OwnerId, RunId};
 use agentd_domain::memory_api::{Quota, Told};
 use agentd_domain::rights::{Limit, Rights};
 use agentd_memory::{
-    At, Budgets, Duplicates, Embedding, Identity, Limits, NewRecord, Options, Pending, Pool, Store,
-    StoreError,
+    Asked, At, Budgets, Duplicates, Embedding, Identity, Limits, NewRecord, Options, Pool, Store, StoreError,
 };
 use echo::Given;
 use std::collections::HashMap;
@@ -155,18 +155,16 @@ impl Memories {
         Ok(remembered)
     }
 
-    async fn remember_in(&self, memory: &Memory, new: NewRecord) -> Result<Remembered, Report> {
-        let request = &new.request;
-        let has_meaning = matches!(request.tier, Tier::Spirit | Tier::Knowledge);
-        let embedding =
-            if has_meaning { self.embed(&request.text, REMEMBER_PATIENCE, memory).await } else { None };
+    async fn remember_in(&self, memory: &Memory, mut new: NewRecord) -> Result<Remembered, Report> {
+        let embedding = self.embed_record(memory, &mut new).await;
         let remembered = blocking(memory, move |store| store.remember(new, embedding)).await?;
-        self.note_pending(memory, remembered.state);
+        self.note_waiting(memory, remembered.state);
         Ok(remembered)
     }
 
-    fn note_pending(&self, memory: &Memory, state: EmbedState) {
-        if state == EmbedState::Pending {
+    fn note_waiting(&self, memory: &Memory, state: EmbedState) {
+        // A vector, or vectors of its words.
+        if state != EmbedState::WordsOnly {
             memory.waits.store(true, Ordering::SeqCst);
             self.0.waiting.notify_one();
         }
@@ -174,16 +172,17 @@ impl Memories {
 
     /// Of one store, by whoever may read it.
     async fn recall_in(&self, memory: &Memory, request: Recall, at: At) -> Result<Recalled, Report> {
-        let mut embedding = None;
+        let mut vectors = None;
         if request.signals != Some(Signals::Words) {
             self.engine_settled().await;
-            embedding = self.embed(&request.query, RECALL_PATIENCE, memory).await;
-            if embedding.is_some() {
+            vectors = self.embed_question(memory, &request).await;
+            if vectors.is_some() {
                 // What was told while the engine was away is to be found by its meaning too.
                 let _ = timeout(SETTLE_PATIENCE, self.complete(memory)).await;
             }
         }
-        blocking(memory, move |store| store.recall_at(&request, embedding.as_ref(), at)).await
+        let asked = Asked { at, vectors, now_unix_ms: Some(clock::unix_ms()) };
+        blocking(memory, move |store| store.answer(&request, &asked)).await
     }
 
     /// Closes an agent's store and destroys it, its key first: the agent is about to be removed, and what it
@@ -216,9 +215,9 @@ impl Memories {
         let (memory, is_new) = {
             let mut known = self.0.known.lock().await;
             let is_new = !known.contains_key(&agent);
-            let memory = known.entry(agent).or_insert_with(|| {
-                Arc::new(self.at(self.path_of(agent), agent, Bound::Token))
-            });
+            let memory = known
+                .entry(agent)
+                .or_insert_with(|| Arc::new(self.at(self.path_of(agent), agent, Bound::Token)));
             (Arc::clone(memory), is_new)
         };
         if is_new {
@@ -296,44 +295,14 @@ impl Memories {
             if batch.is_empty() {
                 return Ok(());
             }
-            let vectors = self.vectors_of(memory, &embedder, batch).await?;
-            let digest = embedder.digest;
-            let completed = blocking(memory, move |store| store.complete_embedding(digest, vectors)).await?;
-            if let Some(refused) = completed.refused.first() {
-                // The same texts would be refused for ever.
-                return Err(Report::bug(
-                    "embedder_broken",
-                    "records were not embedded",
-                    format!("{refused:?}"),
-                    "restart the appliance; the records are found by their words meanwhile",
-                ));
-            }
+            self.complete_records(memory, &embedder, batch).await?;
         }
     }
 
-    /// Joins what is being made already, and asks for all the others at once.
-    async fn vectors_of(
-        &self,
-        memory: &Memory,
-        embedder: &Embedder,
-        batch: Vec<Pending>,
-    ) -> Result<Vec<(RecordId, Vec<f32>)>, Report> {
-        let mut vectors = Vec::with_capacity(batch.len());
-        let (mut ids, mut texts) = (Vec::new(), Vec::new());
-        for Pending { id, text } in batch {
-            match memory.vectors.known(embedder, &text) {
-                Some(making) => vectors.push((id, making.await?.to_vec())),
-                None => {
-                    ids.push(id);
-                    texts.push(text);
-                }
-            }
-        }
-        if !texts.is_empty() {
-            let answer = self.0.engine.embed_with(embedder.name.clone(), texts).await?;
-            vectors.extend(ids.into_iter().zip(answer.vectors));
-        }
-        Ok(vectors)
+    /// Makes vectors for the words of one store, after its records have theirs.
+    async fn words(&self, memory: &Memory) -> Result<(), Report> {
+        let Some(embedder) = self.0.engine.view().embedder() else { return Ok(()) };
+        self.complete_words(memory, &embedder).await
     }
 
     /// Completes whenever something waits or another embedder is there.
@@ -350,7 +319,11 @@ impl Memories {
                     if embedder == last && !memory.waits.load(Ordering::SeqCst) {
                         continue;
                     }
-                    if let Err(report) = self.complete(&memory).await {
+                    let completed = async {
+                        self.complete(&memory).await?;
+                        self.words(&memory).await
+                    };
+                    if let Err(report) = completed.await {
                         memory.waits.store(true, Ordering::SeqCst);
                         tracing::warn!(problem = %report, "records wait longer for their vectors");
                         failed = true;

@@ -144,7 +144,7 @@ impl Memories {
             }
         });
         let remembered = corrected.await?;
-        self.note_pending(&memory, remembered.state);
+        self.note_waiting(&memory, remembered.state);
         Ok(remembered)
     }
 

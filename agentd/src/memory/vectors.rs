@@ -74,7 +74,7 @@ fn find(recent: &mut VecDeque<(Key, Making)>, key: Key) -> Option<Making> {
     recent.iter().find(|(other, _)| *other == key).map(|(_, making)| making.clone())
 }
 
-fn lost() -> Report {
+pub(super) fn lost() -> Report {
     Report::bug(
         "embedding_lost",
         "a text got no vector",

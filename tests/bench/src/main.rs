@@ -70,9 +70,18 @@ enum Arguments {
         #[arg(long)]
         fit: bool,
     },
+    /// How long recall takes with 10,000 to a million records, and whether it is exact
+    MemoryScale {
+        /// Records of one agent; may be given several times. 10,000, 100,000 and a million without it
+        #[arg(long, value_name = "N")]
+        records: Vec<usize>,
+        /// Agents that a million records are shared out to; 0 leaves that out
+        #[arg(long, default_value_t = 1000)]
+        agents: usize,
+    },
     /// Copies results of earlier runs to tests/results/bench and writes README's table
     Keep {
-        /// boot, size, rights, spawn, idle, bombs, plan, memory, serve-0 to serve-9, serve-18
+        /// boot, size, rights, spawn, idle, bombs, plan, memory, memory-scale, serve-0 to serve-9, serve-18
         #[arg(required = true)]
         names: Vec<String>,
     },
@@ -100,6 +109,10 @@ fn main() -> Result<()> {
             Some(bench) => report::publish(&bench, &checkout),
             None => Ok(()),
         },
+        Arguments::MemoryScale { records, agents } => {
+            let records = if records.is_empty() { vec![10_000, 100_000, 1_000_000] } else { records };
+            report::publish(&memory::scale::measure(&memory::scale::Sizes { records, agents })?, &checkout)
+        }
         Arguments::Plan => report::publish(&plan::measure()?, &checkout),
         Arguments::Keep { names } => report::keep(&checkout, &names),
         Arguments::Readme => report::readme(&checkout),

@@ -172,7 +172,7 @@ pub enum EmbedState {
     WordsOnly,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recall {
     pub query: String,
@@ -187,9 +187,14 @@ pub struct Recall {
     pub budget_tokens: Option<u32>,
     #[serde(default)]
     pub explain: bool,
-    /// Which signals may be used; default both. `words` alone is the control of a benchmark.
+    /// Which signals may be used; default both. `words` alone is the control of a benchmark, and `meaning` alone are the
+    /// nearest vectors.
     #[serde(default)]
     pub signals: Option<Signals>,
+    /// How many records before and after each hit in its session come with it, 0 to 5; default none. Their texts count
+    /// for the budget.
+    #[serde(default)]
+    pub neighbours: Option<u32>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -218,6 +223,17 @@ pub struct Hit {
     pub event_unix_ms: i64,
     pub recorded_unix_ms: i64,
     pub source: Source,
+    /// The run or conversation it belongs to, and its place there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<u64>,
+    /// What was told before and after it there, if asked for; in the order it was told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub before: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub after: Vec<String>,
+    /// Comparable within one answer.
     pub score: f32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub explain: Option<Explain>,
@@ -231,6 +247,23 @@ pub struct Explain {
     pub meaning: f32,
     /// Words that the query and the record share, stemmed.
     pub matched: Vec<String>,
+    /// Everything that the score is the sum of.
+    #[serde(default)]
+    pub signals: Vec<Share>,
+    /// The largest of them for people, the largest first.
+    #[serde(default)]
+    pub why: Vec<String>,
+}
+
+/// What one signal adds to a score.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Share {
+    /// `words`, `answer`, `meaning`, `speaker`, `time` and so on.
+    pub signal: String,
+    pub value: f32,
+    pub weight: f32,
+    /// Value times weight.
+    pub share: f32,
 }
 
 /// A program of the agent's own package, run behind the agent's walls in a group of its own.

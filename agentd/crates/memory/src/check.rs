@@ -14,7 +14,8 @@ use crate::read::{View, blocks, entry};
 use crate::record::{TIERS, tier_code};
 use crate::seal::{Hashed, Mark};
 use crate::tables::{
-    BY_ID, CLAIM, Counters, ENTRIES, JOURNAL, LINK, META, PENDING, POSTING, TierCounts, entries_from_bytes,
+    BY_ID, CLAIM, Counters, ENTRIES, JOURNAL, LINK, LINK_WINDOW, META, PENDING, POSTING, TierCounts,
+    entries_from_bytes,
 };
 use crate::text;
 use crate::vector::{coarse_bytes, coarse_of_stored};
@@ -212,8 +213,10 @@ fn check_vectors(view: View<'_>, counters: &Counters) -> Result<u64, StoreError>
 fn check_links(view: View<'_>) -> Result<(), StoreError> {
     let rows = view.rows()?;
     for row in view.txn.open_table(LINK)?.iter()? {
-        let (from, _, to) = row?.0.value();
-        for seq in [from, to] {
+        let (from, kind, to) = row?.0.value();
+        // What a vector was made of is known from before to after only.
+        let named = if kind == LINK_WINDOW { &[from][..] } else { &[from, to] };
+        for seq in named.iter().copied() {
             if !rows.has(seq)? {
                 return Err(Damage::RecordMissing { seq }.into());
             }

@@ -30,6 +30,8 @@ pub enum Damage {
     Packed { seq: u64 },
     #[error("an entry of the journal is unreadable")]
     Journal,
+    #[error("the vector of a word does not open")]
+    Word,
     #[error("a block is unreadable")]
     Block,
     #[error("the store does not open with the key it names")]

@@ -1,20 +1,27 @@
 //! What of every record must be in memory, so that a question need not read the whole file?
 //!
-//! Owns:   per record its times, its neighbours, its number of words and the 8-bit half of its vector: about 440
-//!         bytes with 384 dimensions.
+//! Owns:   per record its times, its neighbours, what its text tells, its number of words and the 8-bit half of its
+//!         vector: about 425 bytes with 384 dimensions. Per distinct word, once it has a vector, that vector.
 //! Always: a copy of what is committed, never more. It is built at the first question, follows every commit, and
 //!         is thrown away whenever the file is reopened, the embedder changes or many records have gone. Losing it
 //!         costs time only.
+//! Neighbours: of the same session and tier, tombstones left out; a question sees a conversation as if what was
+//!         forgotten had never been told.
 //! Locks:  read by questions, written by the store's writer after its commit and before it acknowledges.
 
+use crate::cells::{Cells, Vectors};
 use crate::error::{Damage, StoreError};
-use crate::life::{Life, State};
+use crate::forget::decay;
+use crate::life::{Life, OPEN_END, State, Told};
+use crate::near::{Probe, biased, unbiased};
 use crate::plan::At;
-use crate::record::{TIERS, tier_code, tier_from_code};
+use crate::rank::{Facts, KinTable};
+use crate::record::{TIERS, tier_code};
 use crate::rows::ReadRows;
 use crate::seal::Seal;
 use crate::tables::{COUNTERS, Counters, EMBEDDER, META};
-use crate::vector::{Coarse, coarse_of_stored, dot};
+use crate::vector::{Coarse, coarse_of_stored};
+use crate::vocabulary;
 use agentd_domain::agent_api::Tier;
 use redb::ReadTransaction;
 use std::collections::HashMap;
@@ -31,49 +38,83 @@ pub(crate) enum Change {
         seq: u64,
         vector: Coarse,
     },
+    /// Its vector was made of something that has gone.
+    Unembedded {
+        seq: u64,
+    },
     Life {
         seq: u64,
         life: Life,
     },
     Removed {
         seq: u64,
-        session: u64,
     },
+    /// Words with their vectors.
+    Words(Vec<(String, Coarse)>),
     /// Another embedder: nothing that was compared before may be compared now.
     Rebuild,
 }
 
 /// No neighbour.
 const NONE: u32 = u32::MAX;
-/// The place of a record that has gone.
+/// The kind of a record that has gone.
 const GONE: u8 = u8::MAX;
 /// When so many of its places are of records that have gone, the index is built anew.
 const GONE_MOST: usize = 4096;
 
+/// Tier, state and what the text tells, in one byte: bits 0 to 2 the tier's code, 3 and 4 the state, 5 it asks, 6 it has
+/// words of time.
+const TIER: u8 = 0b111;
+const STATE_SHIFT: u32 = 3;
+const ASKS: u8 = 1 << 5;
+const TELLS_TIME: u8 = 1 << 6;
+
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     pub(crate) embedder: u32,
-    dimension: usize,
+    pub(crate) dimension: usize,
     /// Ascending: a slot is a position in all of these.
     seqs: Vec<u64>,
-    /// Code of the tier, or [`GONE`].
-    tiers: Vec<u8>,
-    states: Vec<State>,
-    words: Vec<u32>,
+    kinds: Vec<u8>,
+    words: Vec<u16>,
     /// When it happened.
     events: Vec<i64>,
-    valid: Vec<(i64, i64)>,
+    /// Of records that are not true from when they happened on.
+    valid: HashMap<u32, (i64, i64)>,
     /// The slots before and after it in its session.
     neighbours: Vec<(u32, u32)>,
+    /// Number of the session and tier it belongs to, from 1; 0: none.
+    sessions: Vec<u32>,
+    speakers: Vec<u32>,
     /// 0: no vector.
     scales: Vec<f32>,
-    /// `dimension` numbers per slot.
-    values: Vec<i8>,
-    /// Of every session its last slot and the place that has there.
-    last: HashMap<u64, (u32, u64)>,
+    /// `dimension` numbers per slot, as `near.rs` wants them.
+    values: Vec<u8>,
+    pub(crate) cells: Cells,
+    /// With more vectors than so many there are cells.
+    cells_from: usize,
+    vectors: usize,
+    /// Of records that were used.
+    useful: HashMap<u32, Use>,
+    /// Of every session and tier its number.
+    numbers: HashMap<(u64, u8), u32>,
+    /// By number less one: the last slot, and the place that it has there.
+    last: Vec<(u32, u64)>,
+    /// How often somebody speaks in a tier.
+    speaks: HashMap<(u8, u32), u32>,
     gone: usize,
-    /// Live records and their words, by tier.
+    /// Records that are no tombstones and their words, by tier.
     standing: [(u64, u64); 5],
+    newest_unix_ms: i64,
+    pub(crate) kin: KinTable,
+}
+
+/// What using it has brought, and how it fades.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Use {
+    gain: f32,
+    half_life_days: f32,
+    last_used_unix_ms: i64,
 }
 
 /// Should it be kept after a change?
@@ -84,21 +125,71 @@ pub(crate) enum Kept {
     Stale,
 }
 
+/// Which records a question is about: those it looks among, and of these those that may be its answer.
+#[derive(Clone)]
+pub(crate) struct Seen {
+    among: [bool; 256],
+    answers: [bool; 256],
+    tiers: Vec<Tier>,
+    at: At,
+}
+
+impl Seen {
+    pub(crate) fn new(tiers: &[Tier], at: At) -> Self {
+        let codes: Vec<u8> = tiers.iter().map(|tier| tier_code(*tier)).collect();
+        let of = |kind: usize, state: &[State]| {
+            let kind = kind as u8;
+            kind & 0x80 == 0 && codes.contains(&(kind & TIER)) && state.iter().any(|s| *s == state_of(kind))
+        };
+        let standing: &[State] = match at {
+            At::Latest => &[State::Live],
+            At::Time(_) => &[State::Live, State::Superseded],
+        };
+        Self {
+            among: std::array::from_fn(|kind| of(kind, &[State::Live, State::Superseded])),
+            answers: std::array::from_fn(|kind| of(kind, standing)),
+            tiers: tiers.to_vec(),
+            at,
+        }
+    }
+
+    pub(crate) fn tiers(&self) -> &[Tier] {
+        &self.tiers
+    }
+}
+
+fn state_of(kind: u8) -> State {
+    match kind >> STATE_SHIFT & 3 {
+        0 => State::Live,
+        1 => State::Superseded,
+        _ => State::Forgotten,
+    }
+}
+
+fn state_bits(state: State) -> u8 {
+    let code: u8 = match state {
+        State::Live => 0,
+        State::Superseded => 1,
+        State::Forgotten => 2,
+    };
+    code << STATE_SHIFT
+}
+
 impl Index {
-    pub(crate) fn load(txn: &ReadTransaction, seal: &Seal) -> Result<Self, StoreError> {
+    pub(crate) fn load(txn: &ReadTransaction, seal: &Seal, cells_from: usize) -> Result<Self, StoreError> {
         let counters = read_counters(txn)?;
         let dimension = match counters.embedder {
             0 => 0,
             number => embedder(txn, number)?.1 as usize,
         };
-        let mut index = Self { embedder: counters.embedder, dimension, ..Self::default() };
+        let mut index = Self { embedder: counters.embedder, dimension, cells_from, ..Self::default() };
         let rows = ReadRows::read(txn, seal)?;
         index.reserve(counters.records() as usize);
         let mut places = Vec::new();
         rows.for_each_life(|seq, life| {
             let slot = index.add(seq, &life);
-            if life.session != 0 {
-                places.push((life.session, life.order, slot));
+            if life.state != State::Forgotten && life.session != 0 {
+                places.push((index.sessions[slot as usize], life.order, slot));
             }
             Ok(())
         })?;
@@ -106,14 +197,21 @@ impl Index {
         rows.for_each_coarse(|seq, number, first| {
             if number == index.embedder {
                 let (scale, values) = coarse_of_stored(first, dimension).ok_or(Damage::Vector { seq })?;
-                index.set_vector(seq, scale, values.iter().map(|v| *v as i8));
+                // Cells come when all are there.
+                let _ = index.set_vector(seq, scale, values.iter().map(|v| *v as i8));
             }
             Ok(())
+        })?;
+        if index.vectors > cells_from {
+            index.cells = Cells::of(vectors(index.dimension, &index.scales, &index.values));
+        }
+        vocabulary::for_each(txn, seal, index.embedder, |term, scale, values| {
+            index.kin.add_coarse(term, scale, values);
         })?;
         Ok(index)
     }
 
-    fn link_neighbours(&mut self, mut places: Vec<(u64, u64, u32)>) {
+    fn link_neighbours(&mut self, mut places: Vec<(u32, u64, u32)>) {
         places.sort_unstable();
         for pair in places.windows(2) {
             let [(session, _, before), (other, _, after)] = pair else { continue };
@@ -123,7 +221,7 @@ impl Index {
             }
         }
         for (session, order, slot) in places {
-            self.last.insert(session, (slot, order));
+            self.last[session as usize - 1] = (slot, order);
         }
     }
 
@@ -133,18 +231,25 @@ impl Index {
             Change::Added { seq, life, vector } => {
                 if self.seqs.last().is_none_or(|last| last < seq) {
                     let slot = self.add(*seq, life);
-                    if let Some(vector) = vector.as_ref().filter(|v| v.values.len() == self.dimension) {
-                        self.set_vector(*seq, vector.scale, vector.values.iter().copied());
-                    }
-                    return self.follow_session(slot, life);
+                    let vector = vector.as_ref().filter(|v| v.values.len() == self.dimension);
+                    let kept = vector.map_or(Kept::Kept, |vector| {
+                        self.set_vector(*seq, vector.scale, vector.values.iter().copied())
+                    });
+                    return if kept == Kept::Kept { self.follow_session(slot, life) } else { kept };
                 }
             }
             Change::Embedded { seq, vector } if vector.values.len() == self.dimension => {
-                self.set_vector(*seq, vector.scale, vector.values.iter().copied());
+                return self.set_vector(*seq, vector.scale, vector.values.iter().copied());
             }
             Change::Embedded { .. } => {}
-            Change::Life { seq, life } => self.set_life(*seq, life),
-            Change::Removed { seq, session } => return self.remove(*seq, *session),
+            Change::Unembedded { seq } => return self.set_vector(*seq, 0.0, std::iter::repeat(0)),
+            Change::Life { seq, life } => return self.set_life(*seq, life),
+            Change::Removed { seq } => return self.remove(*seq),
+            Change::Words(words) => {
+                words
+                    .iter()
+                    .for_each(|(term, coarse)| self.kin.add_coarse(term, coarse.scale, &coarse.values));
+            }
             Change::Rebuild => return Kept::Stale,
         }
         Kept::Kept
@@ -164,25 +269,25 @@ impl Index {
         self.seqs[slot]
     }
 
-    pub(crate) fn words(&self, slot: usize) -> u32 {
-        self.words[slot]
+    /// Does the question look at it at all?
+    pub(crate) fn is_among(&self, slot: usize, seen: &Seen) -> bool {
+        seen.among[usize::from(self.kinds[slot])]
     }
 
-    /// May a question of this time about these tiers see it?
-    pub(crate) fn is_seen(&self, slot: usize, tiers: &[Tier], at: At) -> bool {
-        let tier = tier_from_code(self.tiers[slot]);
-        let state = self.states[slot];
-        tier.is_some_and(|tier| tiers.contains(&tier))
-            && match at {
-                At::Latest => state == State::Live,
+    /// May it be an answer?
+    pub(crate) fn may_answer(&self, slot: usize, seen: &Seen) -> bool {
+        seen.answers[usize::from(self.kinds[slot])]
+            && match seen.at {
+                At::Latest => true,
                 At::Time(time) => {
-                    let (from, to) = self.valid[slot];
-                    state != State::Forgotten && (from..to).contains(&time)
+                    let usual = || (self.events[slot], OPEN_END);
+                    let (from, to) = self.valid.get(&(slot as u32)).copied().unwrap_or_else(usual);
+                    (from..to).contains(&time)
                 }
             }
     }
 
-    /// Live records of these tiers, and their words.
+    /// Records of these tiers that are no tombstones, and their words.
     pub(crate) fn standing(&self, tiers: &[Tier]) -> (u64, u64) {
         tiers
             .iter()
@@ -191,58 +296,116 @@ impl Index {
     }
 
     /// The records told before and after this one in its session.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for ranking with neighbours"))]
     pub(crate) fn neighbours(&self, slot: usize) -> (Option<usize>, Option<usize>) {
         let (before, after) = self.neighbours[slot];
-        let some = |slot: u32| (slot != NONE && self.tiers[slot as usize] != GONE).then_some(slot as usize);
+        let some = |slot: u32| (slot != NONE).then_some(slot as usize);
         (some(before), some(after))
     }
 
-    /// When it happened, Unix milliseconds.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for ranking by time"))]
-    pub(crate) fn event(&self, slot: usize) -> i64 {
-        self.events[slot]
+    /// The last record of a session in a tier.
+    pub(crate) fn last_of(&self, session: u64, tier: Tier) -> Option<usize> {
+        let number = *self.numbers.get(&(session, tier_code(tier)))?;
+        let (slot, _) = *self.last.get(number as usize - 1)?;
+        (slot != NONE).then_some(slot as usize)
     }
 
-    /// About the cosine of the question with every record it may see; nothing where there is no vector.
-    pub(crate) fn scan<'a>(
-        &'a self,
-        query: &'a Coarse,
-        tiers: &'a [Tier],
-        at: At,
-    ) -> impl Iterator<Item = (usize, f32)> + 'a {
-        let width = self.dimension.max(1);
-        let fits = query.values.len() == self.dimension;
-        self.values
-            .chunks_exact(width)
-            .zip(&self.scales)
-            .enumerate()
-            .filter(move |(slot, (_, scale))| fits && **scale > 0.0 && self.is_seen(*slot, tiers, at))
-            .map(|(slot, (values, scale))| (slot, dot(&query.values, values) as f32 * query.scale * scale))
+    pub(crate) fn facts(&self, slot: usize) -> Facts {
+        Facts {
+            session: u64::from(self.sessions[slot]),
+            event_unix_ms: self.events[slot],
+            words: u32::from(self.words[slot]),
+            speaker: self.speakers[slot],
+            asks: self.kinds[slot] & ASKS != 0,
+            tells_time: self.kinds[slot] & TELLS_TIME != 0,
+        }
+    }
+
+    /// Does somebody of this number speak in one of these tiers?
+    pub(crate) fn speaks(&self, tiers: &[Tier], speaker: u32) -> bool {
+        tiers.iter().any(|tier| self.speaks.contains_key(&(tier_code(*tier), speaker)))
+    }
+
+    /// What using it has brought of what could be had, faded by its half-life: 0 to 1.
+    pub(crate) fn usefulness(&self, slot: usize, now_unix_ms: i64) -> f32 {
+        match self.useful.get(&(slot as u32)) {
+            None => 0.0,
+            Some(used) => {
+                decay::usefulness(used.gain, used.half_life_days, used.last_used_unix_ms, now_unix_ms)
+            }
+        }
+    }
+
+    /// When the latest of what it holds happened.
+    pub(crate) fn newest_unix_ms(&self) -> i64 {
+        self.newest_unix_ms
+    }
+
+    /// About the cosine of the question with a record's vector; NaN where there is none.
+    pub(crate) fn cosine(&self, slot: usize, query: &Probe) -> f32 {
+        let scale = self.scales[slot];
+        if scale <= 0.0 || query.dimension() != self.dimension {
+            return f32::NAN;
+        }
+        let start = slot * self.dimension;
+        query.cosine(scale, &self.values[start..start + self.dimension])
+    }
+
+    /// The first part of its vector, as it stands on disk.
+    pub(crate) fn first_part(&self, slot: usize) -> Option<Vec<u8>> {
+        let scale = *self.scales.get(slot).filter(|scale| **scale > 0.0)?;
+        let start = slot * self.dimension;
+        let mut first = scale.to_le_bytes().to_vec();
+        first.extend(self.values[start..start + self.dimension].iter().map(|value| unbiased(*value) as u8));
+        Some(first)
+    }
+
+    /// The slots from the first record on that was told at or after this number.
+    pub(crate) fn slots_from(&self, seq: u64) -> std::ops::Range<usize> {
+        self.seqs.partition_point(|other| *other < seq)..self.len()
+    }
+
+    /// The same of every record that the question looks at.
+    pub(crate) fn scan(&self, query: &Probe, seen: &Seen) -> Vec<f32> {
+        let mut cosines = vec![f32::NAN; self.len()];
+        if query.dimension() == self.dimension && self.dimension > 0 {
+            let rows = self.values.chunks_exact(self.dimension).zip(&self.scales).zip(&self.kinds);
+            for (cosine, ((values, scale), kind)) in cosines.iter_mut().zip(rows) {
+                if *scale > 0.0 && seen.among[usize::from(*kind)] {
+                    *cosine = query.cosine(*scale, values);
+                }
+            }
+        }
+        cosines
     }
 
     /// What it takes in memory.
     pub(crate) fn bytes(&self) -> usize {
         self.seqs.capacity() * 8
-            + self.tiers.capacity()
-            + self.states.capacity()
-            + self.words.capacity() * 4
+            + self.kinds.capacity()
+            + self.words.capacity() * 2
             + self.events.capacity() * 8
-            + self.valid.capacity() * 16
+            + self.valid.capacity() * 25
             + self.neighbours.capacity() * 8
+            + self.sessions.capacity() * 4
+            + self.speakers.capacity() * 4
             + self.scales.capacity() * 4
             + self.values.capacity()
-            + self.last.capacity() * 32
+            + self.useful.capacity() * 25
+            + self.numbers.capacity() * 25
+            + self.last.capacity() * 16
+            + self.speaks.capacity() * 13
+            + self.kin.bytes()
+            + self.cells.bytes()
     }
 
     fn reserve(&mut self, records: usize) {
         self.seqs.reserve_exact(records);
-        self.tiers.reserve_exact(records);
-        self.states.reserve_exact(records);
+        self.kinds.reserve_exact(records);
         self.words.reserve_exact(records);
         self.events.reserve_exact(records);
-        self.valid.reserve_exact(records);
         self.neighbours.reserve_exact(records);
+        self.sessions.reserve_exact(records);
+        self.speakers.reserve_exact(records);
         self.scales.reserve_exact(records);
         self.values.reserve_exact(records * self.dimension);
     }
@@ -252,63 +415,111 @@ impl Index {
             // A sixteenth more, not twice as much: most of it is vectors, and memory is what bounds a store.
             self.reserve(self.seqs.len() / 16 + 64);
         }
-        let slot = self.seqs.len();
+        let slot = self.seqs.len() as u32;
+        let Told { speaker, asks, tells_time } = life.told.unwrap_or_default();
+        let flag = |there: bool, flag: u8| if there { flag } else { 0 };
+        let tier = tier_code(life.tier);
+        let told = flag(asks, ASKS) | flag(tells_time, TELLS_TIME);
         self.seqs.push(seq);
-        self.tiers.push(tier_code(life.tier));
-        self.states.push(State::Forgotten);
-        self.words.push(life.words);
+        self.kinds.push(tier | told | state_bits(State::Forgotten));
+        self.words.push(u16::try_from(life.words).unwrap_or(u16::MAX));
         self.events.push(life.event_unix_ms);
-        self.valid.push((life.valid_from_unix_ms, life.valid_to_unix_ms));
         self.neighbours.push((NONE, NONE));
+        let session = if life.session == 0 { 0 } else { self.number(life.session, tier) };
+        self.sessions.push(session);
+        self.speakers.push(speaker);
         self.scales.push(0.0);
-        self.values.resize(self.seqs.len() * self.dimension, 0);
-        self.set_state(slot, life.state);
-        u32::try_from(slot).unwrap_or(NONE)
+        self.values.resize(self.seqs.len() * self.dimension, biased(0));
+        self.newest_unix_ms = self.newest_unix_ms.max(life.event_unix_ms);
+        self.set_state(slot as usize, life.state);
+        self.set_times(slot, life);
+        slot
+    }
+
+    fn number(&mut self, session: u64, tier: u8) -> u32 {
+        let next = self.last.len() as u32 + 1;
+        let number = *self.numbers.entry((session, tier)).or_insert(next);
+        if number == next {
+            self.last.push((NONE, 0));
+        }
+        number
     }
 
     fn follow_session(&mut self, slot: u32, life: &Life) -> Kept {
-        if life.session == 0 {
+        let number = self.sessions[slot as usize];
+        if number == 0 || life.state == State::Forgotten {
             return Kept::Kept;
         }
-        match self.last.insert(life.session, (slot, life.order)) {
-            None => Kept::Kept,
-            Some((before, order)) if order <= life.order => {
-                self.neighbours[before as usize].1 = slot;
-                self.neighbours[slot as usize].0 = before;
-                Kept::Kept
-            }
+        let (before, order) = self.last[number as usize - 1];
+        if before != NONE && order > life.order {
             // Told into the middle of a session.
-            Some(_) => Kept::Stale,
+            return Kept::Stale;
         }
+        if before != NONE {
+            self.neighbours[before as usize].1 = slot;
+            self.neighbours[slot as usize].0 = before;
+        }
+        self.last[number as usize - 1] = (slot, life.order);
+        Kept::Kept
     }
 
-    fn set_life(&mut self, seq: u64, life: &Life) {
-        if let Some(slot) = self.slot(seq) {
-            self.valid[slot] = (life.valid_from_unix_ms, life.valid_to_unix_ms);
-            self.set_state(slot, life.state);
+    fn set_life(&mut self, seq: u64, life: &Life) -> Kept {
+        let Some(slot) = self.slot(seq) else { return Kept::Kept };
+        let (was, is) = (state_of(self.kinds[slot]), life.state);
+        self.set_state(slot, is);
+        self.set_times(slot as u32, life);
+        match (was == State::Forgotten, is == State::Forgotten) {
+            (false, true) => self.unlink(slot),
+            // Back into the middle of a session.
+            (true, false) if self.sessions[slot] != 0 => return Kept::Stale,
+            _ => {}
+        }
+        Kept::Kept
+    }
+
+    fn set_times(&mut self, slot: u32, life: &Life) {
+        let valid = (life.valid_from_unix_ms, life.valid_to_unix_ms);
+        if valid == (life.event_unix_ms, OPEN_END) {
+            self.valid.remove(&slot);
+        } else {
+            self.valid.insert(slot, valid);
+        }
+        let gain = decay::gain(life);
+        if life.uses > 0 && gain > 0.0 {
+            let (half_life_days, last_used_unix_ms) = (life.half_life_days, life.last_used_unix_ms);
+            self.useful.insert(slot, Use { gain, half_life_days, last_used_unix_ms });
+        } else {
+            self.useful.remove(&slot);
         }
     }
 
     fn set_state(&mut self, slot: usize, state: State) {
-        let (was, words) = (self.states[slot], u64::from(self.words[slot]));
-        let counts = &mut self.standing[usize::from(self.tiers[slot].min(TIERS.len() as u8 - 1))];
-        match (was, state) {
-            (State::Live, State::Live) => {}
-            (State::Live, _) => *counts = (counts.0 - 1, counts.1 - words),
-            (_, State::Live) => *counts = (counts.0 + 1, counts.1 + words),
+        let kind = self.kinds[slot];
+        let (tier, words, speaker) = (kind & TIER, u64::from(self.words[slot]), self.speakers[slot]);
+        let counts = &mut self.standing[usize::from(tier).min(TIERS.len() - 1)];
+        match (state_of(kind) == State::Forgotten, state == State::Forgotten) {
+            (false, true) => {
+                *counts = (counts.0 - 1, counts.1 - words);
+                if let Some(times) = self.speaks.get_mut(&(tier, speaker)) {
+                    *times -= 1;
+                    if *times == 0 {
+                        self.speaks.remove(&(tier, speaker));
+                    }
+                }
+            }
+            (true, false) => {
+                *counts = (counts.0 + 1, counts.1 + words);
+                if speaker != 0 {
+                    *self.speaks.entry((tier, speaker)).or_default() += 1;
+                }
+            }
             _ => {}
         }
-        self.states[slot] = state;
+        self.kinds[slot] = kind & !(3 << STATE_SHIFT) | state_bits(state);
     }
 
-    fn remove(&mut self, seq: u64, session: u64) -> Kept {
-        let Some(slot) = self.slot(seq) else { return Kept::Kept };
-        self.set_state(slot, State::Forgotten);
-        self.tiers[slot] = GONE;
-        self.scales[slot] = 0.0;
-        // What is gone is gone from memory too.
-        let start = slot * self.dimension;
-        self.values[start..start + self.dimension].fill(0);
+    /// Those beside it become neighbours.
+    fn unlink(&mut self, slot: usize) {
         let (before, after) = std::mem::replace(&mut self.neighbours[slot], (NONE, NONE));
         if before != NONE {
             self.neighbours[before as usize].1 = after;
@@ -316,27 +527,58 @@ impl Index {
         if after != NONE {
             self.neighbours[after as usize].0 = before;
         }
-        if let Some((last, _)) = self.last.get_mut(&session)
+        if let Some((last, _)) =
+            (self.sessions[slot] as usize).checked_sub(1).and_then(|n| self.last.get_mut(n))
             && *last as usize == slot
         {
             // The place that the next one must come after stays that of the one that went.
             *last = before;
-            if before == NONE {
-                self.last.remove(&session);
-            }
         }
+    }
+
+    fn remove(&mut self, seq: u64) -> Kept {
+        let Some(slot) = self.slot(seq) else { return Kept::Kept };
+        self.set_state(slot, State::Forgotten);
+        self.unlink(slot);
+        self.kinds[slot] = GONE;
+        if self.scales[slot] > 0.0 {
+            self.vectors -= 1;
+        }
+        self.scales[slot] = 0.0;
+        self.cells.set(vectors(self.dimension, &self.scales, &self.values), slot as u32);
+        self.speakers[slot] = 0;
+        self.valid.remove(&(slot as u32));
+        self.useful.remove(&(slot as u32));
+        // What is gone is gone from memory too.
+        let start = slot * self.dimension;
+        self.values[start..start + self.dimension].fill(biased(0));
         self.gone += 1;
         if self.gone > GONE_MOST && self.gone > self.seqs.len() / 8 { Kept::Stale } else { Kept::Kept }
     }
 
-    fn set_vector(&mut self, seq: u64, scale: f32, values: impl Iterator<Item = i8>) {
-        let Some(slot) = self.slot(seq) else { return };
+    fn set_vector(&mut self, seq: u64, scale: f32, values: impl Iterator<Item = i8>) -> Kept {
+        let Some(slot) = self.slot(seq) else { return Kept::Kept };
+        match (self.scales[slot] > 0.0, scale > 0.0) {
+            (false, true) => self.vectors += 1,
+            (true, false) => self.vectors -= 1,
+            _ => {}
+        }
         self.scales[slot] = scale;
         let start = slot * self.dimension;
         for (to, from) in self.values[start..start + self.dimension].iter_mut().zip(values) {
-            *to = from;
+            *to = biased(from);
         }
+        self.cells.set(vectors(self.dimension, &self.scales, &self.values), slot as u32);
+        // With that many it is worth loading anew.
+        if self.vectors == self.cells_from + 1 && !self.cells.are_there() || self.cells.are_outgrown() {
+            return Kept::Stale;
+        }
+        Kept::Kept
     }
+}
+
+fn vectors<'a>(dimension: usize, scales: &'a [f32], values: &'a [u8]) -> Vectors<'a> {
+    Vectors { dimension, scales, values }
 }
 
 pub(crate) fn read_counters(txn: &ReadTransaction) -> Result<Counters, StoreError> {
@@ -378,12 +620,12 @@ mod tests {
         assert_eq!(around(&index, 3), (Some(1), Some(7)));
         assert_eq!(around(&index, 2), (None, Some(6)));
         assert_eq!(around(&index, 4), (None, None));
-        assert_eq!(index.event(index.slot(6).unwrap()), 6);
+        assert_eq!(index.facts(index.slot(6).unwrap()).event_unix_ms, 6);
 
         // One goes: those beside it become neighbours, and the session goes on behind its last.
-        assert_eq!(index.apply(&Change::Removed { seq: 3, session: 7 }), Kept::Kept);
+        assert_eq!(index.apply(&Change::Removed { seq: 3 }), Kept::Kept);
         assert_eq!(around(&index, 7), (Some(1), None));
-        index.apply(&Change::Removed { seq: 7, session: 7 });
+        index.apply(&Change::Removed { seq: 7 });
         index.apply(&added(8, 7, 3));
         assert_eq!(around(&index, 8), (Some(1), None));
         // Told into the middle of a session: loaded anew.
@@ -396,18 +638,50 @@ mod tests {
         index.apply(&added(1, 0, 0));
         index.apply(&added(2, 0, 0));
         let tiers = [Tier::Spirit];
-        assert_eq!(index.standing(&tiers), (2, 6));
+        let sees = |index: &Index, tiers: &[Tier], at| {
+            let (slot, seen) = (index.slot(1).unwrap(), Seen::new(tiers, at));
+            (index.is_among(slot, &seen), index.may_answer(slot, &seen))
+        };
+        assert_eq!((index.standing(&tiers), sees(&index, &tiers, At::Latest)), ((2, 6), (true, true)));
         let life =
             Life { valid_from_unix_ms: 10, valid_to_unix_ms: 20, state: State::Superseded, ..blank_life() };
         index.apply(&Change::Life { seq: 1, life });
-        assert_eq!(index.standing(&tiers), (1, 3));
-        let slot = index.slot(1).unwrap();
-        assert!(!index.is_seen(slot, &tiers, At::Latest));
-        assert!(index.is_seen(slot, &tiers, At::Time(15)) && !index.is_seen(slot, &tiers, At::Time(20)));
-        assert!(!index.is_seen(slot, &[Tier::Working], At::Time(15)));
+        assert_eq!(index.standing(&tiers), (2, 6), "it is beside what stands still");
+        assert_eq!(sees(&index, &tiers, At::Latest), (true, false));
+        assert_eq!(sees(&index, &tiers, At::Time(15)), (true, true));
+        assert_eq!(sees(&index, &tiers, At::Time(20)), (true, false));
+        assert_eq!(sees(&index, &[Tier::Working], At::Time(15)), (false, false));
         index.apply(&Change::Life { seq: 1, life: Life { state: State::Forgotten, ..life } });
-        assert!(!index.is_seen(slot, &tiers, At::Time(15)));
-        index.apply(&Change::Removed { seq: 2, session: 0 });
+        assert_eq!((index.standing(&tiers), sees(&index, &tiers, At::Time(15))), ((1, 3), (false, false)));
+        index.apply(&Change::Removed { seq: 2 });
         assert_eq!(index.standing(&tiers), (0, 0));
+    }
+
+    #[test]
+    fn a_tombstone_is_nobodys_neighbour_and_comes_back_by_loading() {
+        let mut index = Index::default();
+        for seq in 1..=3 {
+            index.apply(&added(seq, 7, seq));
+        }
+        let life = Life { session: 7, order: 2, ..blank_life() };
+        let forgotten = Life { state: State::Forgotten, ..life };
+        assert_eq!(index.apply(&Change::Life { seq: 2, life: forgotten }), Kept::Kept);
+        assert_eq!((around(&index, 1), around(&index, 3)), ((None, Some(3)), (Some(1), None)));
+        assert_eq!(index.apply(&Change::Life { seq: 2, life }), Kept::Stale);
+    }
+
+    #[test]
+    fn who_speaks_and_what_was_used_is_known_while_it_stands() {
+        let mut index = Index::default();
+        let told = Told { speaker: 9, asks: true, tells_time: false };
+        let life =
+            Life { told: Some(told), uses: 1, strength: 0.75, half_life_days: f32::INFINITY, ..blank_life() };
+        index.apply(&Change::Added { seq: 1, life, vector: None });
+        let facts = index.facts(0);
+        assert!(facts.asks && !facts.tells_time && facts.speaker == 9);
+        assert!(index.speaks(&[Tier::Spirit], 9) && !index.speaks(&[Tier::Working], 9));
+        assert_eq!(index.usefulness(0, 0), 0.5, "half of what was missing");
+        index.apply(&Change::Life { seq: 1, life: Life { state: State::Forgotten, ..life } });
+        assert!(!index.speaks(&[Tier::Spirit], 9));
     }
 }

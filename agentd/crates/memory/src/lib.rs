@@ -1,8 +1,8 @@
 //! What did the agent live through, and what of it answers this question?
 //!
 //! One [`Store`] is one file: an agent's own memory, or later the shared knowledge. Texts are kept word for word;
-//! no model is asked to write or to read. A record is found by its words (BM25) and by its meaning (cosine of
-//! sentence vectors); both signals are summed with measured weights.
+//! no model is asked to write or to read. A record is found by its words, its meaning, its neighbours, its session, who
+//! speaks, time and use ([`rank`]), each with a measured weight.
 //!
 //! Owns:    the file's format (`FORMAT.md` beside this crate), its key, its one writer thread, the index in memory.
 //! In:      [`Remember`] and [`Recall`] as agents send them, and vectors that somebody else made.
@@ -49,19 +49,30 @@
 //! if store.use_embedder(digest, dimension)?.pending > 0 {
 //!     // A background task, until the batch is empty: embed, hand in; wait and retry when the engine is away.
 //!     let batch = store.pending_batch(32)?;
-//!     let vectors = batch.into_iter().filter_map(|p| Some((p.id, embed(&p.text)?.vector))).collect();
-//!     store.complete_embedding(digest, vectors)?;
+//!     let made = |p: Pending| Some(Made { id: p.id, vector: embed(&p.text)?.vector, with: p.with });
+//!     store.complete_pending(digest, batch.into_iter().filter_map(made).collect())?;
+//!     // Then the same with the words of the records, each once.
+//!     let words = store.pending_words(128)?;
+//!     let vectors: Option<Vec<_>> = words.words.iter().map(|word| Some(embed(word)?.vector)).collect();
+//!     if let Some(vectors) = vectors {
+//!         store.complete_words(digest, words, vectors)?;
+//!     }
 //! }
 //!
 //! // A request: embed first if the engine answers within a moment, store in any case.
 //! let request: Remember = serde_json::from_str(r#"{"tier":"spirit","text":"my sister is called Ana"}"#)?;
-//! let embedding = embed(&request.text);
-//! let new = NewRecord::new(request, now_unix_ms);
+//! let mut new = NewRecord::new(request, now_unix_ms);
+//! let window = store.window(new.request.tier, &new.request.text, &new.detail)?;
+//! let embedding = embed(&window.text);
+//! new.with = window.with;
 //! let remembered = store.remember(new, embedding).map_err(|error| error.report())?;
 //!
 //! let request: Recall = serde_json::from_str(r#"{"query":"what is my sibling's name?"}"#)?;
-//! let embedding = embed(&request.query);
-//! let recalled = store.recall(&request, embedding.as_ref()).map_err(|error| error.report())?;
+//! let wanted = store.wanted(&request)?;
+//! let vectors: Option<Vec<_>> = wanted.texts.iter().map(|text| Some(embed(text)?.vector)).collect();
+//! let vectors = vectors.and_then(|vectors| wanted.with(digest, vectors));
+//! let asked = Asked { now_unix_ms: Some(now_unix_ms), vectors, ..Asked::default() };
+//! let recalled = store.answer(&request, &asked).map_err(|error| error.report())?;
 //! # Ok(()) }
 //! ```
 //!
@@ -73,20 +84,25 @@
 //! [`Report`]: agentd_domain::fault::Report
 #![forbid(unsafe_code)]
 
+mod cells;
 mod check;
+mod corpus;
 mod error;
+mod explain;
 mod file;
 mod forget;
 mod index;
 mod journal;
 mod key;
 mod life;
+mod near;
 mod pack;
 pub mod plan;
 mod pool;
 mod postings;
 pub mod rank;
 mod read;
+mod recall;
 mod record;
 mod rewrite;
 mod rows;
@@ -97,22 +113,25 @@ mod tables;
 mod tests;
 pub mod text;
 mod vector;
+mod vocabulary;
 mod work;
 mod write;
 
 pub use check::Checked;
-pub use file::destroy;
 pub use error::{Damage, OpenError, Refusal, RefusedVector, StoreError};
+pub use file::destroy;
 pub use journal::{Deed, Entry, Why};
 pub use life::{Life, State, Told};
 pub use plan::{At, Budget, Budgets, Detail, Duplicates};
 pub use pool::{Lease, Limits, Pool, PoolUse};
-pub use read::{History, Listing, Pending, Stored};
+pub use read::{History, Listing, Pending, Stored, Window};
+pub use recall::{Asked, QuestionVectors, Wanted};
 pub use record::{Claim, Role, SourceKind};
 pub use run::{NewRecord, Options, Store, Tuning};
 pub use tables::{Counters, FORMAT_VERSION, Identity, TierCounts};
 pub use vector::BadVector;
+pub use vocabulary::PendingWords;
 pub use write::{
-    Block, Completed, EmbedderDigest, EmbedderUse, Embedding, ForgetMode, RolledBack, SessionEnd,
+    Block, Completed, EmbedderDigest, EmbedderUse, Embedding, ForgetMode, Made, RolledBack, SessionEnd,
     SessionEnded, Swept,
 };

@@ -6,7 +6,6 @@
 use crate::error::Refusal;
 use crate::forget::trust;
 use crate::record::{Claim, EVIDENCE_MOST, Role, SourceKind};
-use crate::text;
 use agentd_domain::agent_api::{Recall, Remember, Signals, Tier};
 use agentd_domain::ids::RecordId;
 use std::collections::BTreeMap;
@@ -25,15 +24,12 @@ pub const K_DEFAULT: u32 = 5;
 /// An English token is about four characters; the answer's budget is counted with this.
 pub const CHARS_PER_TOKEN: usize = 4;
 
-/// Measured on LoCoMo (dialog turns, all-MiniLM-L6-v2): of the weights 0, 0.1 .. 1 an even sum was best at R@10
-/// on three conversations (70.8; words alone 64.1, meaning alone 47.8) and on two others (65.7; 62.2, 46.6).
-/// Reciprocal rank fusion lost 7 to 9 points there: it throws away how sure each signal is.
-pub const WEIGHT_MEANING: f32 = 0.5;
-pub const WEIGHT_WORDS: f32 = 0.5;
-
-/// BM25's usual constants (Robertson and Zaragoza, 2009); they were not tuned.
-const K1: f32 = 1.2;
-const B: f32 = 0.75;
+/// Neighbours on each side of a hit.
+pub const NEIGHBOURS_MOST: u32 = 5;
+/// Words of one question that are embedded because no record has them.
+pub const ASKED_WORDS_MOST: usize = 16;
+/// With a budget of tokens so many times the hits that were asked for are looked at: some do not fit.
+const LOOKED_AT_TIMES: usize = 4;
 
 /// What may differ between stores in what they do with a text that is told again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -255,12 +251,12 @@ pub(crate) fn check_key(key: &str) -> Result<(), Refusal> {
 /// A question that may be answered.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Question {
-    pub(crate) terms: BTreeMap<String, u32>,
     pub(crate) tiers: Vec<Tier>,
     pub(crate) k: usize,
     pub(crate) budget_tokens: Option<u32>,
     pub(crate) signals: Signals,
     pub(crate) explain: bool,
+    pub(crate) neighbours: u32,
     pub(crate) at: At,
 }
 
@@ -292,61 +288,22 @@ pub(crate) fn check_recall(request: &Recall, at: At, budgets: &Budgets) -> Resul
         budgets.of(*tier)?;
     }
     Ok(Question {
-        terms: text::term_counts(&request.query),
         tiers,
         k: k as usize,
         budget_tokens: request.budget_tokens,
         signals: request.signals.unwrap_or(Signals::Both),
         explain: request.explain,
+        neighbours: request.neighbours.unwrap_or(0).min(NEIGHBOURS_MOST),
         at,
     })
 }
 
-/// How rare a term is: Lucene's form of BM25's idf, which is never negative.
-pub(crate) fn idf(records: u64, records_with_term: u64) -> f32 {
-    let (n, df) = (records as f32, records_with_term as f32);
-    (1.0 + (n - df + 0.5).max(0.0) / (df + 0.5)).ln()
-}
-
-/// How strongly a term counts in one record, 0 to `K1 + 1`; 1 for one occurrence in a record of mean length.
-pub(crate) fn term_weight(count: u32, words: u32, mean_words: f32) -> f32 {
-    let count = count as f32;
-    count * (K1 + 1.0) / (count + K1 * (1.0 - B + B * words as f32 / mean_words.max(1.0)))
-}
-
-/// BM25 as a share of what the question asks: 1 when every term of it occurs once in a record of mean length,
-/// never above `K1 + 1`. Terms nobody ever said count below the line too, so one chance match of five stays a
-/// fifth. (Dividing by the best hit instead would make the best of all bad matches a perfect one.)
-pub(crate) fn words_score(bm25: f32, all_idf: f32) -> f32 {
-    if all_idf > 0.0 { bm25 / all_idf } else { 0.0 }
-}
-
-/// One number from both signals.
-pub(crate) fn fuse(signals: Signals, words: f32, meaning: f32) -> f32 {
-    match signals {
-        Signals::Words => words,
-        Signals::Meaning => meaning,
-        Signals::Both => WEIGHT_MEANING * meaning.max(0.0) + WEIGHT_WORDS * words,
+/// How many of the best are looked at for an answer.
+pub(crate) fn looked_at(question: &Question) -> usize {
+    match question.budget_tokens {
+        None => question.k,
+        Some(_) => LOOKED_AT_TIMES * question.k,
     }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Scored {
-    pub(crate) seq: u64,
-    pub(crate) words: f32,
-    pub(crate) meaning: f32,
-    pub(crate) score: f32,
-}
-
-/// The best `most`, best first; of equals the later told one: it is what the person believes now.
-pub(crate) fn best(mut scored: Vec<Scored>, most: usize) -> Vec<Scored> {
-    let order = |a: &Scored, b: &Scored| b.score.total_cmp(&a.score).then(b.seq.cmp(&a.seq));
-    if scored.len() > most {
-        scored.select_nth_unstable_by(most, order);
-        scored.truncate(most);
-    }
-    scored.sort_unstable_by(order);
-    scored
 }
 
 /// What a text costs in an answer.
@@ -354,72 +311,44 @@ pub(crate) fn tokens(text: &str) -> u32 {
     u32::try_from(text.chars().count().div_ceil(CHARS_PER_TOKEN)).unwrap_or(u32::MAX)
 }
 
-/// Keeps what fits, best first. A text that does not fit is left out, and a shorter one after it may still fit:
-/// the budget is a promise, the order is not broken.
-pub(crate) fn within_budget<T>(
-    hits: Vec<T>,
-    budget_tokens: Option<u32>,
-    text: impl Fn(&T) -> &str,
-) -> Vec<T> {
-    let Some(mut left) = budget_tokens else { return hits };
-    hits.into_iter()
-        .filter(|hit| match left.checked_sub(tokens(text(hit))) {
+/// What an answer may still cost. A text that does not fit is left out, and a shorter one after it may still fit: the budget
+/// is a promise, the order is not broken.
+pub(crate) struct Purse {
+    /// None: whatever it costs.
+    left_tokens: Option<u32>,
+}
+
+impl Purse {
+    pub(crate) fn new(budget_tokens: Option<u32>) -> Self {
+        Self { left_tokens: budget_tokens }
+    }
+
+    /// Whether the text fits; then it is paid for.
+    pub(crate) fn pays(&mut self, text: &str) -> bool {
+        let Some(left) = &mut self.left_tokens else { return true };
+        match left.checked_sub(tokens(text)) {
+            None => false,
             Some(rest) => {
-                left = rest;
+                *left = rest;
                 true
             }
-            None => false,
-        })
-        .collect()
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Three records, "cat sat", "cat cat dog", "dog", counted by hand.
-    #[test]
-    fn bm25_is_what_paper_and_pencil_give() {
-        // ln(1 + (3 - 2 + 0.5) / (2 + 0.5)) = ln 1.6
-        let idf = idf(3, 2);
-        assert!((idf - 0.470_004).abs() < 1e-6);
-        let mean_words = 2.0;
-        // 1 * 2.2 / (1 + 1.2 * (0.25 + 0.75 * 2 / 2)) = 2.2 / 2.2
-        assert!((term_weight(1, 2, mean_words) - 1.0).abs() < 1e-6);
-        // 2 * 2.2 / (2 + 1.2 * (0.25 + 0.75 * 3 / 2)) = 4.4 / 3.65
-        assert!((term_weight(2, 3, mean_words) - 1.205_479).abs() < 1e-6);
-        assert!((words_score(idf * term_weight(2, 3, mean_words), idf) - 1.205_479).abs() < 1e-6);
-        // A term nobody said: ln(1 + 3.5 / 0.5) = ln 8, and half of the question's weight or more.
-        assert!((super::idf(3, 0) - 8f32.ln()).abs() < 1e-6);
-        assert!(words_score(idf, idf + super::idf(3, 0)) < 0.2);
-        assert_eq!(words_score(0.0, 0.0), 0.0);
-    }
-
-    #[test]
-    fn signals_are_summed_and_opposite_meaning_does_not_punish_words() {
-        assert_eq!(fuse(Signals::Both, 1.0, 0.6), 0.8);
-        assert_eq!(fuse(Signals::Both, 1.0, -0.6), 0.5);
-        assert_eq!(fuse(Signals::Words, 1.0, 0.6), 1.0);
-        assert_eq!(fuse(Signals::Meaning, 1.0, 0.6), 0.6);
-    }
-
-    fn scored(seq: u64, score: f32) -> Scored {
-        Scored { seq, words: 0.0, meaning: 0.0, score }
-    }
-
-    #[test]
-    fn the_best_come_first_and_of_equals_the_latest() {
-        let all = vec![scored(1, 0.5), scored(2, 0.9), scored(3, 0.5), scored(4, 0.1)];
-        let seqs: Vec<u64> = best(all.clone(), 3).into_iter().map(|s| s.seq).collect();
-        assert_eq!(seqs, [2, 3, 1]);
-        assert_eq!(best(all, 9).len(), 4);
-    }
-
     #[test]
     fn a_budget_leaves_out_what_does_not_fit() {
-        let texts = vec!["12345678", "123456789012", "1234", "12345"];
-        assert_eq!(within_budget(texts.clone(), Some(3), |t| t), ["12345678", "1234"]);
-        assert_eq!(within_budget(texts.clone(), None, |t| t), texts);
+        let texts = ["12345678", "123456789012", "1234", "12345"];
+        let paid = |budget| {
+            let mut purse = Purse::new(budget);
+            texts.iter().copied().filter(|text| purse.pays(text)).collect::<Vec<_>>()
+        };
+        assert_eq!(paid(Some(3)), ["12345678", "1234"]);
+        assert_eq!(paid(None), texts);
         assert_eq!(tokens("ééééé"), 2, "characters, not bytes");
     }
 }

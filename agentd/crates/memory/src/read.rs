@@ -1,41 +1,40 @@
-//! Which records answer a question?
+//! What is there, and what became of it?
 //!
-//! In:    a question, perhaps its vector, one snapshot of the file, the index in memory.
-//! Out:   hits, best first, explained if asked.
-//! Steps: words (BM25 over the postings of the asked tiers) and meaning (a scan of 8-bit vectors) score every
-//!        record; the best few are scored again with their whole vectors; the best k whose texts fit the token
-//!        budget are read.
-//! Always: one snapshot for the whole answer; a record that is not yet committed is not seen.
+//! In:    one snapshot of the file. Out: records with all that is known of them, lists, histories, the journal, blocks,
+//!        and what waits for a vector. Questions are answered in `recall.rs`.
 
 use crate::error::{Damage, StoreError};
+use crate::file::Open;
 use crate::index::{self, Index};
 use crate::journal::Entry;
 use crate::life::{Life, State};
 use crate::pack::Going;
-use crate::plan::{self, Question, Scored};
-use crate::postings;
-use crate::record::{self, Claim, Record, Role};
+use crate::rank::{self, WINDOW_BEFORE};
+use crate::record::{self, Claim, Role};
 use crate::rows::ReadRows;
-use crate::seal::{Hashed, Row, Seal};
-use crate::tables::{BLOCK, BY_ID, Counters, JOURNAL, LINK, LINK_SUPERSEDED, PENDING, POSTING};
-use crate::text;
-use crate::vector::Vector;
-use crate::write::{
-    Block, EmbedderDigest, EmbedderUse, Embedding, block_mark, open_block, open_prompt_block,
-};
-use agentd_domain::agent_api::{Explain, Hit, Recalled, Signals, Source, Tier};
+use crate::seal::{Row, Seal};
+use crate::tables::{BLOCK, BY_ID, JOURNAL, LINK, LINK_SUPERSEDED, PENDING};
+use crate::write::{Block, EmbedderDigest, EmbedderUse, block_mark, open_prompt_block};
+use agentd_domain::agent_api::{Source, Tier};
 use agentd_domain::ids::{OwnerId, RecordId};
-use redb::{ReadOnlyTable, ReadTransaction, ReadableTable};
+use redb::{ReadTransaction, ReadableTable};
+use uuid::Uuid;
 
-/// So many are scored again with whole vectors, or four times what was asked for: with 40 for a k of 10 the
-/// first ten were those of an exact scan in every measured case.
-const RESCORED_MIN: usize = 40;
-
-/// A record whose text waits for a vector.
+/// A record that waits for a vector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pending {
     pub id: RecordId,
+    /// What the embedder gets: its text, after those of the two before it in its session.
     pub text: String,
+    /// Those two. They come back with the vector, which goes when one of them is purged.
+    pub with: Vec<RecordId>,
+}
+
+/// The text that stands for a record before the embedder, and whose texts are in it besides its own.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Window {
+    pub text: String,
+    pub with: Vec<RecordId>,
 }
 
 /// One record with all that is known of it.
@@ -87,6 +86,8 @@ pub struct History {
 pub(crate) struct View<'a> {
     pub(crate) txn: &'a ReadTransaction,
     pub(crate) seal: &'a Seal,
+    /// The store's own id.
+    pub(crate) store: Uuid,
 }
 
 impl<'a> View<'a> {
@@ -94,189 +95,9 @@ impl<'a> View<'a> {
     pub(crate) fn rows(self) -> Result<ReadRows<'a>, StoreError> {
         ReadRows::read(self.txn, self.seal)
     }
-}
 
-pub(crate) fn recall(
-    view: View<'_>,
-    index: &Index,
-    question: &Question,
-    embedding: Option<&Embedding>,
-) -> Result<Recalled, StoreError> {
-    let counters = index::read_counters(view.txn)?;
-    let vector = match question.signals {
-        Signals::Words => None,
-        Signals::Both | Signals::Meaning => query_vector(view.txn, index, &counters, embedding)?,
-    };
-    if question.signals == Signals::Meaning && vector.is_none() {
-        return Err(StoreError::EmbedderAway);
-    }
-    let words_only = question.signals == Signals::Both && vector.is_none();
-    let signals = if words_only { Signals::Words } else { question.signals };
-
-    let words = match signals {
-        Signals::Meaning => vec![0.0; index.len()],
-        Signals::Both | Signals::Words => score_words(view, index, question)?,
-    };
-    let mut scored = score_all(index, question, signals, &words, vector.as_ref());
-    if let Some(vector) = &vector {
-        let most = RESCORED_MIN.max(4 * question.k);
-        scored = rescore(view, counters.embedder, plan::best(scored, most), signals, vector)?;
-    }
-    let hits = read_hits(view, plan::best(scored, question.k), question)?;
-    let hits = plan::within_budget(hits, question.budget_tokens, |hit| &hit.text);
-    Ok(Recalled { hits, pending: counters.pending, words_only })
-}
-
-/// The question's vector, if it lies in the space of the vectors it would be compared with.
-fn query_vector(
-    txn: &ReadTransaction,
-    index: &Index,
-    counters: &Counters,
-    embedding: Option<&Embedding>,
-) -> Result<Option<Vector>, StoreError> {
-    let Some(embedding) = embedding else { return Ok(None) };
-    // Different only between a change of the embedder and the index's rebuilding.
-    if counters.embedder == 0 || index.embedder != counters.embedder {
-        return Ok(None);
-    }
-    let (digest, dimension) = index::embedder(txn, counters.embedder)?;
-    if digest != embedding.embedder {
-        return Ok(None);
-    }
-    match Vector::new(&embedding.vector, dimension) {
-        Ok(vector) => Ok(Some(vector)),
-        Err(why) => {
-            tracing::warn!(%why, "the embedder gave an unusable vector; the question is answered by words");
-            Ok(None)
-        }
-    }
-}
-
-/// Per slot of the index, how much of the question's words its record has.
-fn score_words(view: View<'_>, index: &Index, question: &Question) -> Result<Vec<f32>, StoreError> {
-    let (records, words) = index.standing(&question.tiers);
-    let mean_words = if records > 0 { words as f32 / records as f32 } else { 0.0 };
-    let table = view.txn.open_table(POSTING)?;
-    let mut scores = vec![0.0f32; index.len()];
-    let mut all_idf = 0.0;
-    for (term, asked) in &question.terms {
-        let found = postings_of(view, &table, index, question, term)?;
-        let idf = plan::idf(records, found.len() as u64) * *asked as f32;
-        all_idf += idf;
-        for (slot, count) in found {
-            scores[slot] += idf * plan::term_weight(count, index.words(slot), mean_words);
-        }
-    }
-    for score in &mut scores {
-        *score = plan::words_score(*score, all_idf);
-    }
-    Ok(scores)
-}
-
-/// Slots of the records with this term that the question may see, and how often they have it. A posting that is
-/// newer than the index belongs to a record that is not acknowledged yet.
-fn postings_of(
-    view: View<'_>,
-    table: &ReadOnlyTable<&'static [u8], &'static [u8]>,
-    index: &Index,
-    question: &Question,
-    term: &str,
-) -> Result<Vec<(usize, u32)>, StoreError> {
-    let mark = view.seal.mark(Hashed::Term, term.as_bytes());
-    let mut found = Vec::new();
-    for tier in &question.tiers {
-        let (from, to) = (postings::key(*tier, &mark, 0), postings::key(*tier, &mark, u64::MAX));
-        for row in table.range(from.as_slice()..=to.as_slice())? {
-            let (key, sealed) = row?;
-            let key: postings::Key =
-                key.value().try_into().map_err(|_| Damage::Postings("a key of another length".to_owned()))?;
-            for posting in open_block(view.seal, &key, sealed.value())? {
-                if let Some(slot) = index.slot(posting.seq)
-                    && index.is_seen(slot, &question.tiers, question.at)
-                {
-                    found.push((slot, posting.count));
-                }
-            }
-        }
-    }
-    Ok(found)
-}
-
-/// Every record that has anything to do with the question. Meaning is still the rough one.
-fn score_all(
-    index: &Index,
-    question: &Question,
-    signals: Signals,
-    words: &[f32],
-    vector: Option<&Vector>,
-) -> Vec<Scored> {
-    let mut meaning: Vec<Option<f32>> = vec![None; index.len()];
-    if let Some(vector) = vector {
-        let coarse = vector.coarse();
-        for (slot, cosine) in index.scan(&coarse, &question.tiers, question.at) {
-            meaning[slot] = Some(cosine);
-        }
-    }
-    (0..index.len())
-        .filter(|slot| {
-            // Both are only of records that the question may see.
-            words[*slot] > 0.0 || meaning[*slot].is_some()
-        })
-        .map(|slot| {
-            let (words, meaning) = (words[slot], meaning[slot].unwrap_or(0.0));
-            Scored { seq: index.seq(slot), words, meaning, score: plan::fuse(signals, words, meaning) }
-        })
-        .collect()
-}
-
-fn rescore(
-    view: View<'_>,
-    embedder: u32,
-    mut scored: Vec<Scored>,
-    signals: Signals,
-    query: &Vector,
-) -> Result<Vec<Scored>, StoreError> {
-    let rows = view.rows()?;
-    for one in &mut scored {
-        let seq = one.seq;
-        if let Some(stored) = rows.vector(seq)?.filter(|stored| stored.embedder == embedder) {
-            let cosine = query.cosine_with_stored(&stored.first, &stored.fine);
-            one.meaning = cosine.ok_or(Damage::Vector { seq })?;
-            one.score = plan::fuse(signals, one.words, one.meaning);
-        }
-    }
-    Ok(scored)
-}
-
-fn read_hits(view: View<'_>, best: Vec<Scored>, question: &Question) -> Result<Vec<Hit>, StoreError> {
-    let rows = view.rows()?;
-    best.into_iter()
-        .map(|scored| {
-            let (record, life) = (rows.record(scored.seq)?, rows.life(scored.seq)?);
-            Ok(hit(record, &life, scored, question))
-        })
-        .collect()
-}
-
-fn hit(record: Record, life: &Life, scored: Scored, question: &Question) -> Hit {
-    let explain = question.explain.then(|| Explain {
-        words: scored.words,
-        meaning: scored.meaning,
-        matched: text::term_counts(&record.text)
-            .into_keys()
-            .filter(|t| question.terms.contains_key(t))
-            .collect(),
-    });
-    Hit {
-        id: record.id,
-        tier: life.tier,
-        role: life.role.name().to_owned(),
-        event_unix_ms: life.event_unix_ms,
-        recorded_unix_ms: life.recorded_unix_ms,
-        source: record::source(life.source, record.reference),
-        text: record.text,
-        score: scored.score,
-        explain,
+    pub(crate) fn of(open: &'a Open, txn: &'a ReadTransaction) -> Self {
+        Self { txn, seal: &open.seal, store: open.row.store }
     }
 }
 
@@ -294,14 +115,65 @@ pub(crate) fn embedder_in_use(
 }
 
 /// The oldest records that wait for a vector.
-pub(crate) fn pending(view: View<'_>, most: usize) -> Result<Vec<Pending>, StoreError> {
-    let rows = view.rows()?;
+pub(crate) fn pending(view: View<'_>, index: &Index, most: usize) -> Result<Vec<Pending>, StoreError> {
     let mut batch = Vec::new();
     for row in view.txn.open_table(PENDING)?.iter()?.take(most) {
-        let record = rows.record(row?.0.value())?;
-        batch.push(Pending { id: record.id, text: record.text });
+        let seq = row?.0.value();
+        let (id, text) = text_of(view, seq)?;
+        let last = index.slot(seq).and_then(|slot| index.neighbours(slot).0);
+        let Window { text, with } = window_after(view, index, last, &text)?;
+        batch.push(Pending { id, text, with });
     }
     Ok(batch)
+}
+
+/// What the embedder should get for a text that is about to be told in this session at this place.
+pub(crate) fn window(
+    view: View<'_>,
+    index: &Index,
+    (session, tier, order): (u64, Tier, Option<u64>),
+    text: &str,
+) -> Result<Window, StoreError> {
+    let mut last = index.last_of(session, tier);
+    if let Some(order) = order {
+        let rows = view.rows()?;
+        // Told into the middle: rare, and near the end when it happens.
+        for _ in 0..=PLACES_BACK_MOST {
+            let Some(slot) = last else { break };
+            if rows.life(index.seq(slot))?.order <= order {
+                break;
+            }
+            last = index.neighbours(slot).0;
+        }
+    }
+    window_after(view, index, last, text)
+}
+
+/// So far back the place of a record is looked for; beyond that a window is of what was told there last.
+const PLACES_BACK_MOST: usize = 64;
+
+fn window_after(
+    view: View<'_>,
+    index: &Index,
+    last: Option<usize>,
+    text: &str,
+) -> Result<Window, StoreError> {
+    let (mut with, mut before) = (Vec::new(), Vec::new());
+    let mut at = last;
+    while let Some(slot) = at.filter(|_| with.len() < WINDOW_BEFORE) {
+        let (id, text) = text_of(view, index.seq(slot))?;
+        with.push(id);
+        before.push(text);
+        at = index.neighbours(slot).0;
+    }
+    before.reverse();
+    let before: Vec<&str> = before.iter().map(String::as_str).collect();
+    Ok(Window { text: rank::window(&before, text), with })
+}
+
+fn text_of(view: View<'_>, seq: u64) -> Result<(RecordId, String), StoreError> {
+    let record = view.rows()?.record(seq)?;
+    Ok((record.id, record.text))
 }
 
 pub(crate) fn get(view: View<'_>, id: RecordId) -> Result<Option<Stored>, StoreError> {

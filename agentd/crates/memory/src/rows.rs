@@ -77,6 +77,12 @@ impl<'txn> WriteRows<'txn> {
         }
     }
 
+    /// Takes both parts of its vector away.
+    pub(crate) fn remove_vector(&mut self, seq: u64) {
+        self.coarse.remove(seq);
+        self.fine.remove(seq);
+    }
+
     pub(crate) fn flush(&mut self, nonces: &mut Nonces, entries: &mut Entries) -> Result<(), StoreError> {
         for pack in [&mut self.records, &mut self.lives, &mut self.coarse, &mut self.fine] {
             pack.flush(self.seal, nonces, entries)?;
@@ -141,6 +147,11 @@ impl<T: ReadableTable<u64, &'static [u8]>> Rows<'_, T> {
         let found =
             self.coarse.with(self.seal, seq, |content| coarse(seq, content).map(|(number, _)| number))?;
         Ok(found.transpose()?)
+    }
+
+    /// The second part of its vector, if it has one.
+    pub(crate) fn fine(&self, seq: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        self.fine.get(self.seal, seq)
     }
 
     pub(crate) fn vector(&self, seq: u64) -> Result<Option<StoredVector>, StoreError> {

@@ -16,17 +16,21 @@ use crate::error::{Damage, OpenError, Refusal, StoreError};
 use crate::file::{Folder, Home, Open, OpeningNote, begin_write, open_error};
 use crate::index::{Index, Kept, read_counters};
 use crate::journal::Entry;
+use crate::near::CELLS_FROM;
 use crate::plan::{self, At, Budgets, Detail, Duplicates};
-use crate::read::{self, History, Listing, Pending, Stored, View};
+use crate::read::{self, History, Listing, Pending, Stored, View, Window};
+use crate::recall::{self, Asked, Wanted};
 use crate::record::SourceKind;
 use crate::tables::{Counters, Identity, IdentityRow};
 use crate::text::WORDS_VERSION;
+use crate::vocabulary::{self, PendingWords};
 use crate::work::{Job, Work};
 use crate::write::{
     Batch, Block, BlockWork, Completed, CorrectWork, EmbedderDigest, EmbedderUse, Embedding, ForgetMode,
-    Meaning, Ready, RememberWork, RolledBack, SessionEnd, SessionEnded, Swept, check_block, share_out,
+    Made, Meaning, Ready, RememberWork, RolledBack, SessionEnd, SessionEnded, Swept, check_block,
+    session_number, share_out,
 };
-use agentd_domain::agent_api::{Recall, Recalled, Remember, Remembered};
+use agentd_domain::agent_api::{Recall, Recalled, Remember, Remembered, Tier};
 use agentd_domain::ids::RecordId;
 use redb::ReadableDatabase;
 use std::path::{Path, PathBuf};
@@ -55,12 +59,14 @@ pub struct NewRecord {
     /// From the request's `Idempotency-Key` header: repeated within 24 hours it gives the first answer again.
     pub idempotency_key: Option<String>,
     pub detail: Detail,
+    /// Whose texts the embedding has in it besides this one: [`Window::with`].
+    pub with: Vec<RecordId>,
 }
 
 impl NewRecord {
     /// Told now, with nothing special about it.
     pub fn new(request: Remember, recorded_unix_ms: i64) -> Self {
-        Self { request, recorded_unix_ms, idempotency_key: None, detail: Detail::default() }
+        Self { request, recorded_unix_ms, idempotency_key: None, detail: Detail::default(), with: Vec::new() }
     }
 }
 
@@ -81,11 +87,18 @@ pub struct Tuning {
     /// redb's page cache; its own default is 1 GiB. What questions need of every record is in the index anyway.
     pub cache_bytes: usize,
     pub duplicates: Duplicates,
+    /// With more vectors than so many a question looks only where it is worth looking (`near.rs`).
+    pub cells_from: usize,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { group_window: Duration::ZERO, cache_bytes: 4 * 1024 * 1024, duplicates: Duplicates::Reinforce }
+        Self {
+            group_window: Duration::ZERO,
+            cache_bytes: 4 * 1024 * 1024,
+            duplicates: Duplicates::Reinforce,
+            cells_from: CELLS_FROM,
+        }
     }
 }
 
@@ -111,6 +124,7 @@ struct Shared {
     identity: Identity,
     budgets: Budgets,
     duplicates: Duplicates,
+    cells_from: usize,
     home: Box<dyn Home>,
     file: RwLock<Handle>,
     index: RwLock<Option<Index>>,
@@ -149,6 +163,7 @@ impl Store {
             identity: options.identity,
             budgets: options.budgets,
             duplicates: options.tuning.duplicates,
+            cells_from: options.tuning.cells_from,
             home,
             file: RwLock::new(Handle { open: None, opened: 0 }),
             index: RwLock::new(None),
@@ -193,7 +208,7 @@ impl Store {
             plan::check_key(key)?;
         }
         let (recorded_unix_ms, key) = (new.recorded_unix_ms, new.idempotency_key);
-        Ok(RememberWork { record, recorded_unix_ms, key, embedding, ready: Ready::default() })
+        Ok(RememberWork { record, recorded_unix_ms, key, embedding, with: new.with, ready: Ready::default() })
     }
 
     /// Finds the words of what is to be told and rounds its vectors. If the store is closed the writer finds them, or says why it cannot.
@@ -216,7 +231,32 @@ impl Store {
         }
     }
 
-    /// Answers a question on the caller's thread. Without a usable embedding of it, by words alone.
+    /// What the embedder should get for a text that is about to be told: with what was told before it in its session,
+    /// because one turn of a conversation seldom says what it is about. Without a session it is the text.
+    pub fn window(&self, tier: Tier, text: &str, detail: &Detail) -> Result<Window, StoreError> {
+        let alone = || Window { text: text.to_owned(), with: Vec::new() };
+        let Some(session) = detail.session.as_ref().filter(|_| plan::has_meaning(tier)) else {
+            return Ok(alone());
+        };
+        self.shared.with_index(|index, view| {
+            let session = session_number(view.store, session);
+            read::window(view, index, (session, tier, detail.order), text)
+        })
+    }
+
+    /// What the embedder should read of a question, so that [`Store::answer`] knows what it means.
+    pub fn wanted(&self, request: &Recall) -> Result<Wanted, StoreError> {
+        let question = plan::check_recall(request, At::Latest, &self.shared.budgets)?;
+        self.shared.with_index(|index, view| Ok(recall::wanted(view, index, request, &question)))
+    }
+
+    /// Answers a question on the caller's thread. Without usable vectors of it, by words alone.
+    pub fn answer(&self, request: &Recall, asked: &Asked) -> Result<Recalled, StoreError> {
+        let question = plan::check_recall(request, asked.at, &self.shared.budgets)?;
+        self.shared.with_index(|index, view| recall::recall(view, index, request, &question, asked))
+    }
+
+    /// The same with a vector of the question alone.
     pub fn recall(&self, request: &Recall, embedding: Option<&Embedding>) -> Result<Recalled, StoreError> {
         self.recall_at(request, embedding, At::Latest)
     }
@@ -228,8 +268,8 @@ impl Store {
         embedding: Option<&Embedding>,
         at: At,
     ) -> Result<Recalled, StoreError> {
-        let question = plan::check_recall(request, at, &self.shared.budgets)?;
-        self.shared.with_index(|index, view| read::recall(view, index, &question, embedding))
+        let vectors = embedding.cloned().map(Into::into);
+        self.answer(request, &Asked { at, now_unix_ms: None, vectors })
     }
 
     /// These were recalled and given to somebody: each is strengthened. Nothing needs to wait for it.
@@ -368,17 +408,50 @@ impl Store {
 
     /// The oldest records without a vector of the current embedder, at most so many.
     pub fn pending_batch(&self, most: usize) -> Result<Vec<Pending>, StoreError> {
-        self.shared.with_view(|view| read::pending(view, most))
+        if self.counters()?.pending == 0 {
+            return Ok(Vec::new());
+        }
+        self.shared.with_index(|index, view| read::pending(view, index, most))
+    }
+
+    /// Distinct words that want a vector of the current embedder, so that questions find words of like meaning. After
+    /// all records have theirs.
+    pub fn pending_words(&self, most: usize) -> Result<PendingWords, StoreError> {
+        // Nearly always nothing does: then no index is loaded for it.
+        if self.shared.with_view(vocabulary::is_complete)? {
+            return Ok(PendingWords::default());
+        }
+        self.shared.with_index(|index, view| vocabulary::pending(view, index, most))
+    }
+
+    /// Vectors for these, in their order.
+    pub fn complete_words(
+        &self,
+        embedder: EmbedderDigest,
+        pending: PendingWords,
+        vectors: Vec<Vec<f32>>,
+    ) -> Result<(), StoreError> {
+        let bytes = vectors.iter().map(|vector| vector.len() * 4).sum();
+        self.submit(bytes, move |batch| batch.complete_words(&embedder, &pending, &vectors))
     }
 
     /// Vectors for pending records, made by this embedder. Records that got one meanwhile are left alone.
+    pub fn complete_pending(
+        &self,
+        embedder: EmbedderDigest,
+        vectors: Vec<Made>,
+    ) -> Result<Completed, StoreError> {
+        let bytes = vectors.iter().map(|made| made.vector.len() * 4).sum();
+        self.submit(bytes, move |batch| batch.complete(&embedder, &vectors))
+    }
+
+    /// The same with vectors of the records' texts alone.
     pub fn complete_embedding(
         &self,
         embedder: EmbedderDigest,
         vectors: Vec<(RecordId, Vec<f32>)>,
     ) -> Result<Completed, StoreError> {
-        let bytes = vectors.iter().map(|(_, vector)| vector.len() * 4).sum();
-        self.submit(bytes, move |batch| batch.complete(&embedder, &vectors))
+        self.complete_pending(embedder, vectors.into_iter().map(Into::into).collect())
     }
 
     pub fn get(&self, id: RecordId) -> Result<Option<Stored>, StoreError> {
@@ -473,7 +546,7 @@ impl Shared {
     }
 
     fn with_view<T>(&self, use_it: impl FnOnce(View<'_>) -> Result<T, StoreError>) -> Result<T, StoreError> {
-        self.with_open(|open| use_it(View { txn: &open.database.begin_read()?, seal: &open.seal }))
+        self.with_open(|open| use_it(View::of(open, &open.database.begin_read()?)))
     }
 
     fn open_handle(&self) -> Result<RwLockReadGuard<'_, Handle>, StoreError> {
@@ -553,16 +626,16 @@ impl Shared {
             {
                 let index = read(&self.index);
                 if let Some(index) = index.as_ref() {
-                    return use_it(index, View { txn: &open.database.begin_read()?, seal: &open.seal });
+                    return use_it(index, View::of(open, &open.database.begin_read()?));
                 }
             }
             let mut index = write(&self.index);
             if index.is_none() {
-                let loaded = Index::load(&open.database.begin_read()?, &open.seal)?;
+                let loaded = Index::load(&open.database.begin_read()?, &open.seal, self.cells_from)?;
                 self.set_index(&mut index, Some(loaded));
             }
             match index.as_ref() {
-                Some(index) => use_it(index, View { txn: &open.database.begin_read()?, seal: &open.seal }),
+                Some(index) => use_it(index, View::of(open, &open.database.begin_read()?)),
                 None => Err(StoreError::Closing),
             }
         })

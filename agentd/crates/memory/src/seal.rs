@@ -40,6 +40,7 @@ pub(crate) enum Row {
     CoarseBlock = 9,
     FineBlock = 10,
     TermBlock = 11,
+    Word = 12,
 }
 
 /// What a keyed hash is of, so that equal texts of two kinds do not look alike.

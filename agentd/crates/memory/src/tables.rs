@@ -14,7 +14,7 @@ use uuid::Uuid;
 /// Raised when an older program would misread the file; see FORMAT.md for the migration rule.
 pub const FORMAT_VERSION: u32 = 3;
 
-/// `identity`, `canary`, `counters` and `entries`.
+/// `identity`, `canary`, `counters`, `entries` and `words`.
 pub(crate) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 /// Record id (its 16 bytes as a big-endian number) to sequence number.
 pub(crate) const BY_ID: TableDefinition<u128, u64> = TableDefinition::new("by_id");
@@ -38,13 +38,20 @@ pub(crate) const BLOCK: TableDefinition<&[u8; 16], &[u8]> = TableDefinition::new
 /// Number, from 0, to a sealed [`crate::journal::Entry`].
 pub(crate) const JOURNAL: TableDefinition<u64, &[u8]> = TableDefinition::new("journal");
 
+/// Mark of a term to its sealed vector (`vocabulary.rs`).
+pub(crate) const WORD: TableDefinition<&[u8; 16], &[u8]> = TableDefinition::new("word");
+
 pub(crate) const LINK_SUPERSEDED: u8 = 0;
 pub(crate) const LINK_EVIDENCE: u8 = 1;
+/// The first's text is in the second's vector; the second may be gone.
+pub(crate) const LINK_WINDOW: u8 = 2;
 
 pub(crate) const IDENTITY: &str = "identity";
 pub(crate) const COUNTERS: &str = "counters";
 /// How many entries the tables of blocks hold: redb knows only how many blocks.
 pub(crate) const ENTRIES: &str = "entries";
+/// How far the texts were read for words that want a vector.
+pub(crate) const VOCABULARY: &str = "words";
 /// Sealed nothing: opens only with the store's own key.
 pub(crate) const CANARY: &str = "canary";
 

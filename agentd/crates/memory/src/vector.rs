@@ -65,6 +65,16 @@ impl Vector {
         Ok(Self(values.iter().map(|v| (f64::from(*v) / length) as f32).collect(), OnceLock::new()))
     }
 
+    /// The direction of several together, each of length 1 before.
+    pub(crate) fn sum(vectors: &[Vec<f32>], dimension: u32) -> Result<Self, BadVector> {
+        let mut sum = vec![0.0f32; dimension as usize];
+        for vector in vectors {
+            let vector = Self::new(vector, dimension)?;
+            sum.iter_mut().zip(&vector.0).for_each(|(sum, value)| *sum += value);
+        }
+        Self::new(&sum, dimension)
+    }
+
     pub(crate) fn coarse(&self) -> Coarse {
         self.parts().coarse()
     }

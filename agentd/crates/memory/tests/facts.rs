@@ -121,7 +121,13 @@ fn words_alone_find_at_most_six() {
         };
         store
             .remember(
-                NewRecord { request, recorded_unix_ms: 0, idempotency_key: None, detail: Default::default() },
+                NewRecord {
+                    request,
+                    recorded_unix_ms: 0,
+                    idempotency_key: None,
+                    detail: Default::default(),
+                    with: vec![],
+                },
                 None,
             )
             .unwrap();
@@ -136,6 +142,7 @@ fn words_alone_find_at_most_six() {
                 budget_tokens: None,
                 explain: false,
                 signals: Some(Signals::Words),
+                neighbours: None,
             };
             store.recall(&recall, None).unwrap().hits.first().is_some_and(|hit| hit.text == pair.fact)
         })

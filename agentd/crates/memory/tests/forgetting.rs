@@ -53,6 +53,7 @@ fn asked(query: &str) -> Recall {
         budget_tokens: None,
         explain: false,
         signals: None,
+        neighbours: None,
     }
 }
 

@@ -43,6 +43,7 @@ fn asked(query: &str, signals: Signals) -> Recall {
         budget_tokens: None,
         explain: false,
         signals: Some(signals),
+        neighbours: None,
     }
 }
 

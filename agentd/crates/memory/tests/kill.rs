@@ -57,6 +57,7 @@ fn write_until_killed(path: &Path, round: &str) {
                         recorded_unix_ms: 0,
                         idempotency_key: Some(text.clone()),
                         detail: Default::default(),
+                        with: vec![],
                     };
                     let embedding = (item % 2 == 0).then(|| Embedding {
                         embedder: EMBEDDER,

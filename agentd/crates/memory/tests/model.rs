@@ -1,14 +1,14 @@
 //! Does the store do what a plain list would do?
 //!
-//! Random works on a real file, reopened at random, beside a model: a list of records, BM25 written down once
-//! more as the formula reads, exact cosines. After every step counters agree; every question must give the
+//! Random works on a real file, reopened at random, beside a model: a list of records, the ranking over them
+//! without a file, exact cosines. After every step counters agree; every question must give the
 //! model's answer.
 
 use agentd_domain::agent_api::{EmbedState, Recall, Remember, Signals, Tier};
 use agentd_domain::ids::{AgentId, OwnerId, RecordId};
-use agentd_memory::plan::{WEIGHT_MEANING, WEIGHT_WORDS};
+use agentd_memory::rank::{Nearness, Plain, Question, Weights, rank};
 use agentd_memory::{
-    Budget, Budgets, Duplicates, Embedding, Identity, NewRecord, Options, Refusal, Store, StoreError, text,
+    Budget, Budgets, Duplicates, Embedding, Identity, NewRecord, Options, Refusal, Store, StoreError,
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -67,9 +67,10 @@ fn sentence(words: &[usize]) -> String {
 
 /// A vector of this embedder's dimension; never zero.
 fn vector(numbers: [i8; 5], embedder: usize) -> Vec<f32> {
+    // Of whole numbers up to 127, so that rounding to 8 bits takes nothing away.
     let mut values: Vec<f32> =
-        numbers.iter().take(DIMENSION[embedder] as usize).map(|n| f32::from(*n)).collect();
-    values[0] += 300.0;
+        numbers.iter().take(DIMENSION[embedder] as usize).map(|n| f32::from((*n).max(-127))).collect();
+    values[0] = 127.0;
     values
 }
 
@@ -112,40 +113,23 @@ impl Model {
         signals: Signals,
         tiers: &[Tier],
     ) -> Vec<(usize, f32)> {
-        let held: Vec<(usize, Vec<String>)> = (0..self.records.len())
-            .filter(|i| tiers.contains(&self.records[*i].tier))
-            .map(|i| (i, text::terms(&self.records[i].text)))
+        let held: Vec<usize> =
+            (0..self.records.len()).filter(|i| tiers.contains(&self.records[*i].tier)).collect();
+        let cosines: Vec<f32> = held
+            .iter()
+            .map(|i| vector.and_then(|v| self.current(&self.records[*i]).map(|own| cosine(v, own))))
+            .map(|cosine| cosine.unwrap_or(f32::NAN))
             .collect();
-        let mean = held.iter().map(|(_, t)| t.len()).sum::<usize>() as f32 / held.len().max(1) as f32;
-        let asked = text::terms(query);
-        let idf = |term: &String| {
-            let df = held.iter().filter(|(_, t)| t.contains(term)).count() as f32;
-            (1.0 + (held.len() as f32 - df + 0.5) / (df + 0.5)).ln()
-        };
-        let all: f32 = asked.iter().map(idf).sum();
-        let mut scores = Vec::new();
-        for (i, terms) in &held {
-            let bm25: f32 = asked
-                .iter()
-                .map(|term| {
-                    let count = terms.iter().filter(|t| *t == term).count() as f32;
-                    idf(term) * count * 2.2
-                        / (count + 1.2 * (0.25 + 0.75 * terms.len() as f32 / mean.max(1.0)))
-                })
-                .sum();
-            let words = if all > 0.0 && signals != Signals::Meaning { bm25 / all } else { 0.0 };
-            let meaning = vector.and_then(|v| self.current(&self.records[*i]).map(|own| cosine(v, own)));
-            if words > 0.0 || meaning.is_some() {
-                let meaning = meaning.unwrap_or(0.0);
-                let score = match (signals, vector) {
-                    (Signals::Meaning, _) => meaning,
-                    (Signals::Both, Some(_)) => WEIGHT_MEANING * meaning.max(0.0) + WEIGHT_WORDS * words,
-                    _ => words,
-                };
-                scores.push((*i, score));
-            }
+        if signals == Signals::Meaning {
+            return held.into_iter().zip(cosines).filter(|(_, cosine)| cosine.is_finite()).collect();
         }
-        scores
+        let mut plain = Plain::default();
+        for i in &held {
+            plain.push(&self.records[*i].text, 0, 1000);
+        }
+        let question = Question::read(query, 1000);
+        let Ok(ranked) = rank(&plain, &question, Nearness::new(&cosines), &Weights::MEASURED, 50);
+        ranked.into_iter().map(|one| (held[one.slot], one.score)).collect()
     }
 }
 
@@ -183,7 +167,13 @@ fn remember(
         vector: vector(numbers, embedder),
     });
     let result = store.remember(
-        NewRecord { request, recorded_unix_ms: 1000, idempotency_key, detail: Default::default() },
+        NewRecord {
+            request,
+            recorded_unix_ms: 1000,
+            idempotency_key,
+            detail: Default::default(),
+            with: vec![],
+        },
         embedding.clone(),
     );
 
@@ -256,6 +246,7 @@ fn recall(
         budget_tokens: None,
         explain: false,
         signals: Some(signals),
+        neighbours: None,
     };
     let result = store.recall(&request, embedding.as_ref());
     if signals == Signals::Meaning && embedding.is_none() {

@@ -21,7 +21,13 @@ fn path(dir: &Path, agent: u128) -> PathBuf {
 fn told(text: &str) -> NewRecord {
     let request =
         Remember { tier: Tier::Spirit, text: text.to_owned(), role: None, source: None, event_unix_ms: None };
-    NewRecord { request, recorded_unix_ms: 1, idempotency_key: None, detail: Default::default() }
+    NewRecord {
+        request,
+        recorded_unix_ms: 1,
+        idempotency_key: None,
+        detail: Default::default(),
+        with: vec![],
+    }
 }
 
 fn asked(query: &str) -> Recall {
@@ -32,6 +38,7 @@ fn asked(query: &str) -> Recall {
         budget_tokens: None,
         explain: false,
         signals: None,
+        neighbours: None,
     }
 }
 
@@ -156,14 +163,16 @@ fn taken() -> (usize, usize) {
 /// bounded by the pool's limits, not by the number of agents.
 #[test]
 fn what_a_thousand_stores_take_is_bounded() {
-    let agents: u128 = std::env::var("POOL_AGENTS").map_or(150, |n| n.parse().expect("POOL_AGENTS is a number"));
+    let agents: u128 =
+        std::env::var("POOL_AGENTS").map_or(150, |n| n.parse().expect("POOL_AGENTS is a number"));
     // Nothing here asks whether the disk keeps it: memory spares a thousand stores' fsyncs.
     let memory = Path::new("/dev/shm");
     let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
     let pool = Pool::new(Limits::default());
     let each = |agent: u128| {
         let store = pool.lease(&path(dir.path(), agent), || options(agent)).unwrap();
-        let texts = (0..20).map(|i| (told(&format!("agent{agent} note{i} of the harbour and its ships")), None));
+        let texts =
+            (0..20).map(|i| (told(&format!("agent{agent} note{i} of the harbour and its ships")), None));
         assert!(store.remember_many(texts.collect()).unwrap().iter().all(Result::is_ok));
         assert!(!store.recall(&asked("harbour"), None).unwrap().hits.is_empty());
     };

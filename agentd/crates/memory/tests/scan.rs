@@ -43,6 +43,7 @@ fn asked(k: u32) -> Recall {
         budget_tokens: None,
         explain: false,
         signals: Some(Signals::Meaning),
+        neighbours: None,
     }
 }
 

@@ -35,6 +35,7 @@ fn told_in(tier: Tier, text: &str) -> NewRecord {
         recorded_unix_ms: NOW,
         idempotency_key: None,
         detail: Default::default(),
+        with: vec![],
     }
 }
 
@@ -46,6 +47,7 @@ fn asked(query: &str) -> Recall {
         budget_tokens: None,
         explain: true,
         signals: None,
+        neighbours: None,
     }
 }
 

@@ -3,14 +3,17 @@
 use super::fit::Example;
 use super::locomo::{Category, Conversation};
 use super::metric::{PLACES, Recall};
+use super::told::Told;
 use super::vectors::{DIMENSION, Vectors};
-use agentd_memory::rank::{Corpus, Nearness, Plain, Question, Weights, as_told, candidates, rank, window};
+use agentd_memory::rank::{
+    Corpus, Nearness, Plain, Question, Signal, Weights, as_told, candidates, judge, listed, rank, window,
+};
 use agentd_memory::text;
 use anyhow::{Context, Result};
 use std::collections::{HashMap, HashSet};
 
 /// Questions are asked so long after the last turn.
-const LATER_MS: i64 = 24 * 60 * 60 * 1000;
+pub const LATER_MS: i64 = 24 * 60 * 60 * 1000;
 
 pub struct Bed {
     pub name: String,
@@ -18,6 +21,8 @@ pub struct Bed {
     /// Ids of the turns, by slot.
     ids: Vec<String>,
     pub asked: Vec<Asked>,
+    /// The same conversation in a store.
+    pub told: Told,
     /// Of each record: alone, and with the two before it.
     alone: Vec<Vec<f32>>,
     windows: Vec<Vec<f32>>,
@@ -55,9 +60,10 @@ impl Tokens {
 }
 
 pub struct Asked {
+    pub text: String,
     pub question: Question,
     pub category: Category,
-    evidence: Vec<String>,
+    pub evidence: Vec<String>,
     alone: Vec<f32>,
     /// The question's vector and that of what would be told, summed, of length 1.
     both: Vec<f32>,
@@ -136,6 +142,7 @@ impl Bed {
             tokens.told += u64::from(vectors.tokens(&told)?);
             let alone = vectors.of(&question.text)?.to_vec();
             asked.push(Asked {
+                text: question.text.clone(),
                 question: read,
                 category: question.category,
                 evidence: question.evidence.clone(),
@@ -153,7 +160,9 @@ impl Bed {
         let alone = of(&records, &mut tokens.alone)?;
         let windows = of(&window_texts, &mut tokens.windows)?;
         let ids = conversation.turns.iter().map(|turn| turn.id.clone()).collect();
-        Ok(Self { name: conversation.name.clone(), corpus, ids, asked, alone, windows, tokens })
+        let told = Told::new(conversation, vectors)?;
+        let name = conversation.name.clone();
+        Ok(Self { name, corpus, ids, asked, told, alone, windows, tokens })
     }
 
     /// Cosines of the question and what would be told with every record's window.
@@ -161,14 +170,45 @@ impl Bed {
         self.windows.iter().map(|vector| dot(vector, &asked.both)).collect()
     }
 
-    /// The appliance's ranking.
-    pub fn recall(&self, weights: &Weights) -> Recall {
+    /// Of how many questions the store's first ten are not those of the ranking alone, which has whole vectors and no
+    /// file.
+    pub fn differing(&self, vectors: &Vectors) -> Result<usize> {
+        let mut differing = 0;
+        for asked in &self.asked {
+            let alone =
+                self.ranked(asked, &Weights::MEASURED).into_iter().map(|slot| self.ids[slot].as_str());
+            let (found, places) = (self.told.ask(&asked.text, vectors)?, PLACES[1]);
+            let alone: Vec<&str> = alone.take(places).collect();
+            differing += usize::from(alone != found[..places.min(found.len())]);
+        }
+        Ok(differing)
+    }
+
+    /// The ranking when every turn has proved as useful as can be, and those that answer the question never: what
+    /// usefulness can spoil at worst.
+    pub fn misled(&self, weights: &Weights) -> Recall {
         self.recall_by(|asked| {
             let cosines = self.cosines(asked);
-            let most = PLACES[PLACES.len() - 1];
-            let Ok(ranked) = rank(&self.corpus, &asked.question, Nearness::new(&cosines), weights, most);
-            ranked.into_iter().map(|one| one.slot).collect()
+            let Ok(mut pool) = candidates(&self.corpus, &asked.question, Nearness::new(&cosines));
+            for (slot, signals) in &mut pool {
+                let is_evidence = asked.evidence.contains(&self.ids[*slot]);
+                signals.0[Signal::Useful as usize] = f32::from(u8::from(!is_evidence));
+            }
+            let listed = listed(&self.corpus, judge(pool, weights), PLACES[PLACES.len() - 1]);
+            listed.into_iter().map(|one| one.slot).collect()
         })
+    }
+
+    /// The appliance's ranking.
+    pub fn recall(&self, weights: &Weights) -> Recall {
+        self.recall_by(|asked| self.ranked(asked, weights))
+    }
+
+    fn ranked(&self, asked: &Asked, weights: &Weights) -> Vec<usize> {
+        let cosines = self.cosines(asked);
+        let most = PLACES[PLACES.len() - 1];
+        let Ok(ranked) = rank(&self.corpus, &asked.question, Nearness::new(&cosines), weights, most);
+        ranked.into_iter().map(|one| one.slot).collect()
     }
 
     /// Cosine of the question with each turn alone, as a vector database does it.

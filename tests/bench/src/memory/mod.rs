@@ -10,7 +10,10 @@ mod bed;
 mod fit;
 mod locomo;
 mod metric;
+pub mod scale;
 mod speed;
+mod synthetic;
+mod told;
 mod vectors;
 
 use crate::report;
@@ -73,17 +76,18 @@ pub fn measure(options: &Options) -> Result<Option<Bench>> {
     let (fitted, others): (Vec<Bed>, Vec<Bed>) =
         beds.into_iter().partition(|bed| FITTED.contains(&bed.name.as_str()));
     ensure!(fitted.len() == FITTED.len(), "the file lacks one of {FITTED:?}");
-    let study = Study::new(fitted, others);
+    let study = Study::new(fitted, others, vectors);
     if options.fit {
         study.print_fit();
         return Ok(None);
     }
     ensure!(!study.others.is_empty(), "the file has no conversation but {FITTED:?}");
-    let mut rows = study.promises();
+    let mut rows = study.promises()?;
+    rows.extend(study.store()?);
     rows.extend(study.details());
     rows.extend(study.ideas());
-    rows.extend(costs(study.beds().map(|bed| bed.tokens), &vectors));
-    rows.extend(speed::measure(&conversations, &vectors)?);
+    rows.extend(costs(study.beds().map(|bed| bed.tokens), &study.vectors));
+    rows.extend(speed::measure(&conversations, &study.vectors)?);
     let mut bench = report::here("memory", rows, &checkout);
     bench.command = "scripts/bench memory --locomo FILE".to_owned();
     Ok(Some(bench))
@@ -104,12 +108,13 @@ struct Study {
     others: Vec<Bed>,
     /// Of the fitted ones, in their order.
     examples: Vec<Vec<Example>>,
+    vectors: Vectors,
 }
 
 impl Study {
-    fn new(fitted: Vec<Bed>, others: Vec<Bed>) -> Self {
+    fn new(fitted: Vec<Bed>, others: Vec<Bed>, vectors: Vectors) -> Self {
         let examples = fitted.iter().map(Bed::examples).collect();
-        Self { fitted, others, examples }
+        Self { fitted, others, examples, vectors }
     }
 
     fn beds(&self) -> impl Iterator<Item = &Bed> {
@@ -142,8 +147,31 @@ impl Study {
         }
     }
 
-    fn promises(&self) -> Vec<Row> {
-        let recall = recall_of(&self.others, |bed| bed.recall(&Weights::MEASURED));
+    /// What the store finds.
+    fn found(&self, beds: &[Bed]) -> Result<Recall> {
+        let mut each = beds.iter().map(|bed| bed.told.recall(&bed.asked, &self.vectors));
+        each.try_fold(Recall::default(), |sum, one| Ok(merged(sum, one?)))
+    }
+
+    /// What the store finds beside the ranking alone, and what usefulness could spoil.
+    fn store(&self) -> Result<Vec<Row>> {
+        let mut rows = Vec::new();
+        for (group, beds) in [("not fitted to", &self.others), ("fitted to", &self.fitted)] {
+            let (found, alone) = (self.found(beds)?, recall_of(beds, |bed| bed.recall(&Weights::MEASURED)));
+            let differing: usize = beds.iter().map(|bed| bed.differing(&self.vectors)).sum::<Result<_>>()?;
+            let what = format!("LoCoMo, {group}: questions whose first ten the store orders otherwise");
+            let spread = format!("store {}; ranking alone {}", words(&found), words(&alone));
+            rows.push(Row { spread, ..Row::new(what, differing as f64, "questions") }.detail());
+            let misled = recall_of(beds, |bed| bed.misled(&Weights::MEASURED));
+            let what = format!("LoCoMo, {group}: recall at 10 lost at worst by usefulness");
+            let lost = alone.overall()[1] - misled.overall()[1];
+            rows.push(Row { spread: words(&misled), ..Row::new(what, lost, "points") }.at_most(0.5));
+        }
+        Ok(rows)
+    }
+
+    fn promises(&self) -> Result<Vec<Row>> {
+        let recall = self.found(&self.others)?;
         let names: Vec<&str> = self.others.iter().map(|bed| bed.name.as_str()).collect();
         let questions: u32 = Category::ALL.iter().map(|category| recall.questions(*category)).sum();
         let of = format!("{questions} questions of {}", names.join(", "));
@@ -163,7 +191,7 @@ impl Study {
             let of = format!("{} questions", recall.questions(category));
             rows.push(Row { spread: of, ..Row::new(what, recall.of(category)[1], "%") }.at_least(goal));
         }
-        rows
+        Ok(rows)
     }
 
     /// By category, and beside what others do.

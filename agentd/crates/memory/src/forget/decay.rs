@@ -47,6 +47,20 @@ pub(crate) fn effective(life: &Life, now_unix_ms: i64) -> f32 {
     effective_log2(life, now_unix_ms).exp2() as f32
 }
 
+/// What using it has brought of what was missing when it was told: 0 to 1.
+pub(crate) fn gain(life: &Life) -> f32 {
+    ((life.strength - FIRST_STRENGTH) / (1.0 - FIRST_STRENGTH)).clamp(0.0, 1.0)
+}
+
+/// The same, faded since the last use.
+pub(crate) fn usefulness(gain: f32, half_life_days: f32, last_used_unix_ms: i64, now_unix_ms: i64) -> f32 {
+    if half_life_days.is_infinite() {
+        return gain;
+    }
+    let age_days = now_unix_ms.saturating_sub(last_used_unix_ms).max(0) as f64 / DAY_MS;
+    gain * (-age_days / f64::from(half_life_days.max(f32::MIN_POSITIVE))).exp2() as f32
+}
+
 /// What one use makes of it.
 pub(crate) fn used(life: &Life, now_unix_ms: i64) -> Life {
     let gap = match life.half_life_days {

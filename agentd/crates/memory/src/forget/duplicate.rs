@@ -5,7 +5,14 @@
 //! white" mean nearly the same and are two facts; "the key is under the mat" and "the key is not under the mat" are
 //! nearly the same words. Numbers, names and negations are terms like others, so a sentence that differs in one of
 //! them passes only if it is long, and then the meaning must be the same too.
+//!
+//! A record's vector is of its text and the two told before it in its session, and so is what is compared here: "Yes, I
+//! do." said again after other words is another memory and stays; told again where nothing else was said, it is the same.
+//! What says enough to stand for itself is one memory whatever was said around it, if it is the same word for word
+//! ([`says_the_same`]). A fact that is told again in other words in the middle of another conversation is stored twice,
+//! which costs room and nothing else.
 
+use crate::text;
 use std::collections::BTreeSet;
 
 pub(crate) const COSINE: f32 = 0.97;
@@ -13,6 +20,15 @@ pub(crate) const JACCARD: f32 = 0.85;
 
 pub(crate) fn is_duplicate(cosine: f32, jaccard: f32) -> bool {
     cosine >= COSINE && jaccard >= JACCARD
+}
+
+/// Words with content from which on a text stands for itself.
+const WORDS_ALONE: usize = 3;
+
+/// Are they the same word for word, but for words without content, and do they say enough to need no context?
+pub(crate) fn says_the_same(a: &str, b: &str) -> bool {
+    let words = text::content_words(a);
+    words.len() >= WORDS_ALONE && words == text::content_words(b)
 }
 
 /// Common terms of all terms; 1 for two texts without any.
@@ -54,7 +70,6 @@ pub(crate) fn terms_to_look_up(terms: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::text;
     use proptest::prelude::*;
 
     fn of(a: &str, b: &str) -> f32 {
@@ -69,6 +84,13 @@ mod tests {
         assert!(!is_duplicate(0.9, 1.0), "the same words, another order");
         assert!(of("She orders a cortado every morning", "She orders a flat white every morning") < JACCARD);
         assert_eq!(of("The boiler was serviced in May.", "the boiler: serviced, in May!"), 1.0);
+    }
+
+    #[test]
+    fn what_stands_for_itself_is_the_same_in_any_context() {
+        assert!(says_the_same("The user likes green tea.", "the user likes green tea"));
+        assert!(!says_the_same("Yes, I do.", "Yes, I do."), "of what?");
+        assert!(!says_the_same("The dog bit the old man", "The old man bit the dog"));
     }
 
     #[test]

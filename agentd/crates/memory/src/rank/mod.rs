@@ -33,11 +33,13 @@ mod words;
 mod tests;
 
 pub use dates::Span;
+pub(crate) use kin::coarse as word_vector;
 pub use kin::{KIN_MOST, KinTable};
 pub use plain::Plain;
 pub use question::{Question, Term, as_told};
 pub use told::{Facts, WINDOW_BEFORE, asks, speaker, speaker_id, tells_time, window};
 pub use weights::{SIGNALS, Signal, Signals, Weights};
+pub(crate) use words::idf;
 
 use std::collections::HashMap;
 use words::Found;
@@ -55,6 +57,11 @@ pub trait Corpus {
 
     fn slots(&self) -> usize;
 
+    /// How many of the slots hold a record: how rare a word is depends on it.
+    fn records(&self) -> usize {
+        self.slots()
+    }
+
     /// Content words of a record, on average.
     fn mean_words(&self) -> f32;
 
@@ -67,8 +74,17 @@ pub trait Corpus {
         Ok(())
     }
 
-    /// Is somebody called so the speaker of some record?
-    fn speaks(&self, term: &str) -> bool;
+    /// If somebody called so is the speaker of some record: the number that [`Facts::speaker`] has there.
+    fn speaker(&self, term: &str) -> Option<u32>;
+
+    fn speaks(&self, term: &str) -> bool {
+        self.speaker(term).is_some()
+    }
+
+    /// How useful it has proved to be, 0 to 1; 0: nobody has used it.
+    fn usefulness(&self, _slot: usize) -> f32 {
+        0.0
+    }
 
     fn facts(&self, slot: usize) -> Facts;
 
@@ -85,22 +101,40 @@ pub trait Corpus {
 }
 
 /// How near each record's vector is to the question's: cosines by slot, NaN where there is no vector.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Nearness<'a> {
-    cosines: &'a [f32],
+    cosines: Cosines<'a>,
     mean: f32,
     /// 0 when there is nothing to compare.
     per_cosine: f32,
+}
+
+#[derive(Clone, Copy)]
+enum Cosines<'a> {
+    All(&'a [f32]),
+    /// Of these slots it is known that they are near; of any other it can be asked.
+    Near {
+        near: &'a [u32],
+        of: &'a dyn Fn(usize) -> f32,
+    },
 }
 
 impl<'a> Nearness<'a> {
     /// Cosines of short texts differ little, and by how much depends on the question: they count as what they are above
     /// the mean, in units of four standard deviations, which is the range of the other signals.
     pub fn new(cosines: &'a [f32]) -> Self {
-        let known = || cosines.iter().filter(|cosine| cosine.is_finite()).map(|cosine| f64::from(*cosine));
-        let count = known().count().max(1) as f64;
-        let mean = known().sum::<f64>() / count;
-        let deviation = (known().map(|cosine| (cosine - mean).powi(2)).sum::<f64>() / count).sqrt();
+        let (mean, deviation) = mean_and_deviation(cosines);
+        Self::of_spread(Cosines::All(cosines), mean, deviation)
+    }
+
+    /// The same without looking at all: `near` are slots that an index found, `of` gives the cosine of any slot, `sample`
+    /// are cosines of records that stand for all.
+    pub fn among(near: &'a [u32], of: &'a dyn Fn(usize) -> f32, sample: &[f32]) -> Self {
+        let (mean, deviation) = mean_and_deviation(sample);
+        Self::of_spread(Cosines::Near { near, of }, mean, deviation)
+    }
+
+    fn of_spread(cosines: Cosines<'a>, mean: f64, deviation: f64) -> Self {
         let per_cosine = if deviation > 1e-6 { (0.25 / deviation) as f32 } else { 0.0 };
         Self { cosines, mean: mean as f32, per_cosine }
     }
@@ -110,16 +144,48 @@ impl<'a> Nearness<'a> {
         Self::new(&[])
     }
 
-    fn of(&self, slot: usize) -> f32 {
-        match self.cosines.get(slot) {
-            Some(cosine) if cosine.is_finite() => (cosine - self.mean) * self.per_cosine,
-            _ => 0.0,
+    /// What a cosine counts as.
+    pub fn counted(&self, cosine: f32) -> f32 {
+        if cosine.is_finite() { (cosine - self.mean) * self.per_cosine } else { 0.0 }
+    }
+
+    fn cosine(&self, slot: usize) -> f32 {
+        match self.cosines {
+            Cosines::All(cosines) => cosines.get(slot).copied().unwrap_or(f32::NAN),
+            Cosines::Near { of, .. } => of(slot),
         }
     }
 
-    fn knows(&self, slot: usize) -> bool {
-        self.per_cosine > 0.0 && self.cosines.get(slot).is_some_and(|cosine| cosine.is_finite())
+    fn of(&self, slot: usize) -> f32 {
+        if self.per_cosine > 0.0 { self.counted(self.cosine(slot)) } else { 0.0 }
     }
+
+    /// Calls `each` with the slots that meaning speaks for or against, and how much.
+    fn for_each(&self, slots: usize, mut each: impl FnMut(usize, f32)) {
+        if self.per_cosine <= 0.0 {
+            return;
+        }
+        let mut tell = |slot: usize, cosine: f32| {
+            if cosine.is_finite() {
+                each(slot, self.counted(cosine));
+            }
+        };
+        match self.cosines {
+            Cosines::All(cosines) => {
+                cosines.iter().take(slots).enumerate().for_each(|(slot, cosine)| tell(slot, *cosine));
+            }
+            Cosines::Near { near, of } => {
+                near.iter().for_each(|slot| tell(*slot as usize, of(*slot as usize)))
+            }
+        }
+    }
+}
+
+fn mean_and_deviation(cosines: &[f32]) -> (f64, f64) {
+    let known = || cosines.iter().filter(|cosine| cosine.is_finite()).map(|cosine| f64::from(*cosine));
+    let count = known().count().max(1) as f64;
+    let mean = known().sum::<f64>() / count;
+    (mean, (known().map(|cosine| (cosine - mean).powi(2)).sum::<f64>() / count).sqrt())
 }
 
 /// A record and what it was judged by.
@@ -142,12 +208,27 @@ pub fn rank<C: Corpus>(
     weights: &Weights,
     most: usize,
 ) -> Result<Vec<Ranked>, C::Error> {
-    let mut judged: Vec<Ranked> = candidates(corpus, question, nearness)?
+    let judged = judge(candidates(corpus, question, nearness)?, weights);
+    Ok(listed(corpus, judged, most))
+}
+
+/// The pool in the order of its scores; of equals the later slot.
+pub fn judge(candidates: Vec<(usize, Signals)>, weights: &Weights) -> Vec<Ranked> {
+    let mut judged: Vec<Ranked> = candidates
         .into_iter()
         .map(|(slot, signals)| Ranked { slot, score: weights.sum(&signals), signals })
         .collect();
+    sort(&mut judged);
+    judged
+}
+
+pub(crate) fn sort(judged: &mut [Ranked]) {
     judged.sort_unstable_by(|a, b| b.score.total_cmp(&a.score).then(b.slot.cmp(&a.slot)));
-    Ok(diverse::spread(judged, most, |slot| [corpus.before(slot), corpus.after(slot)]))
+}
+
+/// The first `most` of what is sorted, neighbours spread out.
+pub fn listed<C: Corpus>(corpus: &C, judged: Vec<Ranked>, most: usize) -> Vec<Ranked> {
+    diverse::spread(judged, most, |slot| [corpus.before(slot), corpus.after(slot)])
 }
 
 /// The pool with its signals, in no order. What weights are fitted to.
@@ -171,36 +252,57 @@ pub fn candidates<C: Corpus>(
 
 /// Which records are worth a closer look? Rough on purpose: it must be cheap for every record of the store.
 fn pool<C: Corpus>(corpus: &C, found: &Found, nearness: Nearness<'_>) -> Vec<usize> {
-    // NaN: nothing speaks for it yet.
-    let mut rough = vec![f32::NAN; corpus.slots()];
-    let mut add = |slot: usize, value: f32| {
-        let sum = &mut rough[slot];
-        *sum = if sum.is_nan() { value } else { *sum + value };
-    };
+    let mut rough = Rough::new(corpus.slots());
     // A record without a word of the question may stand beside one that has all.
-    for &slot in found.touched() {
-        let value = found.own(slot) + found.kin(slot);
+    for (slot, words) in found.rows() {
+        let value = words.own + words.kin;
         let (before, after) = (corpus.before(slot), corpus.after(slot));
         let two_after = after.and_then(|slot| corpus.after(slot));
-        add(slot, value);
+        rough.add(slot, value);
         for (slot, share) in [(after, 0.5), (before, 0.3), (two_after, 0.15)] {
             if let Some(slot) = slot {
-                add(slot, value * share);
+                rough.add(slot, value * share);
             }
         }
     }
-    if nearness.per_cosine > 0.0 {
-        (0..corpus.slots())
-            .filter(|slot| nearness.knows(*slot))
-            .for_each(|slot| add(slot, nearness.of(slot)));
-    }
+    nearness.for_each(corpus.slots(), |slot, value| rough.add(slot, value));
     let mut best = Best::default();
-    for (slot, value) in rough.into_iter().enumerate() {
-        if value > best.floor && corpus.may_answer(slot) {
-            best.push(slot, value);
+    for slot in rough.listed {
+        let value = value_of(rough.values[slot as usize]);
+        if value > best.floor && corpus.may_answer(slot as usize) {
+            best.push(slot as usize, value);
         }
     }
     best.finish()
+}
+
+/// What speaks for each slot so far. In the store of a million records most slots are never touched, and memory that is
+/// zero from the beginning costs nothing until it is: so zero bits stand for "nothing speaks for it yet".
+struct Rough {
+    values: Vec<u32>,
+    listed: Vec<u32>,
+}
+
+/// Another way to write a float, in which zero bits are a NaN.
+fn value_of(bits: u32) -> f32 {
+    f32::from_bits(bits ^ f32::NAN.to_bits())
+}
+
+impl Rough {
+    fn new(slots: usize) -> Self {
+        Self { values: vec![0; slots], listed: Vec::new() }
+    }
+
+    fn add(&mut self, slot: usize, value: f32) {
+        let place = &mut self.values[slot];
+        let sum = if *place == 0 {
+            self.listed.push(slot as u32);
+            value
+        } else {
+            value_of(*place) + value
+        };
+        *place = sum.to_bits() ^ f32::NAN.to_bits();
+    }
 }
 
 /// Keeps the best [`POOL`] of many without sorting them all.
@@ -240,9 +342,9 @@ impl Best {
 
 /// The one speaker whom the question names; nobody when it names two.
 fn only_speaker<C: Corpus>(corpus: &C, question: &Question) -> Option<u32> {
-    let mut named = question.terms.iter().filter(|term| corpus.speaks(&term.text));
+    let mut named = question.terms.iter().filter_map(|term| corpus.speaker(&term.text));
     match (named.next(), named.next()) {
-        (Some(one), None) => Some(told::speaker_id(&one.text)),
+        (Some(one), None) => Some(one),
         _ => None,
     }
 }
@@ -336,6 +438,7 @@ impl Asked<'_> {
             (Signal::Asks, yes(facts.asks)),
             (Signal::TellsTime, yes(self.question.asks_when && facts.tells_time)),
             (Signal::Time, self.question.span.map_or(0.0, |span| span.holds(facts.event_unix_ms))),
+            (Signal::Useful, corpus.usefulness(slot)),
         ] {
             signals.set(signal, value);
         }

@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
 
 /// Records in the order they were told.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Plain {
     postings: HashMap<String, Vec<(usize, u32)>>,
     facts: Vec<Facts>,
@@ -21,6 +21,8 @@ pub struct Plain {
     kin: KinTable,
     /// Of words of a question that no record has.
     asked: HashMap<String, Vec<(String, f32)>>,
+    useful: HashMap<usize, f32>,
+    silent: HashSet<usize>,
 }
 
 impl Plain {
@@ -55,6 +57,16 @@ impl Plain {
         }
     }
 
+    /// It was used.
+    pub fn set_usefulness(&mut self, slot: usize, usefulness: f32) {
+        self.useful.insert(slot, usefulness);
+    }
+
+    /// It is no answer, and a neighbour still.
+    pub fn silence(&mut self, slot: usize) {
+        self.silent.insert(slot);
+    }
+
     pub fn knows(&self, term: &str) -> bool {
         self.kin.knows(term)
     }
@@ -79,13 +91,21 @@ impl Corpus for Plain {
     fn kin(&self, term: &str, each: &mut dyn FnMut(&str, f32)) -> Result<(), Infallible> {
         match self.asked.get(term).filter(|_| !self.kin.knows(term)) {
             Some(nearest) => nearest.iter().for_each(|(other, likeness)| each(other, *likeness)),
-            None => self.kin.of(term).for_each(|(other, likeness)| each(other, likeness)),
+            None => self.kin.of(term).into_iter().for_each(|(other, likeness)| each(other, likeness)),
         }
         Ok(())
     }
 
-    fn speaks(&self, term: &str) -> bool {
-        self.speakers.contains(term)
+    fn speaker(&self, term: &str) -> Option<u32> {
+        self.speakers.contains(term).then(|| told::speaker_id(term))
+    }
+
+    fn usefulness(&self, slot: usize) -> f32 {
+        self.useful.get(&slot).copied().unwrap_or(0.0)
+    }
+
+    fn may_answer(&self, slot: usize) -> bool {
+        !self.silent.contains(&slot)
     }
 
     fn facts(&self, slot: usize) -> Facts {

@@ -31,7 +31,7 @@ use crate::read::{View, blocks, entry};
 use crate::record::Record;
 use crate::rows::StoredVector;
 use crate::seal::Seal;
-use crate::tables::{Counters, EMBEDDER, IdentityRow, JOURNAL, LINK, ONCE, SESSION, TierCounts};
+use crate::tables::{Counters, EMBEDDER, IdentityRow, JOURNAL, LINK, LINK_WINDOW, ONCE, SESSION, TierCounts};
 use crate::text::WORDS_VERSION;
 use crate::write::{Batch, Ground};
 use agentd_domain::ids::OwnerId;
@@ -60,7 +60,7 @@ pub(crate) fn under_another_key(
 ) -> Result<(), OpenError> {
     let copy = || {
         let txn = open.database.begin_read()?;
-        let old = View { txn: &txn, seal: &open.seal };
+        let old = View::of(open, &txn);
         let counters = read_counters(&txn)?;
         let seal = Seal::new(&key.secret);
         let mut writer = Writer::begin(next, &seal, open.row.store, open.row.identity.owner_id, &counters)?;
@@ -87,7 +87,11 @@ fn copy_what_is_not_sealed(txn: &ReadTransaction, batch: &mut Batch<'_>) -> Resu
         }
     }
     for row in txn.open_table(LINK)?.iter()? {
-        batch.link.insert(row?.0.value(), ())?;
+        let link = row?.0.value();
+        // One whose second record is gone says nothing any more.
+        if link.1 != LINK_WINDOW || batch.has(link.2)? {
+            batch.link.insert(link, ())?;
+        }
     }
     for row in txn.open_table(SESSION)?.iter()? {
         let (session, row) = row?;

@@ -57,7 +57,7 @@ pub(crate) fn from_second_format(
         let row = IdentityRow { format: FORMAT_VERSION, key: key.id, words: WORDS_VERSION, ..open.row };
         writer.finish(row, |batch| {
             copy_what_is_not_sealed(&txn, batch)?;
-            copy_journal_and_blocks(View { txn: &txn, seal: &open.seal }, batch, &counters)
+            copy_journal_and_blocks(View::of(open, &txn), batch, &counters)
         })
     };
     copy().map_err(|error| open_error(path, error))

@@ -233,6 +233,7 @@ fn told(i: usize) -> NewRecord {
         recorded_unix_ms: 1_790_000_000_000 + i as i64,
         idempotency_key: Some(format!("key {i}")),
         detail: Default::default(),
+        with: Vec::new(),
     }
 }
 
@@ -299,6 +300,7 @@ fn asked() -> Recall {
         budget_tokens: None,
         explain: false,
         signals: None,
+        neighbours: None,
     }
 }
 

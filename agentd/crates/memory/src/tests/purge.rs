@@ -50,6 +50,7 @@ fn found(store: &Store, query: &str) -> usize {
         budget_tokens: None,
         explain: false,
         signals: Some(agentd_domain::agent_api::Signals::Words),
+        neighbours: None,
     };
     store.recall(&request, None).unwrap().hits.len()
 }
@@ -297,7 +298,10 @@ fn a_store_that_is_destroyed_leaves_no_key() {
         let mut bytes = Vec::new();
         file.rewind().unwrap();
         file.read_to_end(&mut bytes).unwrap();
-        assert!(!bytes.is_empty() && bytes.iter().all(|byte| *byte == 0), "overwritten before it was removed");
+        assert!(
+            !bytes.is_empty() && bytes.iter().all(|byte| *byte == 0),
+            "overwritten before it was removed"
+        );
     }
     let left: Vec<String> = std::fs::read_dir(dir.path())
         .unwrap()

@@ -8,6 +8,7 @@ use crate::error::{Damage, Refusal, RefusedVector, StoreError};
 use crate::index::Change;
 use crate::journal::{Deed, Why};
 use crate::plan::{self, Duplicates};
+use crate::tables::LINK_WINDOW;
 use crate::vector::Vector;
 use agentd_domain::agent_api::Tier;
 use agentd_domain::ids::RecordId;
@@ -21,6 +22,22 @@ pub type EmbedderDigest = [u8; 32];
 pub struct Embedding {
     pub embedder: EmbedderDigest,
     pub vector: Vec<f32>,
+}
+
+/// A pending record's vector, as it was asked for with [`Pending`](crate::Pending).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Made {
+    pub id: RecordId,
+    pub vector: Vec<f32>,
+    /// Whose texts are in it besides the record's own.
+    pub with: Vec<RecordId>,
+}
+
+impl From<(RecordId, Vec<f32>)> for Made {
+    /// Of the record's text alone.
+    fn from((id, vector): (RecordId, Vec<f32>)) -> Self {
+        Self { id, vector, with: Vec::new() }
+    }
 }
 
 /// What `complete_embedding` did.
@@ -70,7 +87,7 @@ impl Batch<'_> {
         }
     }
 
-    fn current_embedder(&self) -> Result<Option<(EmbedderDigest, u32)>, StoreError> {
+    pub(crate) fn current_embedder(&self) -> Result<Option<(EmbedderDigest, u32)>, StoreError> {
         match self.counters.embedder {
             0 => Ok(None),
             number => {
@@ -84,7 +101,7 @@ impl Batch<'_> {
     pub(crate) fn complete(
         &mut self,
         embedder: &EmbedderDigest,
-        vectors: &[(RecordId, Vec<f32>)],
+        vectors: &[Made],
     ) -> Result<Completed, StoreError> {
         let Some((digest, dimension)) = self.current_embedder()? else {
             return Err(Refusal::OtherEmbedder.into());
@@ -93,9 +110,11 @@ impl Batch<'_> {
             return Err(Refusal::OtherEmbedder.into());
         }
         let mut done = Completed::default();
-        for (id, values) in vectors {
+        for Made { id, vector, with } in vectors {
             let Some(seq) = self.seq_of(*id)? else { continue };
-            let vector = match Vector::new(values, dimension) {
+            // One of them was purged meanwhile: it waits for a vector that says nothing of it.
+            let Some(window) = self.window_of(with)? else { continue };
+            let vector = match Vector::new(vector, dimension) {
                 Ok(vector) => vector,
                 Err(why) => {
                     done.refused.push(RefusedVector { id: *id, why });
@@ -106,6 +125,7 @@ impl Batch<'_> {
                 continue;
             }
             self.put_vector(seq, self.counters.embedder, &vector);
+            self.link_window(seq, &window)?;
             self.counters.pending -= 1;
             self.counters.vectors += 1;
             done.embedded += 1;
@@ -113,6 +133,37 @@ impl Batch<'_> {
             self.join_with_earlier(seq, &vector)?;
         }
         Ok(done)
+    }
+
+    /// The records whose texts a vector has in it; none when one of them is not there any more.
+    pub(super) fn window_of(&self, with: &[RecordId]) -> Result<Option<Vec<u64>>, StoreError> {
+        with.iter().map(|id| self.seq_of(*id)).collect()
+    }
+
+    pub(super) fn link_window(&mut self, seq: u64, window: &[u64]) -> Result<(), StoreError> {
+        for before in window {
+            self.link.insert((*before, LINK_WINDOW, seq), ())?;
+        }
+        Ok(())
+    }
+
+    /// A record goes for good: vectors with its text in them go too, and are made again without it.
+    pub(super) fn drop_windows_with(&mut self, seq: u64) -> Result<(), StoreError> {
+        let mut after = Vec::new();
+        for row in self.link.range((seq, LINK_WINDOW, 0)..=(seq, LINK_WINDOW, u64::MAX))? {
+            after.push(row?.0.value().2);
+        }
+        for seq in after {
+            let Some(number) = self.rows.embedder_of(seq)? else { continue };
+            self.rows.remove_vector(seq);
+            if number == self.counters.embedder {
+                self.counters.vectors -= 1;
+                self.pending.insert(seq, ())?;
+                self.counters.pending += 1;
+            }
+            self.changes.push(Change::Unembedded { seq });
+        }
+        Ok(())
     }
 
     /// Now that its meaning is known, a record may turn out to be told before: the earlier one is strengthened, the

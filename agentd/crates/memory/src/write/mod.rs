@@ -26,11 +26,11 @@ mod session;
 
 pub use block::Block;
 pub(crate) use block::{BlockWork, block_mark, check_block, open_block as open_prompt_block};
-pub use embed::{Completed, EmbedderDigest, EmbedderUse, Embedding};
+pub use embed::{Completed, EmbedderDigest, EmbedderUse, Embedding, Made};
 pub(crate) use forget::CorrectWork;
 pub use forget::{ForgetMode, RolledBack, Swept};
 pub(crate) use prepare::{Marker, Meaning, Ready, Terms, share_out};
-pub(crate) use remember::RememberWork;
+pub(crate) use remember::{RememberWork, session_number};
 pub use session::{SessionEnd, SessionEnded};
 
 use crate::error::{Damage, Refusal, StoreError};
@@ -45,7 +45,7 @@ use crate::rows::{StoredVector, WriteRows};
 use crate::seal::{Mark, Nonces, Row, Seal};
 use crate::tables::{
     BLOCK, BY_ID, CANARY, CLAIM, COUNTERS, Counters, EMBEDDER, ENTRIES, IDENTITY, IdentityRow, JOURNAL, LINK,
-    META, ONCE, PENDING, POSTING, SESSION, entries_from_bytes, entries_to_bytes,
+    META, ONCE, PENDING, POSTING, SESSION, WORD, entries_from_bytes, entries_to_bytes,
 };
 use crate::vector::{Parts, Vector};
 use agentd_domain::agent_api::Tier;
@@ -71,7 +71,7 @@ pub(crate) struct Ground<'a> {
 
 /// One open transaction with all that a work needs. Postings are gathered and written once per batch.
 pub(crate) struct Batch<'txn> {
-    ground: Ground<'txn>,
+    pub(crate) ground: Ground<'txn>,
     nonces: Nonces,
     pub(crate) counters: Counters,
     meta: Table<'txn, &'static str, &'static [u8]>,
@@ -87,11 +87,12 @@ pub(crate) struct Batch<'txn> {
     pub(crate) session: Table<'txn, u64, (u64, i64)>,
     block: Table<'txn, &'static [u8; 16], &'static [u8]>,
     journal: Table<'txn, u64, &'static [u8]>,
+    pub(crate) word: Table<'txn, &'static [u8; 16], &'static [u8]>,
     new_postings: HashMap<(Tier, Mark), Vec<Posting>, ByMark>,
     gone_postings: BTreeMap<(Tier, Mark), Vec<u64>>,
     /// Hashing a term costs more than looking it up, and a batch meets most of its terms again.
     marker: Marker<'txn>,
-    changes: Vec<Change>,
+    pub(crate) changes: Vec<Change>,
     /// The latest time any work of this batch was told at.
     told_unix_ms: Option<i64>,
 }
@@ -124,6 +125,7 @@ impl<'txn> Batch<'txn> {
             session: txn.open_table(SESSION)?,
             block: txn.open_table(BLOCK)?,
             journal: txn.open_table(JOURNAL)?,
+            word: txn.open_table(WORD)?,
             new_postings: HashMap::default(),
             gone_postings: BTreeMap::new(),
             marker: Marker::new(ground.seal),
@@ -154,7 +156,16 @@ impl<'txn> Batch<'txn> {
         self.told_unix_ms = self.told_unix_ms.max(Some(unix_ms));
     }
 
-    fn seal(&mut self, row: Row, key: &[u8], content: &[u8]) -> Result<Vec<u8>, StoreError> {
+    pub(crate) fn meta_row(&self, name: &'static str) -> Result<Option<Vec<u8>>, StoreError> {
+        Ok(self.meta.get(name)?.map(|row| row.value().to_vec()))
+    }
+
+    pub(crate) fn put_meta(&mut self, name: &'static str, row: &[u8]) -> Result<(), StoreError> {
+        self.meta.insert(name, row)?;
+        Ok(())
+    }
+
+    pub(crate) fn seal(&mut self, row: Row, key: &[u8], content: &[u8]) -> Result<Vec<u8>, StoreError> {
         Ok(self.ground.seal.seal(&mut self.nonces, row, key, content)?)
     }
 
@@ -292,6 +303,7 @@ impl<'txn> Batch<'txn> {
         if self.pending.remove(seq)?.is_some() {
             self.counters.pending -= 1;
         }
+        self.drop_windows_with(seq)?;
         self.drop_links(seq, &record)?;
         let held = self.counters.tier_mut(life.tier);
         held.records -= 1;
@@ -301,7 +313,7 @@ impl<'txn> Batch<'txn> {
             held.forgotten -= 1;
             held.forgotten_bytes -= u64::from(life.bytes);
         }
-        self.changes.push(Change::Removed { seq, session: life.session });
+        self.changes.push(Change::Removed { seq });
         Ok((record, life))
     }
 

@@ -20,6 +20,7 @@ use agentd_domain::ids::RecordId;
 use redb::ReadableTable;
 use ring::digest;
 use std::collections::{BTreeMap, BTreeSet};
+use uuid::Uuid;
 
 #[derive(Debug)]
 pub(crate) struct RememberWork {
@@ -28,6 +29,8 @@ pub(crate) struct RememberWork {
     pub(crate) key: Option<String>,
     /// Until it is made ready.
     pub(crate) embedding: Option<Embedding>,
+    /// Whose texts are in the embedding besides its own.
+    pub(crate) with: Vec<RecordId>,
     pub(crate) ready: Ready,
 }
 
@@ -43,8 +46,11 @@ impl Batch<'_> {
             return Ok(earlier);
         }
         let tier = work.record.tier;
+        let window = self.window_of(&work.with)?;
         let unready = work.embedding.clone().map(Meaning::of);
-        let vector = self.usable(tier, work.ready.meaning.as_ref().or(unready.as_ref()))?;
+        // One of them was purged meanwhile: what the vector says of it must not stay.
+        let meaning = work.ready.meaning.as_ref().or(unready.as_ref()).filter(|_| window.is_some());
+        let vector = self.usable(tier, meaning)?;
         let standing = self.standing(work.record.claim.as_ref())?;
         if let Some((seq, cosine)) = self.known_already(&work.record, vector, &standing)? {
             self.repeat(seq, cosine, now)?;
@@ -71,6 +77,9 @@ impl Batch<'_> {
             Some(terms) => self.put_ready(seq, &record, life, vector.map(Vector::parts), terms)?,
             None => self.put(seq, &record, life, vector)?,
         };
+        if vector.is_some() {
+            self.link_window(seq, window.as_deref().unwrap_or_default())?;
+        }
         for old in placement.closes {
             self.close(old, seq, &record, life.valid_from_unix_ms, Why::LaterClaim, now)?;
         }
@@ -132,7 +141,7 @@ impl Batch<'_> {
 
     /// Not keyed by the store's key: it must be found after the key was changed, and it is no text of anybody.
     fn once_key(&self, key: &str) -> [u8; 16] {
-        self.salted(b"once", key)
+        salted(self.ground.store, b"once", key)
     }
 
     /// A key that was used in another format of this store.
@@ -160,20 +169,7 @@ impl Batch<'_> {
     }
 
     pub(super) fn session_of(&self, session: &str) -> u64 {
-        let hash = self.salted(b"session", session);
-        // 0 means none.
-        u64::from_le_bytes(std::array::from_fn(|i| hash[i])).max(1)
-    }
-
-    fn salted(&self, what: &[u8], text: &str) -> [u8; 16] {
-        let mut context = digest::Context::new(&digest::SHA256);
-        context.update(self.ground.store.as_bytes());
-        context.update(what);
-        context.update(text.as_bytes());
-        let hash = context.finish();
-        let mut short = [0; 16];
-        short.copy_from_slice(&hash.as_ref()[..16]);
-        short
+        session_number(self.ground.store, session)
     }
 
     fn record_of(&self, work: &RememberWork) -> Record {
@@ -354,6 +350,7 @@ impl Batch<'_> {
         let mut rare: Vec<&str> = own.iter().copied().collect();
         rare.sort_unstable_by_key(|term| std::cmp::Reverse(term.len()));
         rare.truncate(duplicate::terms_to_look_up(own.len()));
+        let looked_up = rare.len();
         let mut shared: BTreeMap<u64, u32> = BTreeMap::new();
         for term in rare {
             for seq in self.seqs_with(tier, term)? {
@@ -363,17 +360,19 @@ impl Batch<'_> {
         let mut candidates: Vec<(u64, u32)> = shared.into_iter().filter(|(seq, _)| *seq != except).collect();
         candidates
             .sort_unstable_by_key(|(seq, shared)| (std::cmp::Reverse(*shared), std::cmp::Reverse(*seq)));
-        for (seq, _) in candidates.into_iter().take(LOOKED_AT) {
-            let Some(cosine) = self.cosine_with(seq, vector)?.filter(|c| *c >= duplicate::COSINE) else {
+        for (seq, shared) in candidates.into_iter().take(LOOKED_AT) {
+            let Some(cosine) = self.cosine_with(seq, vector)? else { continue };
+            // Far apart only because of what was said around them?
+            if cosine < duplicate::COSINE && (shared as usize) < looked_up {
                 continue;
-            };
+            }
             let (record, life) = (self.record(seq)?, self.life(seq)?);
             let other = text::term_counts(&record.text);
             let jaccard = duplicate::jaccard(&own, &other.keys().map(String::as_str).collect());
             if life.state == State::Live
                 && life.trust >= trust
                 && record.claim.is_none()
-                && duplicate::is_duplicate(cosine, jaccard)
+                && (duplicate::is_duplicate(cosine, jaccard) || duplicate::says_the_same(text, &record.text))
                 && !duplicate::differ_in_what_matters(text, &record.text)
             {
                 return Ok(Some((seq, cosine)));
@@ -422,6 +421,23 @@ impl Batch<'_> {
             number: cosine,
         })
     }
+}
+
+/// How a session stands in its records' lives; 0 means none.
+pub(crate) fn session_number(store: Uuid, session: &str) -> u64 {
+    let hash = salted(store, b"session", session);
+    u64::from_le_bytes(std::array::from_fn(|i| hash[i])).max(1)
+}
+
+fn salted(store: Uuid, what: &[u8], text: &str) -> [u8; 16] {
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(store.as_bytes());
+    context.update(what);
+    context.update(text.as_bytes());
+    let hash = context.finish();
+    let mut short = [0; 16];
+    short.copy_from_slice(&hash.as_ref()[..16]);
+    short
 }
 
 /// Whether the record came of this request, as far as the record tells. Without a time in the request it has that

@@ -6,7 +6,7 @@ use crate::forget::promote::{self, Item};
 use crate::forget::{decay, duplicate, trust};
 use crate::journal::{Deed, Why};
 use crate::life::{Life, State};
-use crate::plan;
+use crate::rank;
 use crate::record::Record;
 use crate::text;
 use crate::vector::Vector;
@@ -161,7 +161,7 @@ impl Batch<'_> {
         let (mut mass, mut by_rarity) = (0.0, Vec::new());
         for term in &own {
             let seqs = self.seqs_with(Tier::Spirit, term)?;
-            mass += plan::idf(records, seqs.len() as u64);
+            mass += rank::idf(records as usize, seqs.len());
             by_rarity.push(seqs);
         }
         by_rarity.sort_unstable_by_key(Vec::len);
