@@ -79,9 +79,27 @@ enum Arguments {
         #[arg(long, default_value_t = 1000)]
         agents: usize,
     },
+    /// What remembering costs: time to be on disk, import, disk and memory for each record, embedding
+    MemoryDisk {
+        /// Of the large store
+        #[arg(long, default_value_t = 100_000)]
+        records: usize,
+        /// Without the embedder (it needs the appliance's engine)
+        #[arg(long)]
+        no_embedder: bool,
+    },
+    /// Finding an agent's nearest vectors and writing one more, beside usearch, sqlite-vec, lancedb and chromadb
+    MemoryPeers {
+        #[arg(long, default_value_t = 20_000)]
+        records: usize,
+        /// Whose the records are, in equal parts
+        #[arg(long, default_value_t = 20)]
+        agents: usize,
+    },
     /// Copies results of earlier runs to tests/results/bench and writes README's table
     Keep {
-        /// boot, size, rights, spawn, idle, bombs, plan, memory, memory-scale, serve-0 to serve-9, serve-18
+        /// boot, size, rights, spawn, idle, bombs, plan, memory, memory-scale, memory-disk, memory-peers, serve-0 to
+        /// serve-9, serve-18
         #[arg(required = true)]
         names: Vec<String>,
     },
@@ -112,6 +130,14 @@ fn main() -> Result<()> {
         Arguments::MemoryScale { records, agents } => {
             let records = if records.is_empty() { vec![10_000, 100_000, 1_000_000] } else { records };
             report::publish(&memory::scale::measure(&memory::scale::Sizes { records, agents })?, &checkout)
+        }
+        Arguments::MemoryDisk { records, no_embedder } => {
+            let options = memory::disk::Options { records, embedder: !no_embedder };
+            report::publish(&memory::disk::measure(&options)?, &checkout)
+        }
+        Arguments::MemoryPeers { records, agents } => {
+            let options = memory::peers::Options { records, agents: agents.max(1) };
+            report::publish(&memory::peers::measure(&options)?, &checkout)
         }
         Arguments::Plan => report::publish(&plan::measure()?, &checkout),
         Arguments::Keep { names } => report::keep(&checkout, &names),

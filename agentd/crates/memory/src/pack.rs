@@ -401,8 +401,8 @@ fn open(seal: &Seal, shape: &Shape, key: u64, sealed: &[u8]) -> Result<Opened, D
 
 fn unpack(key: u64, content: Vec<u8>) -> Option<Opened> {
     let (packing, rest) = content.split_first()?;
-    let raw = match *packing {
-        PLAIN => rest.to_vec(),
+    let (raw, start) = match *packing {
+        PLAIN => (content, 1),
         SQUEEZED => {
             let (length, squeezed) = rest.split_first_chunk::<4>()?;
             let length = usize::try_from(u32::from_le_bytes(*length)).ok()?;
@@ -410,12 +410,12 @@ fn unpack(key: u64, content: Vec<u8>) -> Option<Opened> {
                 return None;
             }
             let mut raw = vec![0; length];
-            (lz4_flex::block::decompress_into(squeezed, &mut raw).ok()? == length).then_some(raw)?
+            (lz4_flex::block::decompress_into(squeezed, &mut raw).ok()? == length).then_some((raw, 0))?
         }
         _ => return None,
     };
-    let count = usize::from(u16::from_le_bytes(*raw.first_chunk()?));
-    let (mut at, mut seq) = (2, key);
+    let count = usize::from(u16::from_le_bytes(*raw.get(start..)?.first_chunk()?));
+    let (mut at, mut seq) = (start + 2, key);
     let mut entries = Vec::with_capacity(count);
     let mut lengths = 0usize;
     for i in 0..count {

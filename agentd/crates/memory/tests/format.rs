@@ -48,7 +48,7 @@ fn asked(query: &str, signals: Signals) -> Recall {
 }
 
 #[test]
-fn a_store_of_format_1_becomes_one_of_this_format() {
+fn a_store_of_format_1_becomes_one_of_format_2() {
     let dir = tempfile::tempdir().unwrap();
     let path = first_format(dir.path());
     let old = std::fs::File::open(&path).unwrap();
@@ -136,13 +136,11 @@ fn a_store_of_format_1_of_another_agent_is_refused() {
 fn a_store_of_format_2_becomes_one_of_this_format() {
     let dir = tempfile::tempdir().unwrap();
     let path = second_format(dir.path());
-    let before = std::fs::metadata(&path).unwrap().len();
     let store = Store::open(&path, options(2)).unwrap();
     let checked = store.check().unwrap();
     assert_eq!((checked.records, checked.forgotten, checked.vectors, checked.pending), (47, 1, 31, 10));
     assert_eq!((checked.postings, checked.blocks, checked.entries), (230, 1, 3));
     assert!(!dir.path().join(SECOND_KEY).exists(), "the old file's rows open no more");
-    assert!(std::fs::metadata(&path).unwrap().len() < before);
 
     let found = |query: &str| store.recall(&asked(query, Signals::Words), None).unwrap().hits;
     assert_eq!(found("Lisbon")[0].text, "Ana lives in Lisbon");

@@ -7,9 +7,11 @@
 //! other fitted ones; the others.
 
 mod bed;
+pub mod disk;
 mod fit;
 mod locomo;
 mod metric;
+pub mod peers;
 pub mod scale;
 mod speed;
 mod synthetic;

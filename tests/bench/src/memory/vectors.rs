@@ -107,7 +107,7 @@ fn key(text: &str) -> Key {
 }
 
 /// The appliance's engine with the embedder; ends when dropped.
-struct Engine {
+pub(super) struct Engine {
     process: Child,
     stream: UnixStream,
     next_id: u64,
@@ -117,7 +117,7 @@ struct Engine {
 const MODEL: &str = "embedder";
 
 impl Engine {
-    fn start(program: &Path, model: &Path) -> Result<Self> {
+    pub(super) fn start(program: &Path, model: &Path) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let socket = folder.path().join("engine.sock");
         let backends = program.parent().context("the engine's folder")?.join("backends");
@@ -152,7 +152,7 @@ impl Engine {
         Ok(engine)
     }
 
-    fn embed(&mut self, texts: &[&str]) -> Result<Vec<Vec<f32>>> {
+    pub(super) fn embed(&mut self, texts: &[&str]) -> Result<Vec<Vec<f32>>> {
         let inputs = texts.iter().map(|text| (*text).to_owned()).collect();
         match self.ask(Request::Embed { model: MODEL.to_owned(), inputs })? {
             Event::Embeddings { vectors, .. } => {
@@ -164,7 +164,7 @@ impl Engine {
         }
     }
 
-    fn tokens(&mut self, text: &str) -> Result<u32> {
+    pub(super) fn tokens(&mut self, text: &str) -> Result<u32> {
         match self.ask(Request::Tokenize { model: MODEL.to_owned(), text: text.to_owned() })? {
             Event::Tokens { tokens } => Ok(u32::try_from(tokens.len())?),
             other => bail!("expected tokens, got {other:?}"),
