@@ -27,15 +27,20 @@ fn end_of_part(text: &str) -> usize {
     if text.len() <= PART_BYTES {
         return text.len();
     }
-    let most = text.floor_char_boundary(PART_BYTES);
+    let most = last_boundary(text, PART_BYTES);
     let head = &text[..most];
-    let half = text.floor_char_boundary(PART_BYTES / 2);
+    let half = last_boundary(text, PART_BYTES / 2);
     for mark in ["\n\n", "\n", ". ", "? ", "! ", " "] {
         if let Some(at) = head.rfind(mark).filter(|at| *at >= half) {
             return at + mark.len();
         }
     }
     most
+}
+
+/// Where a character begins, at or before there.
+fn last_boundary(text: &str, at: usize) -> usize {
+    (0..=at).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0)
 }
 
 #[cfg(test)]
