@@ -25,7 +25,7 @@ const AGENTS: usize = 24;
 const THREADS: usize = 2;
 /// Fewer than there are agents: stores are closed and opened again under the operations.
 const OPEN: usize = 10;
-const OPS: u64 = 30_000;
+const OPS: u64 = 12_000;
 const RECORDS: u64 = 160;
 const BYTES: u64 = 60_000;
 

@@ -23,7 +23,7 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 const AGENTS: usize = 6;
-const REQUESTS: u64 = 1500;
+const REQUESTS: u64 = 600;
 
 fn mark(who: usize) -> String {
     format!("mark{who:03}x")
@@ -76,22 +76,34 @@ impl Line {
         stream.write_all(body.as_bytes()).await.expect("sent");
         let mut line = String::new();
         self.stream.read_line(&mut line).await.expect("a status");
-        let status = line.split(' ').nth(1).and_then(|text| text.parse().ok()).expect("a status");
-        let mut length = 0;
+        let status = line
+            .split(' ')
+            .nth(1)
+            .and_then(|text| text.parse().ok())
+            .unwrap_or_else(|| panic!("{path}: {line}"));
+        let (mut length, mut chunked) = (0, false);
         loop {
             line.clear();
             self.stream.read_line(&mut line).await.expect("a header");
-            if line == "\r\n" {
-                break;
-            }
-            if let Some((name, value)) = line.split_once(':')
-                && name.eq_ignore_ascii_case("content-length")
-            {
-                length = value.trim().parse().expect("a length");
+            let Some((name, value)) = line.split_once(':') else { break };
+            match name.to_ascii_lowercase().as_str() {
+                "content-length" => length = value.trim().parse().expect("a length"),
+                "transfer-encoding" => chunked = value.trim() == "chunked",
+                _ => {}
             }
         }
         let mut body = vec![0; length];
         self.stream.read_exact(&mut body).await.expect("a body");
+        while chunked {
+            line.clear();
+            self.stream.read_line(&mut line).await.expect("a length");
+            let length = usize::from_str_radix(line.trim(), 16).expect("a length");
+            // The chunk and the end of its line.
+            let mut chunk = vec![0; length + 2];
+            self.stream.read_exact(&mut chunk).await.expect("a chunk");
+            body.extend_from_slice(&chunk[..length]);
+            chunked = length > 0;
+        }
         (status, String::from_utf8(body).expect("UTF-8"))
     }
 }
