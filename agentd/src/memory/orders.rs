@@ -130,13 +130,8 @@ impl Memories {
     async fn search(&self, agent: AgentId, search: Search) -> Result<Recalled, Report> {
         let Search { query, k, tiers, signals, as_of_unix_ms } = search;
         let tiers = if tiers.is_empty() { vec![Tier::Spirit, Tier::Working] } else { tiers };
-        let request = serde_json::json!({
-            "query": query, "k": k.unwrap_or(10), "tiers": tiers, "signals": signals, "explain": true,
-        });
-        // Its own type may gain fields that have a default.
-        let request: Recall = serde_json::from_value(request).map_err(|error| {
-            Report::bug("search_unmade", "nothing was searched", error.to_string(), "ask with other words")
-        })?;
+        let k = Some(k.unwrap_or(10));
+        let request = Recall { query, k, tiers, signals, explain: true, ..Recall::default() };
         let memory = self.memory(agent).await?;
         self.recall_in(&memory, request, as_of_unix_ms.map_or(At::Latest, At::Time)).await
     }

@@ -16,6 +16,7 @@ use agentd_domain::ids::{AgentId, RecordId, RunId};
 use agentd_domain::memory_api::CollectionName;
 use agentd_domain::rights::Rights;
 use agentd_memory::{At, Budgets, Embedding, Listing, SessionEnd};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// Of a run's log so many of the last items are compared by meaning, the others by words: some seconds of the engine.
@@ -129,20 +130,22 @@ impl Memories {
         let (shared, tiers): (Vec<Tier>, Vec<Tier>) =
             request.tiers.iter().copied().partition(|tier| *tier == Tier::Knowledge);
         let mut answers = Vec::new();
+        // What stores' answers are merged by.
+        let request_explained = Recall { explain: request.explain || !shared.is_empty(), ..request.clone() };
         if !tiers.is_empty() {
-            let recalled = self.recall_in(&own, Recall { tiers, ..request.clone() }, at).await?;
+            let recalled = self.recall_in(&own, Recall { tiers, ..request_explained.clone() }, at).await?;
             self.strengthen(&own, recalled.hits.iter().map(|hit| hit.id).collect());
             answers.push(recalled);
         }
         if !shared.is_empty() {
             // Who reads shared knowledge leaves no trace in it that another reader could see.
             for collection in self.readable(agent, collections.as_deref()).await? {
-                let asked = Recall { tiers: shared.clone(), ..request.clone() };
+                let asked = Recall { tiers: shared.clone(), ..request_explained.clone() };
                 answers.push(self.recall_in(&collection, asked, at).await?);
             }
         }
         let recalled = merged(answers, &request);
-        own.given.note(recalled.hits.iter().map(|hit| hit.text.as_str()));
+        own.given.note(recalled.hits.iter().flat_map(texts));
         Ok(recalled)
     }
 
@@ -172,22 +175,73 @@ impl Memories {
     }
 }
 
-/// The best of all, within what was asked for. Scores of all stores are made with the same weights.
+/// The best of all, within what was asked for. Scores are comparable within one store's answer only, so each store's order
+/// stands, and of the next ones of all stores that goes first whose words and meaning, which are shares of what the
+/// question asks, come to more.
 fn merged(answers: Vec<Recalled>, request: &Recall) -> Recalled {
     let pending = answers.iter().map(|answer| answer.pending).sum();
     let words_only = answers.iter().any(|answer| answer.words_only);
     let one = answers.len() <= 1;
-    let mut hits: Vec<Hit> = answers.into_iter().flat_map(|answer| answer.hits).collect();
+    let mut rest: Vec<VecDeque<Hit>> = answers.into_iter().map(|answer| answer.hits.into()).collect();
+    let mut hits = Vec::new();
+    let of_question = |hit: &Hit| hit.explain.as_ref().map_or(0.0, |why| why.words + why.meaning.max(0.0));
+    let next = |rest: &[VecDeque<Hit>]| {
+        let heads = rest.iter().enumerate().filter_map(|(at, hits)| Some((at, of_question(hits.front()?))));
+        heads.max_by(|a, b| a.1.total_cmp(&b.1).then(b.0.cmp(&a.0))).map(|(at, _)| at)
+    };
+    while let Some(hit) = next(&rest).and_then(|at| rest[at].pop_front()) {
+        hits.push(hit);
+    }
     if !one {
-        hits.sort_by(|a, b| b.score.total_cmp(&a.score).then(b.recorded_unix_ms.cmp(&a.recorded_unix_ms)));
         hits.truncate(request.k.unwrap_or(agentd_memory::plan::K_DEFAULT) as usize);
         let mut left = request.budget_tokens.unwrap_or(u32::MAX);
         hits.retain(|hit| {
-            let cost = u32::try_from(hit.text.chars().count().div_ceil(4)).unwrap_or(u32::MAX);
+            let chars = texts(hit).map(|text| text.chars().count()).sum::<usize>();
+            let cost = u32::try_from(chars.div_ceil(4)).unwrap_or(u32::MAX);
             let fits = cost <= left;
             left -= if fits { cost } else { 0 };
             fits
         });
     }
+    for hit in &mut hits {
+        hit.explain = hit.explain.take().filter(|_| request.explain);
+    }
     Recalled { hits, pending, words_only }
+}
+
+/// Its own, and those around it.
+fn texts(hit: &Hit) -> impl Iterator<Item = &str> {
+    hit.before.iter().chain([&hit.text]).chain(&hit.after).map(String::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn answer(hits: &[(&str, f32, f32, f32)]) -> Recalled {
+        let hit = |(text, score, words, meaning): &(&str, f32, f32, f32)| {
+            json!({
+                "id": uuid::Uuid::nil(), "tier": "spirit", "role": "fact", "text": text, "event_unix_ms": 0,
+                "recorded_unix_ms": 0, "source": { "kind": "user" }, "score": score,
+                "explain": { "words": words, "meaning": meaning, "matched": [] },
+            })
+        };
+        let hits: Vec<_> = hits.iter().map(hit).collect();
+        serde_json::from_value(json!({ "hits": hits, "pending": 1, "words_only": false })).expect("an answer")
+    }
+
+    #[test]
+    fn stores_are_merged_by_what_the_question_asks_and_keep_their_own_order() {
+        let own = answer(&[("a", 9.0, 0.9, 0.9), ("b", 8.0, 0.1, 0.1), ("c", 7.0, 0.8, 0.8)]);
+        let shared = answer(&[("x", 0.3, 0.5, 0.5), ("y", 0.2, 0.2, -0.9)]);
+        let request = Recall { query: "q".to_owned(), k: Some(4), ..Recall::default() };
+        let found = merged(vec![own.clone(), shared], &request);
+        let texts: Vec<&str> = found.hits.iter().map(|hit| hit.text.as_str()).collect();
+        assert_eq!(texts, ["a", "x", "b", "c"]);
+        assert!(found.pending == 2 && found.hits.iter().all(|hit| hit.explain.is_none()));
+        // One store's answer stays as it is.
+        assert_eq!(merged(vec![own], &request).hits.len(), 3);
+        assert!(merged(Vec::new(), &request).hits.is_empty());
+    }
 }

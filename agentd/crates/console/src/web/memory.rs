@@ -355,7 +355,7 @@ fn hits(agent: &Agent, found: &Recalled) -> Markup {
     }
 }
 
-/// Each signal with what it brought, by its own name: whatever the ranking knows is shown.
+/// What the ranking says for people, and each signal with what it brought.
 fn why(hit: &Hit) -> Markup {
     let signals = hit.explain.as_ref().map(signals).unwrap_or_default();
     html! {
@@ -366,19 +366,20 @@ fn why(hit: &Hit) -> Markup {
 }
 
 fn signals(explain: &Explain) -> Vec<(String, String)> {
-    let Ok(serde_json::Value::Object(all)) = serde_json::to_value(explain) else { return Vec::new() };
-    let shown = |value: serde_json::Value| match value {
-        serde_json::Value::Null => None,
-        serde_json::Value::Number(number) => Some(format!("{:.3}", number.as_f64().unwrap_or_default())),
-        serde_json::Value::String(text) => Some(text),
-        serde_json::Value::Array(all) if all.is_empty() => None,
-        serde_json::Value::Array(all) => {
-            let each = |one: &serde_json::Value| one.as_str().map_or_else(|| one.to_string(), str::to_owned);
-            Some(all.iter().map(each).collect::<Vec<_>>().join(", "))
-        }
-        other => Some(other.to_string()),
-    };
-    all.into_iter().filter_map(|(name, value)| Some((name.replace('_', " "), shown(value)?))).collect()
+    let mut all = Vec::new();
+    let mut add = |name: &str, value: String| all.push((name.to_owned(), value));
+    if !explain.why.is_empty() {
+        add("why", explain.why.join("; "));
+    }
+    add("words", format!("{:.3}", explain.words));
+    add("meaning", format!("{:.3}", explain.meaning));
+    if !explain.matched.is_empty() {
+        add("matched", explain.matched.join(", "));
+    }
+    for one in &explain.signals {
+        add(&one.signal, format!("{:+.3} ({:.3} × {:.3})", one.share, one.value, one.weight));
+    }
+    all
 }
 
 fn one(agent: &Agent, id: RecordId, history: &History, health: Health) -> Markup {
@@ -575,7 +576,13 @@ mod tests {
         )
         .expect("an explanation");
         let shown = signals(&explain);
-        for one in [("words", "0.500"), ("meaning", "0.250"), ("matched", "ship, sea")] {
+        for one in [
+            ("words", "0.500"),
+            ("meaning", "0.250"),
+            ("matched", "ship, sea"),
+            ("why", "it names a ship"),
+            ("speaker", "+0.200 (1.000 × 0.200)"),
+        ] {
             assert!(shown.contains(&(one.0.to_owned(), one.1.to_owned())), "{shown:?}");
         }
     }

@@ -6,7 +6,6 @@ use agentd_domain::human;
 use agentd_domain::memory_api::{
     Access, Checked, Collection, Deed, History, Journal, Record, Records, Usage,
 };
-use serde_json::Value;
 use std::fmt::Write as _;
 
 /// Of a text in a table.
@@ -84,21 +83,19 @@ pub fn recalled(found: &Recalled) -> String {
     text
 }
 
-/// Each signal by its own name: whatever the ranking knows is shown.
+/// What the ranking says for people, and each signal with what it brought.
 fn why(explain: &Explain) -> String {
-    let Ok(Value::Object(all)) = serde_json::to_value(explain) else { return String::new() };
-    let shown = all.into_iter().filter_map(|(name, value)| match value {
-        Value::Null => None,
-        Value::Number(number) => Some(format!("{name} {:.3}", number.as_f64().unwrap_or_default())),
-        Value::Array(all) if all.is_empty() => None,
-        Value::Array(all) => {
-            let words = all.iter().map(|one| one.as_str().map_or_else(|| one.to_string(), str::to_owned));
-            Some(format!("{name} {}", words.collect::<Vec<_>>().join(",")))
-        }
-        Value::String(text) => Some(format!("{name} {text}")),
-        other => Some(format!("{name} {other}")),
-    });
-    line(&shown.collect::<Vec<_>>().join("; "))
+    let mut all = vec![format!("words {:.3}", explain.words), format!("meaning {:.3}", explain.meaning)];
+    if !explain.matched.is_empty() {
+        all.push(format!("matched {}", explain.matched.join(",")));
+    }
+    all.extend(explain.why.iter().cloned());
+    let signals: Vec<String> =
+        explain.signals.iter().map(|one| format!("{} {:+.3}", one.signal, one.share)).collect();
+    if !signals.is_empty() {
+        all.push(format!("score of {}", signals.join(" ")));
+    }
+    line(&all.join("; "))
 }
 
 pub fn record(record: &Record) -> String {
