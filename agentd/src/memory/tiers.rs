@@ -123,9 +123,8 @@ impl Memories {
         text: String,
     ) -> Result<Remembered, Report> {
         let memory = self.memory(agent).await?;
-        let embedding = self.embed(&text, super::REMEMBER_PATIENCE, &memory).await;
         let corrected = blocking(&memory, move |store| {
-            match store.correct_as(source, id, text.clone(), embedding, clock::unix_ms()) {
+            match store.correct_as(source, id, text.clone(), None, clock::unix_ms()) {
                 Err(StoreError::Refused(refusal @ Refusal::NotLive(_))) => {
                     let chain = store.history(id)?.chain;
                     let same = |stored: &&agentd_memory::Stored| {
@@ -143,6 +142,7 @@ impl Memories {
                 other => other,
             }
         });
+        // Its vector is that of its window, made behind the answer.
         let remembered = corrected.await?;
         self.note_waiting(&memory, remembered.state);
         Ok(remembered)

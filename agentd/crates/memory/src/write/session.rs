@@ -115,7 +115,7 @@ impl Batch<'_> {
                 done.repeated += 1;
                 continue;
             }
-            match self.promote(record, life, role, vector.as_ref(), verdict.salience, now) {
+            match self.promote(record, life, role, verdict.salience, now) {
                 Ok(id) => done.promoted.push((id, record.id, verdict.salience)),
                 Err(StoreError::Refused(_)) => done.no_room += 1,
                 Err(error) => return Err(error),
@@ -129,7 +129,6 @@ impl Batch<'_> {
         item: &Record,
         life: &Life,
         role: crate::record::Role,
-        vector: Option<&Vector>,
         salience: f32,
         now: i64,
     ) -> Result<RecordId, StoreError> {
@@ -148,7 +147,8 @@ impl Batch<'_> {
             last_used_unix_ms: now,
             ..*life
         };
-        self.put(seq, &record, kept, vector)?;
+        // Judged by itself, it is found with those around it: it waits for the vector of its window like any other.
+        self.put(seq, &record, kept, None)?;
         self.journal(now, Deed::Promoted, Why::Salient, Tier::Spirit, item.id, Some(record.id), salience)?;
         Ok(record.id)
     }
