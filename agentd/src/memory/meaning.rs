@@ -38,6 +38,10 @@ impl Memories {
         }
         let asked = request.clone();
         let wanted = blocking(memory, move |store| store.wanted(&asked)).await.ok()?;
+        if let Some(question) = wanted.texts.first() {
+            // Begun as one that may be wanted again: what is asked is often told just before or after.
+            drop(memory.vectors.of(&self.0.engine, &embedder, question));
+        }
         let vectors = self.vectors_of(memory, &embedder, wanted.texts.clone());
         match timeout(RECALL_PATIENCE, vectors).await {
             Ok(Ok(vectors)) => wanted.with(embedder.digest, vectors),

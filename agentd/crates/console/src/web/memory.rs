@@ -355,7 +355,7 @@ fn hits(agent: &Agent, found: &Recalled) -> Markup {
     }
 }
 
-/// What the ranking says for people, and each signal with what it brought.
+/// Each signal with what it brought, by its own name: whatever the ranking knows is shown.
 fn why(hit: &Hit) -> Markup {
     let signals = hit.explain.as_ref().map(signals).unwrap_or_default();
     html! {
@@ -366,20 +366,23 @@ fn why(hit: &Hit) -> Markup {
 }
 
 fn signals(explain: &Explain) -> Vec<(String, String)> {
-    let mut all = Vec::new();
-    let mut add = |name: &str, value: String| all.push((name.to_owned(), value));
-    if !explain.why.is_empty() {
-        add("why", explain.why.join("; "));
-    }
-    add("words", format!("{:.3}", explain.words));
-    add("meaning", format!("{:.3}", explain.meaning));
-    if !explain.matched.is_empty() {
-        add("matched", explain.matched.join(", "));
-    }
-    for one in &explain.signals {
-        add(&one.signal, format!("{:+.3} ({:.3} × {:.3})", one.share, one.value, one.weight));
-    }
-    all
+    let Ok(serde_json::Value::Object(all)) = serde_json::to_value(explain) else { return Vec::new() };
+    let shown = |value: serde_json::Value| match value {
+        serde_json::Value::Null => None,
+        serde_json::Value::Number(number) => Some(format!("{:.3}", number.as_f64().unwrap_or_default())),
+        serde_json::Value::String(text) => Some(text),
+        serde_json::Value::Array(all) if all.is_empty() => None,
+        serde_json::Value::Array(all) => {
+            // A signal with its share of the score, if it had one.
+            let each = |one: &serde_json::Value| match (one["signal"].as_str(), one["share"].as_f64()) {
+                (Some(signal), Some(share)) => (share != 0.0).then(|| format!("{signal} {share:+.2}")),
+                _ => Some(one.as_str().map_or_else(|| one.to_string(), str::to_owned)),
+            };
+            Some(all.iter().filter_map(each).collect::<Vec<_>>().join(", "))
+        }
+        other => Some(other.to_string()),
+    };
+    all.into_iter().filter_map(|(name, value)| Some((name.replace('_', " "), shown(value)?))).collect()
 }
 
 fn one(agent: &Agent, id: RecordId, history: &History, health: Health) -> Markup {
@@ -571,17 +574,21 @@ mod tests {
 
     #[test]
     fn every_signal_is_shown_by_its_name() {
-        let explain: Explain = serde_json::from_value(
-            serde_json::json!({ "words": 0.5, "meaning": 0.25, "matched": ["ship", "sea"] }),
-        )
+        let explain: Explain = serde_json::from_value(serde_json::json!({
+            "words": 0.5, "meaning": 0.25, "matched": ["ship", "sea"], "why": ["Ana says it"],
+            "signals": [
+                { "signal": "speaker", "value": 1.0, "weight": 1.13, "share": 1.13 },
+                { "signal": "time", "value": 0.0, "weight": 2.48, "share": 0.0 },
+            ],
+        }))
         .expect("an explanation");
         let shown = signals(&explain);
         for one in [
             ("words", "0.500"),
             ("meaning", "0.250"),
             ("matched", "ship, sea"),
-            ("why", "it names a ship"),
-            ("speaker", "+0.200 (1.000 × 0.200)"),
+            ("why", "Ana says it"),
+            ("signals", "speaker +1.13"),
         ] {
             assert!(shown.contains(&(one.0.to_owned(), one.1.to_owned())), "{shown:?}");
         }

@@ -6,6 +6,7 @@ use agentd_domain::human;
 use agentd_domain::memory_api::{
     Access, Checked, Collection, Deed, History, Journal, Record, Records, Usage,
 };
+use serde_json::Value;
 use std::fmt::Write as _;
 
 /// Of a text in a table.
@@ -83,19 +84,25 @@ pub fn recalled(found: &Recalled) -> String {
     text
 }
 
-/// What the ranking says for people, and each signal with what it brought.
+/// Each signal by its own name: whatever the ranking knows is shown.
 fn why(explain: &Explain) -> String {
-    let mut all = vec![format!("words {:.3}", explain.words), format!("meaning {:.3}", explain.meaning)];
-    if !explain.matched.is_empty() {
-        all.push(format!("matched {}", explain.matched.join(",")));
-    }
-    all.extend(explain.why.iter().cloned());
-    let signals: Vec<String> =
-        explain.signals.iter().map(|one| format!("{} {:+.3}", one.signal, one.share)).collect();
-    if !signals.is_empty() {
-        all.push(format!("score of {}", signals.join(" ")));
-    }
-    line(&all.join("; "))
+    let Ok(Value::Object(all)) = serde_json::to_value(explain) else { return String::new() };
+    let shown = all.into_iter().filter_map(|(name, value)| match value {
+        Value::Null => None,
+        Value::Number(number) => Some(format!("{name} {:.3}", number.as_f64().unwrap_or_default())),
+        Value::Array(all) if all.is_empty() => None,
+        Value::Array(all) => {
+            // A signal with its share of the score, if it had one.
+            let words = all.iter().filter_map(|one| match (one["signal"].as_str(), one["share"].as_f64()) {
+                (Some(signal), Some(share)) => (share != 0.0).then(|| format!("{signal} {share:+.2}")),
+                _ => Some(one.as_str().map_or_else(|| one.to_string(), str::to_owned)),
+            });
+            Some(format!("{name} {}", words.collect::<Vec<_>>().join(",")))
+        }
+        Value::String(text) => Some(format!("{name} {text}")),
+        other => Some(format!("{name} {other}")),
+    });
+    line(&shown.collect::<Vec<_>>().join("; "))
 }
 
 pub fn record(record: &Record) -> String {
