@@ -229,3 +229,94 @@ fn k_means(vectors: &[&Coarse]) -> Vec<Centre> {
     }
     centres
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIMENSION: usize = 32;
+
+    /// In clusters, scattered by a third.
+    fn vectors(count: usize, seed: u64) -> (Vec<f32>, Vec<u8>) {
+        let mut state = seed;
+        let mut unit = move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+        };
+        let centres: Vec<Vec<f32>> = (0..300).map(|_| (0..DIMENSION).map(|_| unit()).collect()).collect();
+        let (mut scales, mut values) = (Vec::new(), Vec::new());
+        for at in 0..count {
+            let vector: Vec<f32> = centres[at * 7 % 300].iter().map(|v| v + 0.35 * unit()).collect();
+            let centre = Centre::of(&vector);
+            scales.push(centre.scale);
+            values.extend(centre.biased);
+        }
+        (scales, values)
+    }
+
+    fn of<'a>(scales: &'a [f32], values: &'a [u8]) -> Vectors<'a> {
+        Vectors { dimension: DIMENSION, scales, values }
+    }
+
+    fn cosine(vectors: Vectors<'_>, probe: &Probe, slot: usize) -> f32 {
+        let start = slot * DIMENSION;
+        probe.cosine(vectors.scales[slot], &vectors.values[start..start + DIMENSION])
+    }
+
+    #[test]
+    fn the_nearest_ten_are_nearly_always_in_the_cells_looked_at() {
+        let (scales, values) = vectors(10_000, 88172645463325252);
+        let vectors = of(&scales, &values);
+        let cells = Cells::of(vectors);
+        let (mut found, mut looked_at) = (0, 0);
+        for asked in (0..10_000).step_by(200) {
+            let probe = Probe::new(&vectors.of(asked).unwrap());
+            let mut exact: Vec<usize> = (0..10_000).collect();
+            let order =
+                |a: &usize, b: &usize| cosine(vectors, &probe, *b).total_cmp(&cosine(vectors, &probe, *a));
+            exact.select_nth_unstable_by(10, order);
+            let near: Vec<u32> = cells.near(&probe).unwrap().collect();
+            looked_at += near.len();
+            found += exact[..10].iter().filter(|slot| near.contains(&(**slot as u32))).count();
+        }
+        assert!(found >= 490, "{found} of 500");
+        assert!(looked_at < 50 * 10_000 / 10, "{looked_at}");
+    }
+
+    #[test]
+    fn every_vector_is_in_one_cell_whatever_happens_to_it() {
+        let (mut scales, values) = vectors(5_000, 4101842887655102017);
+        let mut cells = Cells::of(of(&scales, &values));
+        assert!(cells.are_there() && !cells.are_outgrown());
+        let all = |cells: &Cells| {
+            let mut all: Vec<u32> = cells.members.iter().flatten().copied().collect();
+            all.sort_unstable();
+            all
+        };
+        assert_eq!(all(&cells), (0..5_000).collect::<Vec<u32>>());
+        scales[17] = 0.0;
+        cells.set(of(&scales, &values), 17);
+        assert!(!all(&cells).contains(&17) && cells.vectors == 4_999);
+        scales[17] = 0.01;
+        cells.set(of(&scales, &values), 17);
+        cells.set(of(&scales, &values), 17);
+        assert_eq!((all(&cells), cells.vectors), ((0..5_000).collect(), 5_000));
+        // One that came later.
+        let (more, more_values) = vectors(5_001, 4101842887655102017);
+        cells.set(of(&more, &more_values), 5_000);
+        assert_eq!(cells.vectors, 5_001);
+    }
+
+    #[test]
+    fn few_vectors_and_equal_ones_are_shared_out_too() {
+        for count in [0usize, 1, 5, 40] {
+            let (scales, values) = vectors(1, 7);
+            let scales: Vec<f32> = scales.iter().cycle().take(count).copied().collect();
+            let values: Vec<u8> = values.iter().cycle().take(count * DIMENSION).copied().collect();
+            let cells = Cells::of(of(&scales, &values));
+            assert_eq!(cells.members.iter().map(Vec::len).sum::<usize>(), count);
+        }
+    }
+}

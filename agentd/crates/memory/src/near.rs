@@ -3,7 +3,7 @@
 //! In:    the question's 8-bit vector, which records it is about. Out: how near all of them are ([`Nearness`]), or the
 //!        nearest of them.
 //! Always: up to [`CELLS_FROM`] vectors every one is compared, so nothing near is missed; above that those in the cells
-//!        (`cells.rs`) nearest to the question, of which `tests/cells.rs` and `scripts/bench memory --scale` say how many
+//!        (`cells.rs`) nearest to the question, of which its tests and `scripts/bench memory-scale` say how many
 //!        of the true first ten they hold.
 //! Never:  unsafe. [`dot`] is written so that the compiler uses the vector instructions that every x86-64 has.
 

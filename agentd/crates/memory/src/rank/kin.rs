@@ -29,6 +29,7 @@ type List = Vec<(u32, f32)>;
 pub struct KinTable {
     slots: HashMap<String, u32>,
     terms: Vec<String>,
+    term_bytes: usize,
     dimension: usize,
     /// `dimension` numbers for each term.
     values: Vec<i8>,
@@ -71,6 +72,7 @@ impl KinTable {
             }
         }
         self.lists = Mutex::new(lists);
+        self.term_bytes += term.len();
         self.terms.push(term.to_owned());
         self.values.extend_from_slice(values);
         self.scales.push(scale);
@@ -107,7 +109,7 @@ impl KinTable {
     /// What it takes in memory.
     pub(crate) fn bytes(&self) -> usize {
         // A term stands twice, each time with 24 bytes of its own, once with 16 of the map.
-        let terms: usize = self.terms.iter().map(|term| 2 * (term.len() + 24) + 16).sum();
+        let terms = 2 * self.term_bytes + self.terms.len() * (2 * 24 + 16);
         let lists = self.lists.lock().unwrap_or_else(PoisonError::into_inner).len();
         terms + self.values.capacity() + self.scales.capacity() * 4 + lists * (KIN_MOST * 8 + 40)
     }

@@ -62,7 +62,7 @@ signals! {
     /// It was told when the question's date says, or soon after.
     Time, "time", 2.48;
     /// It was given to somebody before ([`Corpus::usefulness`](super::Corpus::usefulness)).
-    Useful, "useful", 0.1;
+    Useful, "useful", 0.03;
 }
 
 /// One number for each signal; 0 where it says nothing.
