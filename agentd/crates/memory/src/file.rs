@@ -210,7 +210,12 @@ impl Folder {
     ) -> Result<(), OpenError> {
         remove(&self.next()).map_err(|source| self.failed(source))?;
         let key = key::make(&self.path).map_err(|source| self.failed(source))?;
-        let filled = self.database_at(&self.next()).and_then(|next| fill(&next, &key));
+        let filled = self.database_at(&self.next()).and_then(|mut next| {
+            fill(&next, &key)?;
+            // Written in several transactions, it has pages that the later ones freed.
+            next.compact().map_err(|error| compaction_error(&self.path, error))?;
+            Ok(())
+        });
         if filled.is_err() {
             // A full disk must not stay full of half a store. The key goes when the store is opened next.
             let _ = remove(&self.next());
@@ -327,6 +332,15 @@ pub(crate) fn open_error(path: &Path, error: StoreError) -> OpenError {
             OpenError::File { path, source }
         }
     }
+}
+
+fn compaction_error(path: &Path, error: redb::CompactionError) -> OpenError {
+    let source = match error {
+        redb::CompactionError::Storage(error) => redb::Error::from(error),
+        // Nobody else has the new file.
+        other => redb::Error::Io(io::Error::other(other.to_string())),
+    };
+    OpenError::Database { path: path.to_owned(), source: Arc::new(source) }
 }
 
 fn meta_row(database: &Database, path: &Path, name: &'static str) -> Result<Vec<u8>, OpenError> {

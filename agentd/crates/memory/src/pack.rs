@@ -40,15 +40,18 @@ enum Packing {
     Squeezed,
 }
 
-/// redb's page, less what a leaf with one pair of an eight-byte key needs. Larger blocks would save some bytes more,
-/// but a question opens a block for each of some dozen entries.
+/// Pages of redb, less what a leaf with one pair of an eight-byte key needs. Lives change alone and are asked for alone.
 const PAGE_BYTES: usize = 4096 - 16;
+/// A question opens such a block for each of some dozen entries, which a larger one would make slower.
+const TWO_PAGES_BYTES: usize = 2 * 4096 - 16;
+/// For what is read all together.
+const FOUR_PAGES_BYTES: usize = 4 * 4096 - 16;
 
 /// Texts.
 pub(crate) static RECORDS: Shape = Shape {
     table: TableDefinition::new("record_block"),
     row: Row::RecordBlock,
-    block_bytes: PAGE_BYTES,
+    block_bytes: TWO_PAGES_BYTES,
     packing: Packing::Squeezed,
     place: 0,
 };
@@ -64,7 +67,7 @@ pub(crate) static LIVES: Shape = Shape {
 pub(crate) static COARSE: Shape = Shape {
     table: TableDefinition::new("coarse_block"),
     row: Row::CoarseBlock,
-    block_bytes: PAGE_BYTES,
+    block_bytes: FOUR_PAGES_BYTES,
     packing: Packing::Plain,
     place: 2,
 };
@@ -72,7 +75,7 @@ pub(crate) static COARSE: Shape = Shape {
 pub(crate) static FINE: Shape = Shape {
     table: TableDefinition::new("fine_block"),
     row: Row::FineBlock,
-    block_bytes: PAGE_BYTES,
+    block_bytes: TWO_PAGES_BYTES,
     packing: Packing::Plain,
     place: 3,
 };

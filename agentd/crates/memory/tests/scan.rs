@@ -134,8 +134,11 @@ fn the_first_ten_are_those_of_an_exact_comparison() {
         times[20],
         times[39],
     );
-    // A small store is half empty pages and free ones; from here on it is what a record takes.
-    let per_record = disk_bytes / records as u64;
-    assert!(records < 10_000 || per_record <= 1536, "{per_record} bytes of disk per record");
+    // An import leaves pages that its last transactions freed; writing anew, which every purge leads to, does not.
+    store.rewrite(1_790_000_000_000).unwrap();
+    let per_record = taken_bytes(&path) / records as u64;
+    println!("written anew: {per_record} bytes of disk each");
+    // In a small store what a file has anyway counts.
+    assert!(records < 3000 || per_record <= 1536, "{per_record} bytes of disk per record");
     assert_eq!(agreed, wanted, "the first ten are not those of an exact comparison");
 }

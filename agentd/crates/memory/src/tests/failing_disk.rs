@@ -408,8 +408,8 @@ fn one_failed_operation_costs_at_most_its_own_requests() {
 
 /// How much of the disk's end is tried.
 const LAST_BYTES: usize = 8 * 1024 * 1024;
-/// What is told until the disk is full has this size, so that some dozens of commits fill its last 8 MiB.
-const LARGE_TEXT_BYTES: usize = 8 * 1024;
+/// What is told until the disk is full has this size, so that some hundred commits fill its last 8 MiB.
+const LARGE_TEXT_BYTES: usize = 24 * 1024;
 
 fn large(i: usize) -> NewRecord {
     let mut text = format!("page {i} of the log:");
@@ -447,7 +447,7 @@ fn a_disk_that_is_full_at_any_block_loses_nothing() {
         let mut acknowledged = Acknowledged::default();
         let mut refused = 0;
         // A full disk is met twice, so that reopening on one is tried, too.
-        for i in 0..200 {
+        for i in 0..1000 {
             let new = large(i);
             let text = new.request.text.clone();
             let embedding = (i % 2 == 0).then(|| Embedding { embedder: EMBEDDER, vector: vector(i) });
