@@ -67,9 +67,13 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
 }
 
 fn open(folder: &std::path::Path) -> Store {
+    open_with(folder, Duplicates::Keep)
+}
+
+fn open_with(folder: &std::path::Path, duplicates: Duplicates) -> Store {
     let identity = Identity { agent_id: AgentId(Uuid::from_u128(1)), owner_id: OwnerId(Uuid::from_u128(2)) };
     let mut options = Options::new(identity, Budgets::agent());
-    options.tuning.duplicates = Duplicates::Keep;
+    options.tuning.duplicates = duplicates;
     let store = Store::open(&folder.join("memory.redb"), options).unwrap();
     store.use_embedder(EMBEDDER, DIMENSION as u32).unwrap();
     store
@@ -381,4 +385,29 @@ fn facts_of_a_record_are_those_of_its_text() {
         );
         assert_eq!(told.speaker == 0, facts.speaker == 0);
     }
+}
+
+/// Vectors are of what was said around a text, too, so equal texts of two conversations lie apart.
+#[test]
+fn what_says_enough_is_one_memory_in_any_conversation_and_an_answer_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open_with(folder.path(), Duplicates::Reinforce);
+    let told = |text: &str, session| Event { text: text.to_owned(), session, working: false, claim: None };
+    let ids = tell(
+        &store,
+        &[
+            told("Bob: shall we sail?", 1),
+            told("Yes, I do.", 1),
+            told("Ana likes green tea", 1),
+            told("a boat sank in the harbour", 2),
+            told("Yes, I do.", 2),
+            told("Ana likes green tea", 2),
+        ],
+    );
+    embed(&store);
+    let states: Vec<State> = ids.iter().map(|id| stored(&store, *id).life.state).collect();
+    assert_eq!(states[..5], [State::Live; 5], "an answer belongs to what was asked");
+    assert_eq!(states[5], State::Forgotten);
+    assert_eq!(stored(&store, ids[2]).life.uses, 1);
+    store.check().unwrap();
 }

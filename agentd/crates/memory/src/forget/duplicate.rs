@@ -8,8 +8,8 @@
 //!
 //! A record's vector is of its text and the two told before it in its session, and so is what is compared here: "Yes, I
 //! do." said again after other words is another memory and stays; told again where nothing else was said, it is the same.
-//! What says enough to stand for itself is one memory whatever was said around it, if it is the same word for word
-//! ([`says_the_same`]). A fact that is told again in other words in the middle of another conversation is stored twice,
+//! What says enough to stand for itself is one memory whatever was said around it in its session, if it is the same word
+//! for word ([`says_the_same`]). A fact that is told again in other words in the middle of another conversation is stored twice,
 //! which costs room and nothing else.
 
 use crate::text;
