@@ -372,7 +372,8 @@ impl Batch<'_> {
             if life.state == State::Live
                 && life.trust >= trust
                 && record.claim.is_none()
-                && (duplicate::is_duplicate(cosine, jaccard) || life.session != 0 && duplicate::says_the_same(text, &record.text))
+                && (duplicate::is_duplicate(cosine, jaccard)
+                    || life.session != 0 && duplicate::says_the_same(text, &record.text))
                 && !duplicate::differ_in_what_matters(text, &record.text)
             {
                 return Ok(Some((seq, cosine)));
