@@ -5,6 +5,7 @@
 
 use agentd_domain::agent_api::{Remember, Tier};
 use agentd_memory::NewRecord;
+use std::collections::HashMap;
 
 pub const DIMENSION: usize = 384;
 const VOCABULARY: usize = 20_000;
@@ -22,6 +23,8 @@ const TURN_MS: i64 = 60_000;
 
 pub struct Synthetic {
     words: Vec<String>,
+    /// By word its place among them.
+    places: HashMap<String, usize>,
     /// Sums of 1/rank, so that a word is found by halving.
     ranks: Vec<f64>,
     topics: Vec<Vec<f32>>,
@@ -36,7 +39,9 @@ impl Default for Synthetic {
         });
         let ranks = ranks.collect();
         let topics = (0..TOPICS).map(|at| Random::seeded(1, at).direction()).collect();
-        Self { words: (0..VOCABULARY - STOP_WORDS).map(word).collect(), ranks, topics }
+        let words: Vec<String> = (0..VOCABULARY - STOP_WORDS).map(word).collect();
+        let places = words.iter().cloned().zip(0..).collect();
+        Self { words, places, ranks, topics }
     }
 }
 
@@ -77,7 +82,7 @@ impl Synthetic {
 
     /// Eight words after each other are kin.
     pub fn word_vector(&self, text: &str) -> Vec<f32> {
-        let at = self.words.iter().position(|word| word == text).unwrap_or(VOCABULARY + text.len());
+        let at = self.places.get(text).copied().unwrap_or(VOCABULARY + text.len());
         let centre = Random::seeded(6, at / 8).direction();
         mixed(&centre, &Random::seeded(7, at).direction(), 0.7)
     }
