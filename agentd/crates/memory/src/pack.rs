@@ -161,7 +161,6 @@ impl<'txn> Pack<Table<'txn, u64, &'static [u8]>> {
         nonces: &mut Nonces,
         entries: &mut Entries,
     ) -> Result<(), StoreError> {
-        self.last.take();
         let mut changed = std::mem::take(&mut self.changed);
         while let Some(first) = changed.keys().next().copied() {
             let old = self.block_at(seal, first)?;
@@ -173,6 +172,8 @@ impl<'txn> Pack<Table<'txn, u64, &'static [u8]>> {
                 None => BTreeMap::new(),
             };
             let here = std::mem::replace(&mut changed, rest);
+            // What was opened for this is about to be written over.
+            self.last.take();
             let (before, after) = self.rewrite(seal, nonces, old.as_deref(), here)?;
             let count = &mut entries[self.shape.place];
             *count = (*count + after).saturating_sub(before);
@@ -559,6 +560,20 @@ mod tests {
         #[test]
         fn any_bytes_are_refused_or_read_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let _ = unpack(3, bytes);
+        }
+    }
+
+    /// Found by the test above: the block that a flush had opened was taken for the one that it wrote.
+    #[test]
+    fn what_was_flushed_twice_is_read_as_it_was_written_last() {
+        let (database, seal, mut nonces) = (database(), seal(), Nonces::new());
+        let mut entries = Entries::default();
+        let txn = database.begin_write().unwrap();
+        let mut pack = Pack::write(&txn, &RECORDS).unwrap();
+        for content in [&b"first"[..], b"second"] {
+            pack.insert(17, content.to_vec());
+            pack.flush(&seal, &mut nonces, &mut entries).unwrap();
+            assert_eq!(pack.get(&seal, 17).unwrap().unwrap(), content);
         }
     }
 
