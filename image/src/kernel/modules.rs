@@ -18,6 +18,10 @@ use std::process::Command;
 /// Where they lie in the root.
 const PLACE: &str = "/usr/lib/modules";
 const ABOUT: &str = "modules.json";
+/// Those of devices that init looks at; a driver's further names are for programs that ask for it.
+const BUSES: [&str; 2] = ["pci:", "virtio:"];
+/// Counts up when the code below makes something else of the same inputs.
+const FORMAT: &str = "2";
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Modules {
@@ -53,7 +57,8 @@ pub fn ensure_modules(
         .text("kernel", made.file_name().unwrap_or_default().to_string_lossy())
         // Each build of a kernel has a key of its own.
         .file("key", &made.join("signing-key.pem"))?
-        .text("drivers", drivers.join(" "));
+        .text("drivers", drivers.join(" "))
+        .text("form", FORMAT);
     let folder = cache.stage("modules", &inputs, |out| build(cache, made, drivers, left_out, out))?;
     let about = std::fs::read(folder.join(ABOUT)).with_context(|| folder.display().to_string())?;
     Ok(Modules { folder, ..serde_json::from_slice(&about)? })
@@ -94,7 +99,8 @@ fn build(cache: &Cache, kernel: &Path, drivers: &[&str], left_out: &[&str], out:
             }
             files.push(format!("{PLACE}/{file}"));
         }
-        let devices = own.all("alias").filter(|alias| alias.starts_with("pci:")).map(str::to_owned).collect();
+        let on_bus = |alias: &&str| BUSES.iter().any(|bus| alias.starts_with(bus));
+        let devices = own.all("alias").filter(on_bus).map(str::to_owned).collect();
         about.firmware.extend(own.all("firmware").map(str::to_owned));
         about.list.drivers.push(Driver { name: (*driver).to_owned(), files, devices });
     }

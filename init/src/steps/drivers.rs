@@ -22,7 +22,8 @@ pub const RESULT_PREFIX: &str = "result: ";
 
 /// A card whose firmware has to be loaded answers within ten seconds, several cards one after the other.
 const LIMIT_S: u64 = 90;
-const BUSES: &str = "/sys/bus/pci/devices";
+/// Cards, and those of a virtual machine.
+const BUSES: [&str; 2] = ["/sys/bus/pci/devices", "/sys/bus/virtio/devices"];
 
 /// What engines reach a driver through: names below `/dev`, or folders of them.
 const NODES: [&str; 3] = ["dri", "nvidia-caps", ""];
@@ -73,9 +74,9 @@ fn failed(why: String) -> Report {
     )
 }
 
-/// As the kernel describes what is on the PCI bus, a line each.
+/// As the kernel describes what is on the buses, a line each.
 fn devices() -> Vec<String> {
-    let entries = fs::read_dir(BUSES).into_iter().flatten().flatten();
+    let entries = BUSES.iter().filter_map(|bus| fs::read_dir(bus).ok()).flatten().flatten();
     entries.filter_map(|entry| fs::read_to_string(entry.path().join("modalias")).ok()).collect()
 }
 

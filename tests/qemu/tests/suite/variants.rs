@@ -50,7 +50,9 @@ fn seen(built: &Built, settings: &str, devices: &[&str]) -> Result<Seen> {
         put_on_boot_partition(&appliance.disk(), &file)?;
     }
     let devices = devices.iter().map(|word| (*word).to_owned()).collect();
-    appliance.boot(&Start { memory_mib: MEMORY_MIB, devices, ..Start::default() })?;
+    // What init tells the kernel's log, also on the serial line.
+    let command_line = "ignore_loglevel".to_owned();
+    appliance.boot(&Start { memory_mib: MEMORY_MIB, devices, command_line, ..Start::default() })?;
     appliance.claim()?;
     appliance.until("a default model of each kind is loaded", BOOT * 2, |ctl| {
         let models: Vec<Model> = ctl.json(&["model", "ls"])?;
@@ -79,7 +81,8 @@ fn the_variant_vulkan_computes_through_vulkan() -> Result<()> {
     let on_processor = seen(&setup().built, "", &[])?;
     ensure!(on_processor.status.variant == "base", "{:?}", on_processor.status);
     ensure!(back_end(&on_processor, "cpu")?.is_of_use() && back_end(&on_processor, "vulkan").is_err());
-    ensure!(on_processor.serial.contains("drivers: left out, this image brings no drivers"));
+    let serial = &on_processor.serial;
+    ensure!(serial.contains("drivers: left out, this image brings no drivers"), "{serial}");
 
     let on_vulkan = seen(&vulkan, "[gpu]\nsoftware = true\n", &["-device", "virtio-gpu-pci"])?;
     ensure!(on_vulkan.status.variant == "vulkan", "{:?}", on_vulkan.status);
@@ -116,7 +119,8 @@ fn the_variant_vulkan_computes_through_vulkan() -> Result<()> {
 fn the_variant_vulkan_is_at_home_without_a_gpu() -> Result<()> {
     let Some(vulkan) = built()? else { return Ok(()) };
     let bare = seen(&vulkan, "", &[])?;
-    ensure!(bare.serial.contains("drivers: left out, no device here is one for virtio_gpu"));
+    let none = "drivers: left out, no device here is one for virtio_gpu";
+    ensure!(bare.serial.contains(none), "{}", bare.serial);
     let theirs = back_end(&bare, "vulkan")?;
     ensure!(theirs.loaded && theirs.devices == 0, "{theirs:?}");
     ensure!(theirs.line() == "vulkan: its driver shows no device here", "{}", theirs.line());
