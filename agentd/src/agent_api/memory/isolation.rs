@@ -72,8 +72,8 @@ impl Line {
             body.len()
         );
         let stream = self.stream.get_mut();
-        stream.write_all(head.as_bytes()).await.expect("sent");
-        stream.write_all(body.as_bytes()).await.expect("sent");
+        // In one piece: two would wait for each other, forty milliseconds each (Nagle's algorithm and delayed answers).
+        stream.write_all([head, body].concat().as_bytes()).await.expect("sent");
         let mut line = String::new();
         self.stream.read_line(&mut line).await.expect("a status");
         let status = line
