@@ -160,11 +160,9 @@ impl<'a> Nearness<'a> {
         if self.per_cosine > 0.0 { self.counted(self.cosine(slot)) } else { 0.0 }
     }
 
-    /// Calls `each` with the slots that meaning speaks for or against, and how much.
+    /// Calls `each` with the slots that have a vector, and how much meaning speaks for or against them: not at all where
+    /// all are as near, as when there is only one.
     fn for_each(&self, slots: usize, mut each: impl FnMut(usize, f32)) {
-        if self.per_cosine <= 0.0 {
-            return;
-        }
         let mut tell = |slot: usize, cosine: f32| {
             if cosine.is_finite() {
                 each(slot, self.counted(cosine));
