@@ -379,6 +379,4 @@ fn not_written(error: NotWritten) -> Response {
 }
 
 #[cfg(test)]
-mod isolation;
-#[cfg(test)]
 mod tests;

@@ -196,7 +196,8 @@ async fn a_text_that_is_told_and_asked_is_embedded_once() {
     let (_, answer) = scene.post("/agent/v1/memory/recall", None, &json!({ "query": text })).await;
     assert_eq!(answer["hits"][0]["text"], json!(text));
     let embedded = scene.fake.seen.lock().expect("unpoisoned").embedded.clone();
-    assert_eq!(embedded, [text]);
+    // Its words are, too, each once, behind the answers.
+    assert_eq!(embedded.iter().filter(|one| *one == text).count(), 1, "{embedded:?}");
 }
 
 #[tokio::test]

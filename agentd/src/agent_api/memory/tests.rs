@@ -1,5 +1,7 @@
 //! All tiers over HTTP, as runs use them.
 
+mod isolation;
+
 use crate::agent_api::Caller;
 use crate::agent_api::tests::{Scene, rights_of, router_of};
 use crate::memory::Writer;

@@ -4,7 +4,7 @@
 //! `ISOLATION_REQUESTS=100000` is the long form (`scripts/test long memory-isolation`), `ISOLATION_SEED` repeats a run.
 //! The same requests against a router with a look-up by id over all agents must be caught.
 
-use super::tests::{grant, made, other, scene};
+use super::{grant, made, other, scene};
 use crate::agent_api::serve::serve_both;
 use crate::agent_api::{Caller, router};
 use agentd_domain::memory_api::{Access, Quota};
