@@ -5,6 +5,7 @@ use agentd_domain::ids::{AgentId, OwnerId};
 use agentd_memory::{Budgets, Identity, Limits, NewRecord, OpenError, Options, Pool};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -42,6 +43,13 @@ fn asked(query: &str) -> Recall {
     }
 }
 
+/// Threads, files and memory are the process's, so no two tests of this file run at once.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn threads() -> usize {
     std::fs::read_dir("/proc/self/task").map(Iterator::count).unwrap_or(0)
 }
@@ -49,6 +57,7 @@ fn threads() -> usize {
 /// Sixteen times more agents than may be open: everyone's memory answers, and never more than four are open.
 #[test]
 fn more_agents_than_open_stores() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let limits = Limits { open: 4, ..Limits::default() };
     let pool = Pool::new(limits);
@@ -82,6 +91,7 @@ fn more_agents_than_open_stores() {
 
 #[test]
 fn a_leased_store_is_never_closed_and_who_finds_no_room_is_told() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let limits = Limits { open: 2, patience: Duration::from_millis(50), ..Limits::default() };
     let pool = Pool::new(limits);
@@ -104,6 +114,7 @@ fn a_leased_store_is_never_closed_and_who_finds_no_room_is_told() {
 
 #[test]
 fn two_who_come_at_once_get_one_store() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let pool = Pool::new(Limits::default());
     let opened = AtomicUsize::new(0);
@@ -125,6 +136,7 @@ fn two_who_come_at_once_get_one_store() {
 
 #[test]
 fn indexes_of_idle_stores_give_way() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let pool = Pool::new(Limits { index_bytes: 1, ..Limits::default() });
     {
@@ -144,6 +156,7 @@ fn indexes_of_idle_stores_give_way() {
 
 #[test]
 fn a_store_that_does_not_open_leaves_its_place() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(path(dir.path(), 1), b"no store").unwrap();
     let pool = Pool::new(Limits { open: 1, ..Limits::default() });
@@ -163,6 +176,7 @@ fn taken() -> (usize, usize) {
 /// bounded by the pool's limits, not by the number of agents.
 #[test]
 fn what_a_thousand_stores_take_is_bounded() {
+    let _alone = alone();
     let agents: u128 =
         std::env::var("POOL_AGENTS").map_or(150, |n| n.parse().expect("POOL_AGENTS is a number"));
     // Nothing here asks whether the disk keeps it: memory spares a thousand stores' fsyncs.
