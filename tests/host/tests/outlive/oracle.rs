@@ -13,7 +13,7 @@ use std::fs;
 use std::path::Path;
 use uuid::Uuid;
 
-const RECORD: TableDefinition<u64, &[u8]> = TableDefinition::new("record");
+const RECORD_BLOCK: TableDefinition<u64, &[u8]> = TableDefinition::new("record_block");
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const MEMORY_ONCE: TableDefinition<&[u8; 16], (i64, u64, &[u8; 16])> = TableDefinition::new("once");
 const REQUEST: TableDefinition<(u128, u64), &[u8]> = TableDefinition::new("request");
@@ -116,12 +116,14 @@ pub fn stored(memory: &Path, system: &Path, agent_id: &str, keys: &BTreeMap<Stri
         let txn = database.begin_read().expect("reads");
         let meta = txn.open_table(META).expect("meta");
         let identity = meta.get("identity").expect("reads").expect("an identity").value().to_vec();
-        assert_eq!(identity[..4], 2u32.to_le_bytes(), "the format that this reads");
+        assert_eq!(identity[..4], 3u32.to_le_bytes(), "the format that this reads");
         let values = values_key(memory, &identity[56..72]);
         let mut by_seq = BTreeMap::new();
-        for row in txn.open_table(RECORD).expect("records").iter().expect("rows") {
-            let (seq, row) = row.expect("a row");
-            by_seq.insert(seq.value(), text_of(&opened(&values, seq.value(), row.value())));
+        for row in txn.open_table(RECORD_BLOCK).expect("records").iter().expect("rows") {
+            let (key, row) = row.expect("a row");
+            for (seq, record) in entries(key.value(), &opened(&values, key.value(), row.value())) {
+                by_seq.insert(seq, text_of(&record));
+            }
         }
         stored.texts = by_seq.values().cloned().collect();
         let once = txn.open_table(MEMORY_ONCE).expect("keys");
@@ -187,15 +189,47 @@ fn values_key(memory: &Path, id: &[u8]) -> LessSafeKey {
     LessSafeKey::new(UnboundKey::from(root.expand(&[b"values"], &AES_256_GCM).expect("a key")))
 }
 
-/// A sealed row of the table `record`.
-fn opened(values: &LessSafeKey, seq: u64, sealed: &[u8]) -> Vec<u8> {
+/// A sealed row of the table `record_block`.
+fn opened(values: &LessSafeKey, key: u64, sealed: &[u8]) -> Vec<u8> {
     let mut place = [0u8; 34];
-    (place[0], place[1]) = (1, 8);
-    place[2..10].copy_from_slice(&seq.to_be_bytes());
+    (place[0], place[1]) = (7, 8);
+    place[2..10].copy_from_slice(&key.to_be_bytes());
     let (nonce, body) = sealed.split_first_chunk::<12>().expect("a nonce");
     let mut body = body.to_vec();
     let nonce = Nonce::assume_unique_for_key(*nonce);
-    values.open_in_place(nonce, Aad::from(place), &mut body).expect("a record opens").to_vec()
+    values.open_in_place(nonce, Aad::from(place), &mut body).expect("a block opens").to_vec()
+}
+
+/// The records of a block, each under its number.
+fn entries(key: u64, block: &[u8]) -> Vec<(u64, Vec<u8>)> {
+    let (kind, rest) = block.split_first().expect("a first byte");
+    let raw = if *kind == 1 {
+        let (bytes, squeezed) = rest.split_first_chunk::<4>().expect("a length");
+        lz4_flex::block::decompress(squeezed, u32::from_le_bytes(*bytes) as usize).expect("LZ4")
+    } else {
+        rest.to_vec()
+    };
+    let (count, mut rest) = raw.split_first_chunk::<2>().expect("a number of entries");
+    let mut heads = Vec::new();
+    let mut seq = key;
+    for _ in 0..u16::from_le_bytes(*count) {
+        seq += varint(&mut rest);
+        heads.push((seq, varint(&mut rest) as usize));
+    }
+    let part = |(seq, length)| {
+        let (record, after) = rest.split_at(length);
+        rest = after;
+        (seq, record.to_vec())
+    };
+    heads.into_iter().map(part).collect()
+}
+
+/// LEB128.
+fn varint(rest: &mut &[u8]) -> u64 {
+    let length = 1 + rest.iter().position(|byte| byte & 0x80 == 0).expect("a last byte");
+    let (bytes, after) = rest.split_at(length);
+    *rest = after;
+    bytes.iter().rev().fold(0, |number, byte| number << 7 | u64::from(byte & 0x7f))
 }
 
 /// Layout 2: which texts there are at 1, evidence counted at 2, 51 bytes of head, then the texts.
