@@ -48,7 +48,7 @@ fn asked(query: &str, signals: Signals) -> Recall {
 }
 
 #[test]
-fn a_store_of_format_1_becomes_one_of_format_2() {
+fn a_store_of_format_1_becomes_one_of_this_format() {
     let dir = tempfile::tempdir().unwrap();
     let path = first_format(dir.path());
     let old = std::fs::File::open(&path).unwrap();
