@@ -17,6 +17,7 @@ fn every_tier_survives_the_plug_and_the_owner_puts_it_right() -> Result<()> {
     let ctl = appliance.ctl();
     ctl.run(&["knowledge", "set", "house", "--bytes", "8M"])?.success()?;
     ctl.run(&["agent", "install", folder.to_str().context("path")?])?.success()?;
+    ctl.run(&["agent", "start", "keeper"])?.success()?;
     let ungranted = ctl.run(&["knowledge", "ls"])?.success()?;
     ensure!(ungranted.contains("nobody"), "{ungranted}");
     ctl.run(&["knowledge", "grant", "house", "keeper", "--write"])?.success()?;
