@@ -44,7 +44,10 @@ impl Memories {
                 tracing::warn!(agent_id = %agent, problem = %problem.report(), "a memory was not tended; tried again in an hour");
             }
         }
-        let collections = self.0.db.here().collections().unwrap_or_default();
+        let collections = self.0.db.here().collections().unwrap_or_else(|problem| {
+            tracing::warn!(%problem, "shared knowledge was not tended, for its list was not read; tried again in an hour");
+            Default::default()
+        });
         for row in collections.into_values() {
             let memory = self.of_collection(&row);
             if memory.path.exists()

@@ -105,7 +105,11 @@ impl Cells {
                 .iter()
                 .map(|part| scope.spawn(|| part.iter().map(|slot| cells.cell(vectors, *slot)).collect()))
                 .collect();
-            workers.into_iter().map(|worker| worker.join().unwrap_or_default()).collect()
+            // A part that is missing would be records that nobody finds.
+            let part = |worker: std::thread::ScopedJoinHandle<'_, Vec<u16>>| {
+                worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            workers.into_iter().map(part).collect()
         });
         for (part, found) in parts.iter().zip(shared) {
             for (slot, cell) in part.iter().zip(found) {
